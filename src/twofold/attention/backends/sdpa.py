@@ -1,0 +1,164 @@
+"""The backend that runs everywhere: PyTorch's fused attention over each row's gathered pages, merged by log-sum-exp.
+
+No mask of [Lq, Lk] is made for a row. Its keys come in two parts, and each part needs no mask:
+
+    keys      | already computed: start | computed now: length |
+    query t   | all of them             | those up to t        |      prefix part, then diagonal (causal) part
+
+Logits of both parts meet in the softmax's denominator, which the kernel returns as its logarithm (LSE); that is also
+where attention sinks enter, once for the whole row.
+"""
+
+import torch
+import torch.nn.functional as F
+
+from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.spec import AttentionSpec
+
+WINDOW_QUERIES = 512  # queries that share one mask of a sliding window
+EXPLICIT_QUERIES = 128  # queries whose logits are materialised at once where no fused kernel serves
+
+
+class SDPABackend:
+    """Attention with torch.nn.functional's kernels, row by row, on any device."""
+
+    name = "sdpa"
+
+    def attend(
+        self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """query [T, H, D], pages [num_blocks, block_size, row_width] → [T, H, Dv]."""
+        out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
+        groups = (spec.num_kv_heads, spec.num_heads // spec.num_kv_heads)
+        bounds, seq_lens = metadata.query_start_np.tolist(), metadata.seq_lens_np.tolist()
+        for row, seq_len in enumerate(seq_lens):
+            tokens = slice(bounds[row], bounds[row + 1])
+            keys, values = spec.split_row(row_slots(pages, metadata, row)[:seq_len])
+            q = query[tokens].unflatten(1, groups).permute(1, 2, 0, 3)  # [Hk, G, L, D]
+            out_row = attend_row(q, keys.transpose(0, 1), values.transpose(0, 1), spec)  # [Hk, G, L, Dv]
+            out[tokens].unflatten(1, groups).copy_(out_row.permute(2, 0, 1, 3))
+        return out
+
+
+def row_slots(pages: torch.Tensor, metadata: AttentionMetadata, row: int) -> torch.Tensor:
+    """The cache rows [>= seq_len, row_width] of a virtual request: a view where its blocks are neighbours."""
+    num_blocks = -(-int(metadata.seq_lens_np[row]) // pages.shape[1])
+    blocks = metadata.block_tables_np[row, :num_blocks]
+    first = int(blocks[0])
+    if int(blocks[-1]) - first == num_blocks - 1 and bool((blocks[1:] - blocks[:-1] == 1).all()):
+        return pages[first : first + num_blocks].flatten(0, 1)
+    return pages.index_select(0, metadata.block_tables[row, :num_blocks]).flatten(0, 1)
+
+
+def attend_row(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """The last L of n tokens attend to all n, causally. q [Hk, G, L, D], keys [Hk, n, D], values [Hk, n, Dv]."""
+    length, seq_len = q.shape[2], keys.shape[1]
+    if spec.softcap is not None:
+        return _explicit(q, keys, values, spec)
+    window = spec.sliding_window
+    if window is not None and window < seq_len:
+        if length == 1:
+            out, lse = _fused(q, keys[:, -window:], values[:, -window:], spec)
+        else:
+            out, lse = _windowed(q, keys, values, spec, window)
+    elif length == 1:
+        out, lse = _fused(q, keys, values, spec)
+    else:
+        start = seq_len - length
+        out, lse = _fused(q, keys[:, start:], values[:, start:], spec, causal=True)
+        if start:
+            out, lse = merge(out, lse, *_fused(q, keys[:, :start], values[:, :start], spec))
+    if spec.sinks is not None:
+        # A sink adds exp(sink) to the denominator: exp(lse) / (exp(lse) + exp(sink)).
+        share = torch.sigmoid(lse - spec.sinks.float().view(*q.shape[:2], 1))
+        out = out * share[..., None].to(out.dtype)
+    return out
+
+
+def merge(
+    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Attention over the union of two disjoint sets of keys. out [..., L, Dv], lse [..., L]."""
+    share = torch.sigmoid(other_lse - lse)[..., None]
+    return torch.lerp(out.float(), other.float(), share).to(out.dtype), torch.logaddexp(lse, other_lse)
+
+
+def _windowed(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec, window: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Blocks of queries, each with the keys that any of them sees and one small mask."""
+    length, seq_len = q.shape[2], keys.shape[1]
+    start = seq_len - length
+    outs, lses = [], []
+    for begin in range(0, length, WINDOW_QUERIES):
+        end = min(begin + WINDOW_QUERIES, length)
+        low, high = max(0, start + begin - window + 1), start + end
+        bias = torch.zeros(end - begin, high - low, dtype=q.dtype, device=q.device)
+        bias.masked_fill_(~_visible(start + begin, end - begin, low, high, window, q.device), -torch.inf)
+        out, lse = _fused(q[:, :, begin:end], keys[:, low:high], values[:, low:high], spec, bias=bias)
+        outs.append(out)
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
+
+
+def _visible(first: int, count: int, low: int, high: int, window: int | None, device: torch.device) -> torch.Tensor:
+    """Which keys low..high each of `count` queries from position `first` attends to: [count, high - low] bool."""
+    distance = torch.arange(first, first + count, device=device)[:, None] - torch.arange(low, high, device=device)
+    return (distance >= 0) & (distance < window) if window is not None else distance >= 0
+
+
+def _explicit(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+    """Logits in the open, a few queries at a time: for what no fused kernel computes (softcap)."""
+    length, seq_len = q.shape[2], keys.shape[1]
+    start, outs = seq_len - length, []
+    for begin in range(0, length, EXPLICIT_QUERIES):
+        end = min(begin + EXPLICIT_QUERIES, length)
+        low, high = max(0, start + begin - (spec.sliding_window or seq_len) + 1), start + end
+        logits = (q[:, :, begin:end] @ keys[:, None, low:high].mT).float() * spec.scaling  # [Hk, G, l, k]
+        if spec.softcap is not None:
+            logits = spec.softcap * torch.tanh(logits / spec.softcap)
+        visible = _visible(start + begin, end - begin, low, high, spec.sliding_window, q.device)
+        logits = logits.masked_fill_(~visible, -torch.inf)
+        if spec.sinks is not None:
+            sinks = spec.sinks.float().view(*q.shape[:2], 1, 1).expand(*logits.shape[:3], 1)
+            logits = torch.cat([logits, sinks], dim=-1)
+        weights = logits.softmax(-1)[..., : high - low].to(values.dtype)
+        outs.append(weights @ values[:, None, low:high])
+    return torch.cat(outs, dim=2)
+
+
+def _fused(
+    q: torch.Tensor,
+    keys: torch.Tensor,
+    values: torch.Tensor,
+    spec: AttentionSpec,
+    causal: bool = False,
+    bias: torch.Tensor | None = None,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """One fused kernel. q [Hk, G, L, D], keys [Hk, k, D], values [Hk, k, Dv], bias [L, k] → out, LSE [Hk, G, L]."""
+    num_kv_heads, num_groups, length, _ = q.shape
+    folded = length == 1 or not (causal or bias is not None)
+    if folded:  # queries of a group see the same keys: they are more queries of one head
+        q = q.flatten(1, 2)[None]
+        keys, values = keys[None], values[None]
+    else:
+        keys = keys[:, None].expand(-1, num_groups, -1, -1)
+        values = values[:, None].expand(-1, num_groups, -1, -1)
+    if q.device.type == "cpu":
+        # The CPU kernel wants values as wide as keys.
+        padded = F.pad(values, (0, keys.shape[-1] - spec.v_head_dim)) if keys.shape[-1] != spec.v_head_dim else values
+        out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
+            q, keys, padded, 0.0, causal, attn_mask=None if bias is None else bias[None, None], scale=spec.scaling
+        )
+        out = out[..., : spec.v_head_dim]
+    else:
+        if bias is not None:  # the kernel wants rows of the bias aligned to 16 bytes
+            width = bias.shape[-1]
+            bias = F.pad(bias, (0, -width % 8))[:, :width].expand(*q.shape[:2], -1, -1)
+        out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(
+            q, keys, values, bias, True, 0.0, causal, scale=spec.scaling
+        )
+        lse = lse[..., : q.shape[2]]
+    if folded:
+        return out[0].unflatten(1, (num_groups, length)), lse[0].unflatten(1, (num_groups, length))
+    return out, lse

@@ -1,0 +1,77 @@
+"""Engine arguments: frozen, and validated once, where they are made. The names are vLLM's where vLLM has one."""
+
+from dataclasses import dataclass
+
+from twofold.errors import ConfigError
+from twofold.parallel.partition import POLICIES
+
+DTYPES = ("auto", "float32", "bfloat16", "float16")
+LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+DEVICES = ("auto", "cpu", "cuda")
+ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn")
+EXCHANGES = ("auto", "all_gather")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EngineConfig:
+    """What `LLM(...)` and the command line accept. `None` means: chosen from the model and the machine.
+
+    Raises:
+        ConfigError: a value is out of range; the message names the value and the limit.
+    """
+
+    model: str
+    tokenizer: str | None = None
+    skip_tokenizer_init: bool = False
+    trust_remote_code: bool = False
+    prefill_context_parallel_size: int = 1
+    partition_policy: str = "dual_chunk_swap"
+    device: str = "auto"
+    dtype: str = "auto"
+    load_format: str = "auto"
+    max_model_len: int | None = None  # tokens, prompt and answer together
+    max_num_batched_tokens: int | None = None  # tokens a step, over all ranks
+    max_num_seqs: int = 256
+    block_size: int | None = None  # tokens a page
+    kv_cache_memory_bytes: int | None = None  # per rank
+    gpu_memory_utilization: float = 0.9
+    enable_prefix_caching: bool = True
+    attention_backend: str = "auto"
+    exchange: str = "auto"
+    enforce_eager: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        _check(isinstance(self.model, str) and bool(self.model), "model", self.model, "a directory, hub name or 'demo'")
+        for name in ("prefill_context_parallel_size", "max_num_seqs"):
+            _check_count(name, getattr(self, name))
+        for name in ("max_model_len", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
+            if getattr(self, name) is not None:
+                _check_count(name, getattr(self, name))
+        _check_choice("partition_policy", self.partition_policy, tuple(POLICIES))
+        _check_choice("device", self.device, DEVICES)
+        _check_choice("dtype", self.dtype, DTYPES)
+        _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
+        _check_choice("exchange", self.exchange, EXCHANGES)
+        utilization = self.gpu_memory_utilization
+        _check(
+            isinstance(utilization, int | float) and 0 < utilization <= 1,
+            "gpu_memory_utilization",
+            utilization,
+            "more than 0 and at most 1",
+        )
+        _check(isinstance(self.seed, int) and 0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
+
+
+def _check(ok: bool, name: str, value: object, limit: str) -> None:
+    if not ok:
+        raise ConfigError(f"{name} must be {limit}, got {value!r}")
+
+
+def _check_count(name: str, value: object) -> None:
+    _check(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, value, "an integer of at least 1")
+
+
+def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:
+    _check(value in choices, name, value, f"one of {', '.join(choices)}")

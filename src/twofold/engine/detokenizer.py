@@ -1,0 +1,196 @@
+"""From generated token ids to text, token by token, at a cost linear in the output.
+
+A tokenizer's text for a token depends on its neighbours (a character's bytes may be spread over tokens; a leading space
+may be dropped), so a short window of recent tokens is decoded again with each new token. Stop strings are followed
+character by character with Knuth-Morris-Pratt automata, whose states also say how much text may begin one.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from io import StringIO
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from twofold.engine.step import TokenLogprobs
+from twofold.outputs import Logprob, Logprobs
+from twofold.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+_UNKNOWN = "\ufffd"  # what decoders put for bytes that are no character, or not yet
+_MAX_UNFINISHED = 3  # tokens that may wait for the rest of a character, which has at most 4 bytes
+_CONTEXT = 6  # tokens that must precede a new one in the window
+_MAX_WINDOW = 16  # tokens after which the window shrinks to its last ones
+_PATIENCE = 64  # tokens after which it shrinks even if they are broken bytes, or special ones that have no text
+
+
+class Detokenizer:
+    """The text of one sequence, which grows with `append`. Special tokens and stop strings follow `params`.
+
+    Without a tokenizer, or with `params.detokenize` off, the text stays empty. A token that ends the sequence
+    (end-of-sequence, `stop_token_ids`) has no place in the text unless `include_stop_str_in_output`: do not append it.
+    """
+
+    def __init__(
+        self, tokenizer: "PreTrainedTokenizerBase | None", prompt_token_ids: list[int], params: SamplingParams
+    ) -> None:
+        self._decode: Callable[[list[int]], str] | None = None
+        if tokenizer is not None and params.detokenize:
+            self._decode = partial(
+                tokenizer.decode,
+                skip_special_tokens=params.skip_special_tokens,
+                spaces_between_special_tokens=params.spaces_between_special_tokens,
+                clean_up_tokenization_spaces=False,  # it would reach back into text already delivered
+            )
+        self._stops = [_StopString(stop) for stop in params.stop or ()]
+        self._include_stop = params.include_stop_str_in_output
+        self._num_unstoppable = params.min_tokens  # tokens still to come in which stop strings are ignored
+        self._text = StringIO(newline="")
+        self._length = 0  # of the text, in characters
+        self._num_delivered = 0  # characters that delta() returned
+        self._finished = False
+        self._stop: str | None = None
+
+        self._window = [int(i) for i in prompt_token_ids[-_MAX_WINDOW:]]
+        self._num_taken = 0  # characters of the window's text that are in the text already, or in the prompt
+        self._num_whole = 0  # tokens of the window that end with a whole character
+        self._prompt_end = ""
+        if self._decode is not None:
+            self._shrink_window()
+            self._num_whole = len(self._window)
+            self._prompt_end = self._decode(self._window)
+            self._num_taken = len(self._prompt_end)
+
+    @property
+    def text(self) -> str:
+        """All text so far, cut at a stop string. Before `finish` it never ends within a character."""
+        return self._text.getvalue()
+
+    def append(self, token_ids: list[int]) -> str | None:
+        """Add generated tokens; the stop string that they complete, if any. After one, further tokens are ignored.
+
+        Of several the one that is complete first counts, and of those the longest, however tokens cut the text.
+        """
+        for token_id in token_ids:
+            if self._decode is None or self._finished:
+                break
+            self._window.append(token_id)
+            self._take(self._advance(self._decode(self._window)), may_stop=self._num_unstoppable <= 0)
+            self._num_unstoppable -= 1
+        return self._stop
+
+    def delta(self) -> str:
+        """Text since the last call, without an end that a stop string may turn out to begin with."""
+        end = self._length
+        if not self._finished:
+            end = max(end - max((stop.num_matched for stop in self._stops), default=0), self._num_delivered)
+        self._text.seek(self._num_delivered)
+        delta = self._text.read(end - self._num_delivered)
+        self._num_delivered = end
+        return delta
+
+    def finish(self) -> None:
+        """No token follows: release what was held back, an unfinished character included."""
+        if self._decode is not None and not self._finished:
+            window_text = self._decode(self._window)
+            self._resolve_prompt_end(window_text)
+            self._take(window_text[self._num_taken :], may_stop=False)
+        self._finished = True
+
+    def _advance(self, window_text: str) -> str:
+        """What the window's text adds to the sequence's, up to the last character that is whole."""
+        unfinished = window_text.endswith(_UNKNOWN)
+        if unfinished and len(self._window) - self._num_whole <= _MAX_UNFINISHED:
+            return ""
+        self._resolve_prompt_end(window_text)
+        end = max(len(window_text) - unfinished, self._num_taken)
+        new, self._num_taken = window_text[self._num_taken : end], end
+        if not unfinished:
+            self._num_whole = len(self._window)
+        self._shrink_window()
+        return new
+
+    def _resolve_prompt_end(self, window_text: str) -> None:
+        """If the prompt ended within a character that is complete now, the character is the answer's."""
+        if not window_text.startswith(self._prompt_end):
+            self._num_taken = len(self._prompt_end.rstrip(_UNKNOWN))
+        self._prompt_end = ""
+
+    def _shrink_window(self) -> None:
+        """Keep the fewest last tokens that have a text and do not begin within a character."""
+        assert self._decode is not None
+        if (num_tokens := len(self._window)) < _MAX_WINDOW:
+            return
+        for size in range(_CONTEXT, _MAX_WINDOW):
+            text = self._decode(self._window[-size:])
+            if text and not text.startswith(_UNKNOWN):
+                break
+        else:
+            if num_tokens < _PATIENCE:
+                return
+        del self._window[:-size]
+        unfinished = text.endswith(_UNKNOWN)
+        self._num_taken = len(text) - unfinished
+        self._num_whole = 0 if unfinished else size
+
+    def _take(self, new: str, may_stop: bool) -> None:
+        """Add `new` to the text; if that completes a stop string, cut the text there and finish."""
+        self._text.seek(self._length)
+        self._text.write(new)
+        hits = [(end, -len(s.pattern), s.pattern) for s in self._stops if (end := s.feed(new, may_stop))]
+        if not hits:
+            self._length += len(new)
+            return
+        end, minus_size, self._stop = min(hits)
+        self._length += end if self._include_stop else end + minus_size
+        self._text.truncate(self._length)
+        self._finished = True
+
+
+class _StopString:
+    """Follows a text for the first end of `pattern` in it (Knuth-Morris-Pratt)."""
+
+    def __init__(self, pattern: str) -> None:
+        self.pattern = pattern
+        self._state = 0  # length of the longest beginning of the pattern with which the text ends
+        self._fallback = [0, 0]  # state -> the next shorter such length
+        for char in pattern[1:]:
+            self._fallback.append(self._follow(self._fallback[-1], char))
+
+    @property
+    def num_matched(self) -> int:
+        """Last characters of the text that a pattern still to come may begin with."""
+        return self._fallback[-1] if self._state == len(self.pattern) else self._state
+
+    def feed(self, text: str, may_stop: bool) -> int:
+        """Characters of `text` up to the pattern's end; 0 if it does not end here, or may not stop here."""
+        for end, char in enumerate(text, 1):
+            self._state = self._follow(self.num_matched, char)
+            if may_stop and self._state == len(self.pattern):
+                return end
+        return 0
+
+    def _follow(self, state: int, char: str) -> int:
+        while state and self.pattern[state] != char:
+            state = self._fallback[state]
+        return state + 1 if self.pattern[state] == char else 0
+
+
+def to_logprobs(
+    logprobs: TokenLogprobs, num_logprobs: int, tokenizer: "PreTrainedTokenizerBase | None" = None
+) -> Logprobs:
+    """vLLM's form of N rows: token id -> Logprob, the token that stands there first, then the best `num_logprobs`.
+
+    With a tokenizer each token's text comes along, decoded by itself.
+    """
+    ids = logprobs.token_ids[:, : num_logprobs + 1]
+    texts: dict[int, str | None] = dict.fromkeys(np.unique(ids).tolist())
+    if tokenizer is not None:
+        texts = {i: tokenizer.decode([i]) for i in texts}
+    rows: Logprobs = []
+    for row, values, rank in zip(ids.tolist(), logprobs.logprobs.tolist(), logprobs.ranks.tolist(), strict=True):
+        entries = zip(row, values, (rank, *range(1, len(row))), strict=False)
+        rows.append({i: Logprob(value, r, texts[i]) for i, value, r in entries})
+    return rows

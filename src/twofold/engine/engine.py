@@ -1,0 +1,176 @@
+"""The step loop: schedule, submit, collect. The engine is the parent of the ranks and keeps all that users sent."""
+
+import hashlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from twofold.config import EngineConfig
+from twofold.engine.block_pool import BlockPool
+from twofold.engine.output_processor import OutputProcessor
+from twofold.engine.request import Request, RequestStatus
+from twofold.engine.scheduler import Scheduler
+from twofold.engine.step import StepResult
+from twofold.errors import ConfigError, RequestError
+from twofold.executor.base import Executor
+from twofold.executor.local import LocalExecutor
+from twofold.outputs import RequestOutput
+from twofold.runtime import RuntimeConfig, settle
+from twofold.sampling_params import SamplingParams
+
+
+class LLMEngine:
+    """Takes requests at any time; each `step` moves all of them on and returns those that changed.
+
+    Raises:
+        ConfigError, ModelError: the arguments, the model and the machine do not fit together.
+    """
+
+    def __init__(self, config: EngineConfig) -> None:
+        self.config = config
+        self.runtime, self.tokenizer = settle(config)
+        self.executor: Executor = LocalExecutor(self.runtime)
+        try:
+            num_blocks = self._num_blocks(self.runtime)
+            self.executor.allocate(num_blocks)
+        except BaseException:
+            self.executor.shutdown()
+            raise
+        self.vocab_size = self.executor.reports[0].vocab_size
+        self.max_steps_in_flight = 1 if self.runtime.device == "cpu" else 2
+        self.block_pool = BlockPool(num_blocks, self.runtime.block_size, config.enable_prefix_caching)
+        self.scheduler = Scheduler(
+            self.block_pool, config.max_num_seqs, self.runtime.max_num_batched_tokens, self.runtime.max_model_len
+        )
+        self.outputs = OutputProcessor(self.tokenizer)
+        self._num_seeds = 0
+
+    def _num_blocks(self, runtime: RuntimeConfig) -> int:
+        """What the rank with the least memory has room for."""
+        report = min(self.executor.reports, key=lambda report: report.num_blocks)
+        # A request's last token is never computed; one block is the null block.
+        needed = -(-(runtime.max_model_len - 1) // runtime.block_size) + 1
+        if report.num_blocks < needed:
+            held = max(report.num_blocks - 1, 0) * runtime.block_size
+            raise ConfigError(
+                f"the cache holds {held} tokens, fewer than max_model_len={runtime.max_model_len}; lower max_model_len, "
+                f"or raise kv_cache_memory_bytes to at least {needed * report.bytes_per_block}"
+            )
+        return report.num_blocks
+
+    def add_request(self, request_id: str, prompt: str | Sequence[int] | dict[str, Any], params: SamplingParams) -> None:
+        """Queues a prompt: text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}.
+
+        Raises:
+            RequestError: the prompt or its parameters cannot be served; nothing else is touched.
+        """
+        text, token_ids = self._tokenize(prompt)
+        if request_id in self.outputs.user_requests:
+            raise RequestError(f"request id {request_id!r} is in use; choose another")
+        requests = []
+        for index in range(params.n):
+            seed = self._draw_seed() if params.seed is None else params.seed + index
+            child_id = request_id if params.n == 1 else f"{request_id}#{index}"
+            requests.append(
+                Request(child_id, token_ids, params, seed=seed, eos_token_ids=self.runtime.eos_token_ids)
+            )
+        for request in requests:
+            self.scheduler.add(request)
+        self.outputs.add(request_id, text, params, requests)
+
+    def _tokenize(self, prompt: str | Sequence[int] | dict[str, Any]) -> tuple[str | None, list[int]]:
+        """→ text if there was one, checked token ids."""
+        text: str | None = None
+        if isinstance(prompt, dict):
+            if not {"prompt", "prompt_token_ids"} & prompt.keys():
+                raise RequestError(f"a prompt needs 'prompt' or 'prompt_token_ids', got {', '.join(prompt) or 'nothing'}")
+            text = prompt.get("prompt")
+            prompt = prompt.get("prompt_token_ids", text)
+        if isinstance(prompt, str):
+            text = prompt
+            if self.tokenizer is None:
+                raise RequestError("the prompt is text, but skip_tokenizer_init is set; give prompt_token_ids")
+            token_ids = self.tokenizer.encode(prompt)
+        else:
+            if not isinstance(prompt, Sequence | np.ndarray):
+                raise RequestError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
+            token_ids = [self._check_token(token) for token in prompt]
+        if not token_ids:
+            raise RequestError("the prompt is empty (0 tokens); it needs at least 1")
+        limit = self.scheduler.max_num_tokens - 1
+        if len(token_ids) > limit:
+            raise RequestError(
+                f"the prompt has {len(token_ids)} tokens, more than the {limit} that max_model_len="
+                f"{self.runtime.max_model_len} leaves beside one of the answer; shorten it or raise max_model_len"
+            )
+        return text, token_ids
+
+    def _check_token(self, token: Any) -> int:
+        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < self.vocab_size:
+            raise RequestError(f"token id {token!r} is out of range; the model has ids 0 to {self.vocab_size - 1}")
+        return int(token)
+
+    def _draw_seed(self) -> int:
+        """The same requests in the same order draw the same seeds."""
+        self._num_seeds += 1
+        digest = hashlib.blake2b(f"{self.config.seed} {self._num_seeds}".encode(), digest_size=8).digest()
+        return int.from_bytes(digest, "little")
+
+    def step(self) -> list[RequestOutput]:
+        """One step of all ranks; the requests that got a token, each as it stands now."""
+        while self.scheduler.num_in_flight < self.max_steps_in_flight and (step := self.scheduler.schedule()):
+            self.executor.submit(step)
+        if not self.scheduler.num_in_flight:
+            return []
+        return self._update(self.executor.collect())
+
+    def _update(self, results: list[StepResult]) -> list[RequestOutput]:
+        """Takes every rank's answer to the oldest step."""
+        place = {  # request id -> rank's result, row in it
+            request_id: (result, row) for result in results for row, request_id in enumerate(result.request_ids)
+        }
+        for result in results:
+            for request_id, pieces in result.prompt_logprobs.items():
+                for position, logprobs in pieces:
+                    self.outputs.add_prompt_logprobs(request_id, position, logprobs)
+        tokens = {request_id: int(result.token_ids[row]) for request_id, (result, row) in place.items()}
+        changed: dict[str, None] = {}
+        for request, token in self.scheduler.update(results[0].step_id, tokens):
+            result, row = place[request.request_id]
+            stop = self.outputs.add_token(request, token, result.logprobs, row)
+            if stop is not None:
+                request.stop_reason = stop
+                self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
+            changed[self.outputs.user_of(request).request_id] = None
+        return [self.outputs.output(request_id) for request_id in changed]
+
+    def abort_request(self, request_id: str) -> RequestOutput | None:
+        """Ends a request; its output as far as it came, or None if there is none of that id."""
+        user = self.outputs.user_requests.get(request_id)
+        if user is None:
+            return None
+        for sequence in user.sequences:
+            self.scheduler.abort(sequence.request.request_id)
+        return self.outputs.output(request_id)
+
+    @property
+    def has_unfinished_requests(self) -> bool:
+        return self.scheduler.has_unfinished
+
+    @property
+    def is_idle(self) -> bool:
+        """No request, no step in flight, and every block free or in the prefix cache."""
+        return self.scheduler.is_idle and not self.outputs.user_requests
+
+    def num_computed_tokens(self) -> int:
+        """Prompt tokens done so far of all requests under way, for progress bars."""
+        return sum(
+            min(sequence.request.num_computed_tokens, len(user.prompt_token_ids))
+            for user in self.outputs.user_requests.values()
+            for sequence in user.sequences
+        )
+
+    def shutdown(self) -> None:
+        """Ends the ranks."""
+        self.executor.shutdown()

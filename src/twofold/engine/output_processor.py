@@ -1,0 +1,140 @@
+"""From sampled token ids to what the user sees: text, log-probabilities, reasons, times."""
+
+import time
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from twofold.engine.detokenizer import Detokenizer, to_logprobs
+from twofold.engine.request import Request, RequestStatus
+from twofold.engine.step import TokenLogprobs
+from twofold.outputs import CompletionOutput, Logprobs, PromptLogprobs, RequestMetrics, RequestOutput
+from twofold.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+
+@dataclass(slots=True)
+class Sequence:
+    """One of a request's `n` answers."""
+
+    index: int
+    request: Request
+    detokenizer: Detokenizer
+    logprobs: Logprobs | None
+    cumulative_logprob: float = 0.0
+
+
+@dataclass(slots=True)
+class UserRequest:
+    """What a user sent: one prompt and its `n` sequences."""
+
+    request_id: str
+    prompt: str | None
+    prompt_token_ids: list[int]
+    params: SamplingParams
+    metrics: RequestMetrics
+    sequences: list[Sequence] = field(default_factory=list)
+    prompt_logprobs: PromptLogprobs | None = None
+
+    @property
+    def finished(self) -> bool:
+        return all(sequence.request.finished for sequence in self.sequences)
+
+
+class OutputProcessor:
+    """Keeps the users' requests that are not finished, and turns each step's tokens into their outputs."""
+
+    def __init__(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
+        self.tokenizer = tokenizer
+        self.user_requests: dict[str, UserRequest] = {}
+        self._sequence_of: dict[str, tuple[UserRequest, Sequence]] = {}  # scheduler's request id -> whose
+
+    def add(self, request_id: str, prompt: str | None, params: SamplingParams, requests: list[Request]) -> None:
+        """Takes a user's request, as the scheduler's `requests`: one for each answer."""
+        prompt_token_ids = requests[0].prompt_token_ids.tolist()
+        user = UserRequest(
+            request_id,
+            prompt,
+            prompt_token_ids,
+            params,
+            RequestMetrics(requests[0].arrival_time, num_prompt_tokens=len(prompt_token_ids)),
+            prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt_token_ids),
+        )
+        for index, request in enumerate(requests):
+            detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params)
+            sequence = Sequence(index, request, detokenizer, None if params.logprobs is None else [])
+            user.sequences.append(sequence)
+            self._sequence_of[request.request_id] = (user, sequence)
+        self.user_requests[request_id] = user
+
+    def add_prompt_logprobs(self, request_id: str, position: int, logprobs: TokenLogprobs) -> None:
+        """Log-probabilities of the prompt's tokens from `position` on; after a preemption they come twice."""
+        if (entry := self._sequence_of.get(request_id)) is None:
+            return
+        user, sequence = entry
+        assert user.prompt_logprobs is not None and user.params.prompt_logprobs is not None
+        if sequence.index == 0:
+            rows = to_logprobs(logprobs, user.params.prompt_logprobs, self.tokenizer)
+            user.prompt_logprobs[position : position + len(rows)] = rows
+
+    def add_token(self, request: Request, token: int, logprobs: TokenLogprobs | None, row: int) -> str | None:
+        """Takes one sampled token, and row `row` of the step's log-probabilities; the stop string it completes, if any."""
+        user, sequence = self._sequence_of[request.request_id]
+        if user.metrics.first_token_time is None:
+            user.metrics.first_token_time = time.time()
+            user.metrics.num_cached_tokens = request.num_cached_tokens
+        if sequence.logprobs is not None and logprobs is not None:
+            one = TokenLogprobs(
+                logprobs.token_ids[row : row + 1], logprobs.logprobs[row : row + 1], logprobs.ranks[row : row + 1]
+            )
+            sequence.cumulative_logprob += float(one.logprobs[0, 0])
+            assert user.params.logprobs is not None
+            sequence.logprobs += to_logprobs(one, user.params.logprobs, self.tokenizer)
+        ends = request.status is RequestStatus.FINISHED_STOPPED
+        if not ends or user.params.include_stop_str_in_output:
+            return sequence.detokenizer.append([token])
+        return None
+
+    def output(self, request_id: str) -> RequestOutput:
+        """A user's request as it stands; once it is finished it is forgotten here."""
+        user = self.user_requests[request_id]
+        for sequence in user.sequences:
+            if sequence.request.finished:
+                sequence.detokenizer.finish()
+        if user.finished:
+            user.metrics.finished_time = time.time()
+            self.forget(request_id)
+        return RequestOutput(
+            request_id=user.request_id,
+            prompt=user.prompt,
+            prompt_token_ids=user.prompt_token_ids,
+            prompt_logprobs=user.prompt_logprobs,
+            outputs=[_completion(sequence) for sequence in user.sequences],
+            finished=user.finished,
+            metrics=user.metrics,
+            num_cached_tokens=user.metrics.num_cached_tokens,
+        )
+
+    def user_of(self, request: Request) -> UserRequest:
+        return self._sequence_of[request.request_id][0]
+
+    def forget(self, request_id: str) -> None:
+        user = self.user_requests.pop(request_id)
+        for sequence in user.sequences:
+            del self._sequence_of[sequence.request.request_id]
+
+
+def _completion(sequence: Sequence) -> CompletionOutput:
+    request = sequence.request
+    return CompletionOutput(
+        index=sequence.index,
+        text=sequence.detokenizer.text,
+        token_ids=np.asarray(request.output_token_ids).tolist(),
+        cumulative_logprob=None if sequence.logprobs is None else sequence.cumulative_logprob,
+        logprobs=sequence.logprobs,
+        finish_reason=request.finish_reason,  # type: ignore[arg-type]
+        stop_reason=request.stop_reason,
+    )

@@ -1,0 +1,45 @@
+"""What can go wrong, as one tree: what the user did (HTTP 4xx), and what we or the machine did (HTTP 5xx).
+
+    TwofoldError
+    ├── UserError                  the request or the configuration cannot be served as it stands
+    │   ├── ConfigError            an engine argument
+    │   ├── ModelError             a model that is missing, broken or not supported
+    │   └── RequestError           one prompt or its sampling parameters; no other request is touched
+    └── EngineError                the engine failed
+        ├── RankDiedError          a rank ended, or stopped answering
+        └── RankFailedError        a rank raised
+
+Every message is one line that names the value, the limit and the way out.
+"""
+
+
+class TwofoldError(Exception):
+    """Base of every error that Twofold raises on purpose."""
+
+
+class UserError(TwofoldError, ValueError):
+    """What was asked for cannot be served; the message says what to change."""
+
+
+class ConfigError(UserError):
+    """An engine argument is wrong."""
+
+
+class ModelError(UserError):
+    """A model, its weights or its tokenizer is missing, broken or not supported."""
+
+
+class RequestError(UserError):
+    """A prompt or its sampling parameters are wrong."""
+
+
+class EngineError(TwofoldError, RuntimeError):
+    """The engine failed; no user is at fault."""
+
+
+class RankDiedError(EngineError):
+    """A rank's process ended or stopped answering."""
+
+
+class RankFailedError(EngineError):
+    """A rank raised; the message carries its last line."""

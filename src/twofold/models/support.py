@@ -1,0 +1,165 @@
+"""Which models are served, and why not those that are not.
+
+Twofold leaves a model's code to Transformers and takes over one thing: attention. That is sound only if attention is
+the one place where a token sees another. `refusal` says no by what a configuration declares; `probe` makes sure by
+running the loaded model twice with attention cut off, and reads off what each layer's attention computes.
+"""
+
+import inspect
+import sys
+from typing import Any
+
+import torch
+import transformers
+from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from twofold.attention.op import ATTENTION_NAME
+from twofold.attention.spec import AttentionSpec
+from twofold.errors import ModelError
+
+PROBE_NAME = "twofold_probe"
+SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "attention", "global", "local", "sliding", "full"}
+# What a layer may hand to attention beside q, k, v that does not change the result, or that we compute ourselves.
+UNDERSTOOD = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout"}
+HARMLESS = {
+    "attention_mask", "position_ids", "position_embeddings", "cache_position", "past_key_values", "past_key_value",
+    "use_cache", "output_attentions", "output_router_logits", "output_hidden_states", "return_dict", "logits_to_keep",
+    "layer_type", "layer_idx", "attn_implementation", "shared_kv_states", "per_layer_input", "input_ids",
+    "deterministic", "head_mask", "layer_head_mask",
+}  # fmt: skip
+
+
+def causal_lm_class(model_type: str) -> type[PreTrainedModel] | None:
+    """Transformers' class that AutoModelForCausalLM makes for this `model_type`."""
+    name = MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(model_type)
+    if isinstance(name, tuple | list):
+        name = name[0]
+    return None if name is None else getattr(transformers, name, None)
+
+
+def refusal(config: PretrainedConfig) -> str | None:
+    """Why a model of this configuration is not served; None if nothing that it declares speaks against it."""
+    if getattr(config, "is_encoder_decoder", False):
+        return "it is an encoder-decoder; only decoders are served"
+    for part in ("vision_config", "audio_config", "text_config"):
+        if getattr(config, part, None) is not None:
+            return f"it is multimodal ({part}); only text decoders are served: load its text model by itself"
+    cls = causal_lm_class(config.model_type)
+    if cls is None:
+        return f"Transformers has no causal language model of type {config.model_type!r}"
+    if getattr(cls, "_is_stateful", False):
+        return "it is recurrent or has linear attention: its tokens see each other outside attention"
+    layer_types = set(getattr(config, "layer_types", None) or ())
+    if other := sorted(str(t) for t in layer_types - SERVED_LAYER_TYPES):
+        return f"it has layers of type {', '.join(other)}; full and sliding-window attention are served"
+    if getattr(config, "is_decoder", True) is False and not _is_causal_by_nature(cls):
+        return "it is an encoder (is_decoder is false)"
+    if getattr(config, "alibi", False):
+        return "it uses ALiBi position biases, which the attention interface does not carry"
+    if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(sys.modules[cls.__module__]):
+        return "its attention does not go through Transformers' attention interface"
+    return None
+
+
+def _is_causal_by_nature(cls: type[PreTrainedModel]) -> bool:
+    """Decoders inherit `is_decoder=False` from the base configuration; encoders are those whose code asks for it."""
+    return "config.is_decoder" not in inspect.getsource(sys.modules[cls.__module__])
+
+
+class _Recorder:
+    """Stands in for attention: passes each token its own value, and notes what it was called with."""
+
+    def __init__(self) -> None:
+        self.modules: list[torch.nn.Module] = []
+        self.specs: list[AttentionSpec] = []
+
+    def __call__(
+        self,
+        module: torch.nn.Module,
+        query: torch.Tensor,
+        key: torch.Tensor,
+        value: torch.Tensor,
+        attention_mask: torch.Tensor | None,
+        **kwargs: Any,
+    ) -> tuple[torch.Tensor, None]:
+        if attention_mask is not None:
+            raise ModelError("it masks attention in a way of its own")
+        if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
+            raise ModelError("its attention is not causal")
+        for name, given in kwargs.items():
+            if given is not None and name not in UNDERSTOOD | HARMLESS:
+                raise ModelError(f"its attention takes {name!r}, which is not known here")
+        if any(module is seen for seen in self.modules):
+            raise ModelError("it runs an attention layer more than once in a forward pass")
+        scaling = kwargs.get("scaling")
+        self.modules.append(module)
+        self.specs.append(
+            AttentionSpec(
+                num_heads=query.shape[1],
+                num_kv_heads=key.shape[1],
+                qk_head_dim=query.shape[-1],
+                v_head_dim=value.shape[-1],
+                scaling=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
+                sliding_window=kwargs.get("sliding_window"),
+                softcap=kwargs.get("softcap"),
+                sinks=kwargs.get("s_aux"),
+            )
+        )
+        groups = query.shape[1] // value.shape[1]
+        return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous(), None
+
+
+@torch.inference_mode()
+def probe(model: PreTrainedModel) -> list[AttentionSpec]:
+    """Each layer's attention, in the order of the forward pass; stamps `twofold_layer` on the attention modules.
+
+    With attention passing each token its own value, changing one token must change no other token's hidden state.
+
+    Raises:
+        ModelError: the model's tokens see each other outside attention, or its attention does what we do not know.
+    """
+    name = type(model).__name__
+    device = next(model.parameters()).device
+    vocab_size = model.get_input_embeddings().num_embeddings
+    ids = torch.arange(1, 7, device=device)[None] * 5 % vocab_size
+    changed = ids.clone()
+    changed[0, 2] = (changed[0, 2] + 3) % vocab_size
+    position_ids = torch.arange(6, device=device)[None]
+    recorders = [_Recorder(), _Recorder()]
+    hidden = []
+    try:
+        for recorder, input_ids in zip(recorders, (ids, changed), strict=True):
+            AttentionInterface.register(PROBE_NAME, recorder)
+            _use_attention(model, PROBE_NAME)
+            out = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
+            hidden.append(out[0][0].float())  # [6, hidden_size]
+    except ModelError as error:
+        raise ModelError(f"{name} is not served: {error}") from None
+    except Exception as error:
+        raise ModelError(f"{name} is not served: its forward pass failed on token ids ({error})") from error
+    specs = recorders[0].specs
+    num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
+    if not specs or (num_layers is not None and len(specs) != num_layers):
+        raise ModelError(
+            f"{name} is not served: {len(specs)} of its {num_layers} layers attend through the attention interface"
+        )
+    others = torch.tensor([0, 1, 3, 4, 5], device=device)
+    change = (hidden[0][others] - hidden[1][others]).norm() / hidden[0][others].norm()
+    if not change < 1e-3:
+        raise ModelError(f"{name} is not served: its tokens see each other outside attention (change {change:.1e})")
+    layer_types = getattr(model.config, "layer_types", None)
+    for layer, (module, spec) in enumerate(zip(recorders[0].modules, specs, strict=True)):
+        declared = layer_types[layer] if layer_types and len(layer_types) == len(specs) else None
+        if declared == "sliding_attention" and spec.sliding_window is None:
+            raise ModelError(f"{name} is not served: layer {layer} hides its sliding window from the interface")
+        module.twofold_layer = layer  # type: ignore[assignment]
+    _use_attention(model, ATTENTION_NAME)
+    return specs
+
+
+def _use_attention(model: PreTrainedModel, name: str) -> None:
+    for module in model.modules():
+        config = getattr(module, "config", None)
+        if isinstance(config, PretrainedConfig):
+            config._attn_implementation = name

@@ -1,0 +1,134 @@
+"""What the engine arguments come to on this machine, with this model: every `None` and `auto` settled, once."""
+
+import os
+from dataclasses import dataclass, field
+
+import torch
+from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+
+from twofold.config import EngineConfig
+from twofold.errors import ConfigError, ModelError
+from twofold.models.source import ModelSource, load_config, load_tokenizer, resolve
+from twofold.models.support import refusal
+
+CPU_CACHE_BYTES = 2 << 30  # a rank's cache on a CPU unless told otherwise; untouched pages cost nothing
+RANKS_PER_CORE = 4  # more would wait for each other
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """What a rank needs to know; sent to each when it starts."""
+
+    engine: EngineConfig
+    source: ModelSource
+    model_config: PretrainedConfig = field(repr=False)
+    device: str  # cpu, or cuda
+    dtype: torch.dtype
+    max_model_len: int
+    max_num_batched_tokens: int
+    block_size: int
+    attention_backend: str
+    eos_token_ids: frozenset[int]
+    num_threads: int  # of each rank, on a CPU
+
+    @property
+    def num_ranks(self) -> int:
+        return self.engine.prefill_context_parallel_size
+
+
+def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase | None]:
+    """Looks at the model's files and the machine.
+
+    Raises:
+        ConfigError: an argument does not fit the model or the machine.
+        ModelError: the model or its tokenizer is missing, broken or not served.
+    """
+    source = resolve(config)
+    model_config = load_config(source, config.trust_remote_code)
+    if reason := refusal(model_config):
+        raise ModelError(f"model {config.model!r} ({model_config.model_type}) is not served: {reason}")
+    device = _device(config)
+    num_cores = len(os.sched_getaffinity(0))
+    backend = config.attention_backend
+    if backend == "auto":
+        backend = "sdpa"
+    tokenizer = (
+        None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer, source, config.trust_remote_code)
+    )
+    runtime = RuntimeConfig(
+        engine=config,
+        source=source,
+        model_config=model_config,
+        device=device,
+        dtype=_dtype(config, model_config, device),
+        max_model_len=_max_model_len(config, model_config),
+        max_num_batched_tokens=config.max_num_batched_tokens or _default_batched_tokens(config, device),
+        block_size=config.block_size or (16 if device == "cpu" else 128),
+        attention_backend=backend,
+        eos_token_ids=_eos_token_ids(config, source, model_config, tokenizer),
+        num_threads=int(os.environ.get("OMP_NUM_THREADS") or 0)
+        or max(1, num_cores // config.prefill_context_parallel_size),
+    )
+    return runtime, tokenizer
+
+
+def _device(config: EngineConfig) -> str:
+    size = config.prefill_context_parallel_size
+    num_gpus = torch.cuda.device_count()
+    device = config.device if config.device != "auto" else ("cuda" if num_gpus else "cpu")
+    if device == "cuda":
+        limit, holder = num_gpus, f"{num_gpus} GPUs"
+    else:
+        num_cores = len(os.sched_getaffinity(0))
+        limit, holder = RANKS_PER_CORE * num_cores, f"{num_cores} cores"
+    if size > limit:
+        raise ConfigError(
+            f"prefill_context_parallel_size must be at most {limit} on this machine ({holder}), got {size}"
+        )
+    return device
+
+
+def _dtype(config: EngineConfig, model_config: PretrainedConfig, device: str) -> torch.dtype:
+    if config.dtype != "auto":
+        dtype: torch.dtype = getattr(torch, config.dtype)
+        return dtype
+    stored = model_config.get_text_config().dtype
+    if isinstance(stored, str):
+        stored = getattr(torch, stored)
+    stored = stored or torch.float32
+    return torch.bfloat16 if device == "cuda" and stored == torch.float32 else stored
+
+
+def _max_model_len(config: EngineConfig, model_config: PretrainedConfig) -> int:
+    limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    if config.max_model_len is None:
+        return int(limit or 8192)
+    if limit is not None and config.max_model_len > limit:
+        raise ConfigError(
+            f"max_model_len must be at most the model's {limit} positions (max_position_embeddings), "
+            f"got {config.max_model_len}"
+        )
+    return config.max_model_len
+
+
+def _default_batched_tokens(config: EngineConfig, device: str) -> int:
+    return (2048 if device == "cpu" else 32768) * config.prefill_context_parallel_size
+
+
+def _eos_token_ids(
+    config: EngineConfig,
+    source: ModelSource,
+    model_config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase | None,
+) -> frozenset[int]:
+    """What ends an answer: the model's configuration, its generation configuration and its tokenizer each may say."""
+    found: set[int] = set()
+    says = [getattr(model_config.get_text_config(), "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
+    if source.gguf_file is None and config.load_format != "dummy":
+        try:
+            says.append(GenerationConfig.from_pretrained(source.path).eos_token_id)
+        except OSError:
+            pass  # most models have none
+    for said in says:
+        found.update([said] if isinstance(said, int) else said or ())
+    return frozenset(found)

@@ -1,0 +1,22 @@
+"""What crosses the socket between the engine and a rank, beside steps and their results. Never off the machine."""
+
+from dataclasses import dataclass
+
+from twofold.runtime import RuntimeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RankStart:
+    """The first message to a rank."""
+
+    rank: int
+    runtime: RuntimeConfig
+    folder: str  # where the ranks of this machine meet: collective store, shared weights
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A rank's last message when it raised."""
+
+    message: str
+    is_model_error: bool

@@ -1,0 +1,194 @@
+"""One rank's steps: prepare, forward, sample. `launch` enqueues a step, `collect` waits for its tokens."""
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from twofold.attention.op import AttentionBackend, ForwardContext, forward_context
+from twofold.engine.step import Step, StepResult
+from twofold.models.loader import DecoderModel
+from twofold.parallel.exchange import Exchange
+from twofold.parallel.mesh import Mesh
+from twofold.sampling_params import SamplingParams
+from twofold.worker.input_batch import InputBatch, prepare, to_device
+from twofold.worker.kv_cache import KVCache
+from twofold.worker.request_states import RequestStates
+from twofold.worker.sampler import LogprobTensors, SamplingBatch, compute_logprobs, sample
+
+PROMPT_LOGPROB_ROWS = 512  # positions whose logits over the vocabulary are held at once
+
+
+@dataclass(slots=True)
+class LaunchedStep:
+    """A step whose tokens may not be on the CPU yet."""
+
+    step: Step
+    batch: InputBatch
+    all_token_ids: torch.Tensor  # [P * max S] on the CPU, once `ready`
+    logprobs: LogprobTensors | None  # of my sampled rows
+    prompt_logprobs: dict[str, list[tuple[int, LogprobTensors]]]
+    ready: torch.cuda.Event | None
+
+
+class ModelRunner:
+    """Runs steps on one rank. Every rank runs the same steps in the same order."""
+
+    def __init__(
+        self,
+        model: DecoderModel,
+        cache: KVCache,
+        states: RequestStates,
+        mesh: Mesh,
+        exchange: Exchange,
+        backend: AttentionBackend,
+        policy: str,
+        eos_token_ids: frozenset[int],
+        device: torch.device,
+    ) -> None:
+        self.model, self.cache, self.states = model, cache, states
+        self.mesh, self.exchange, self.backend, self.policy = mesh, exchange, backend, policy
+        self.eos_token_ids, self.device = eos_token_ids, device
+
+    @torch.inference_mode()
+    def launch(self, step: Step) -> LaunchedStep:
+        """Enqueues one step."""
+        self.states.apply(step)
+        batch = prepare(
+            step.batch, self.states, self.mesh.rank, self.mesh.size, self.policy, self.cache.block_size
+        )
+        hidden_states = self._forward(batch)
+        tokens, logprobs = self._sample(step, batch, hidden_states)
+        prompt_logprobs = self._prompt_logprobs(step, batch, hidden_states)
+        return self._publish_tokens(step, batch, tokens, logprobs, prompt_logprobs)
+
+    def collect(self, launched: LaunchedStep) -> StepResult:
+        """Waits for a launched step; notes its tokens and returns those that this rank sampled."""
+        step, batch = launched.step, launched.batch
+        if launched.ready is not None:
+            launched.ready.synchronize()
+        request_ids = step.batch.request_ids
+        token_ids: NDArray[np.int64] = launched.all_token_ids.numpy()
+        sampled = batch.all_sampled_request_idx
+        self.states.append_sampled(tuple(request_ids[i] for i in sampled[sampled >= 0]), token_ids[sampled >= 0])
+        start = self.mesh.rank * (len(sampled) // self.mesh.size)
+        mine = batch.sampled_request_idx
+        return StepResult(
+            step_id=step.step_id,
+            rank=self.mesh.rank,
+            request_ids=tuple(request_ids[i] for i in mine),
+            token_ids=token_ids[start : start + len(mine)].astype(np.int32),
+            logprobs=launched.logprobs.to_numpy() if launched.logprobs is not None else None,
+            prompt_logprobs={
+                request_id: [(position, tensors.to_numpy()) for position, tensors in pieces]
+                for request_id, pieces in launched.prompt_logprobs.items()
+            },
+        )
+
+    def needs_tokens_on_cpu(self, step: Step) -> bool:
+        """Whether the step samples with penalties, which count tokens on the CPU: earlier steps must be collected."""
+        states = self.states
+        params = [new.sampling_params for new in step.new]
+        params += [p for p in states.params if p is not None]
+        return any(_counts_tokens(p) for p in params)
+
+    def _forward(self, batch: InputBatch) -> torch.Tensor:
+        """→ hidden states [max(T, 1), hidden_size]; a rank without tokens runs a padding token and joins the exchange."""
+        self.exchange.begin(batch.exchange)
+        context = ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, batch.metadata)
+        with forward_context(context):
+            return self.model.hidden_states(batch.input_ids, batch.position_ids)
+
+    def _sample(
+        self, step: Step, batch: InputBatch, hidden_states: torch.Tensor
+    ) -> tuple[torch.Tensor, LogprobTensors | None]:
+        """Samples the rows that this rank owns → token ids [S], on the device."""
+        if not len(batch.sampled_token_idx):
+            return torch.empty(0, dtype=torch.long, device=self.device), None
+        logits = self.model.logits(hidden_states[to_device(batch.sampled_token_idx, self.device)])
+        return sample(logits, self._sampling_batch(step, batch))
+
+    def _sampling_batch(self, step: Step, batch: InputBatch) -> SamplingBatch:
+        states = self.states
+        requests = batch.sampled_request_idx
+        lines = batch.state_idx[requests]
+        params = [p for p in (states.params[line] for line in lines) if p is not None]
+        positions = (step.batch.num_computed_tokens + step.batch.num_scheduled_tokens)[requests]
+        num_prompt_tokens = states.num_prompt_tokens[lines]
+        ends = list(zip(lines.tolist(), num_prompt_tokens.tolist(), positions.tolist(), strict=True))
+        return SamplingBatch.build(
+            params,
+            seeds=states.seeds[lines],
+            positions=positions,
+            prompt_token_ids=[states.token_ids[line, :prompt] for line, prompt, _ in ends],
+            output_token_ids=[states.token_ids[line, prompt:end] for line, prompt, end in ends],
+            forbidden_token_ids=[
+                self._forbidden(p, end - prompt) for p, (_, prompt, end) in zip(params, ends, strict=True)
+            ],
+        )
+
+    def _forbidden(self, params: SamplingParams, num_output_tokens: int) -> tuple[int, ...]:
+        """What would end the request before its min_tokens."""
+        if num_output_tokens >= params.min_tokens:
+            return ()
+        eos = () if params.ignore_eos else tuple(self.eos_token_ids)
+        return eos + tuple(params.stop_token_ids or ())
+
+    def _prompt_logprobs(
+        self, step: Step, batch: InputBatch, hidden_states: torch.Tensor
+    ) -> dict[str, list[tuple[int, LogprobTensors]]]:
+        """For each of my rows whose request asks: log-probabilities of the prompt tokens that follow its tokens."""
+        states, bounds = self.states, batch.metadata.query_start_np
+        wanted: dict[str, list[tuple[int, LogprobTensors]]] = {}
+        lines = batch.state_idx[batch.row_request_idx]
+        asking = [row for row, line in enumerate(lines) if (p := states.params[line]) and p.prompt_logprobs is not None]
+        for row in asking:
+            line, start = int(lines[row]), int(batch.row_start[row])
+            params = states.params[line]
+            assert params is not None and params.prompt_logprobs is not None
+            count = min(int(bounds[row + 1] - bounds[row]), int(states.num_prompt_tokens[line]) - 1 - start)
+            for first in range(0, count, PROMPT_LOGPROB_ROWS):
+                size = min(PROMPT_LOGPROB_ROWS, count - first)
+                begin = int(bounds[row]) + first
+                targets = states.token_ids[line, start + first + 1 : start + first + 1 + size].astype(np.int64)
+                tensors = compute_logprobs(
+                    self.model.logits(hidden_states[begin : begin + size]),
+                    to_device(targets, self.device),
+                    params.prompt_logprobs,
+                )
+                request_id = step.batch.request_ids[batch.row_request_idx[row]]
+                wanted.setdefault(request_id, []).append((start + first + 1, tensors))
+        return wanted
+
+    def _publish_tokens(
+        self,
+        step: Step,
+        batch: InputBatch,
+        tokens: torch.Tensor,
+        logprobs: LogprobTensors | None,
+        prompt_logprobs: dict[str, list[tuple[int, LogprobTensors]]],
+    ) -> LaunchedStep:
+        """Every rank receives the tokens that the owners sampled; nobody samples them again."""
+        sampled = batch.all_sampled_request_idx
+        gathered = torch.zeros(len(sampled), dtype=torch.long, device=self.device)
+        ready = None
+        if len(sampled):
+            start, width = self.mesh.rank * (len(sampled) // self.mesh.size), len(sampled) // self.mesh.size
+            mine = gathered[start : start + width]
+            mine[: len(tokens)] = tokens
+            self.mesh.all_gather(gathered, mine)
+            # Padding's token goes to the line that no request has.
+            lines = np.where(sampled >= 0, batch.state_idx[sampled], self.states.max_num_seqs)
+            self.states.last_sampled[to_device(lines, self.device)] = gathered
+        if self.device.type != "cpu":
+            gathered = gathered.to("cpu", non_blocking=True)
+            ready = torch.cuda.Event()
+            ready.record()
+        return LaunchedStep(step, batch, gathered, logprobs, prompt_logprobs, ready)
+
+
+def _counts_tokens(params: SamplingParams) -> bool:
+    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+
+

@@ -1,0 +1,234 @@
+"""From logits to token ids, for the rows that a rank owns.
+
+Each row's randomness is one number, a hash of (request seed, position), so a token depends neither on its batch nor on
+its rank nor on what was drawn before. That number is looked up in the row's cumulative distribution. With the
+vocabulary in descending order every filter keeps a prefix of it, so top-k, top-p and min-p are three bounds on a count
+and no mask is built. Cumulative sums are float64: the order in which a device adds then moves no boundary noticeably.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Self
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from twofold.engine.step import TokenLogprobs
+from twofold.sampling_params import SamplingParams
+
+_GOLDEN = np.uint64(0x9E3779B97F4A7C15)
+
+
+@dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """What S sampled rows ask for; every array is [S] on the CPU. A feature that no row uses costs nothing."""
+
+    temperature: NDArray[np.float32]  # 0 is greedy
+    top_k: NDArray[np.int32]  # 0 is off
+    top_p: NDArray[np.float32]
+    min_p: NDArray[np.float32]
+    presence_penalty: NDArray[np.float32]
+    frequency_penalty: NDArray[np.float32]
+    repetition_penalty: NDArray[np.float32]
+    seeds: NDArray[np.uint64]
+    positions: NDArray[np.int64]  # index in its sequence of the token to be sampled
+    prompt_token_ids: Sequence[NDArray[np.int32]]  # read only for rows with penalties
+    output_token_ids: Sequence[NDArray[np.int32]]
+    forbidden_token_ids: Sequence[tuple[int, ...]]  # what would stop a row before its min_tokens
+    num_logprobs: int | None  # the largest number asked for; None if nobody asked
+
+    @classmethod
+    def build(
+        cls,
+        params: Sequence[SamplingParams],
+        seeds: Sequence[int] | NDArray[np.uint64],
+        positions: Sequence[int] | NDArray[np.int64],
+        prompt_token_ids: Sequence[NDArray[np.int32]],
+        output_token_ids: Sequence[NDArray[np.int32]],
+        forbidden_token_ids: Sequence[tuple[int, ...]],
+    ) -> Self:
+        """The batch of rows that ask for `params`. Seeds are taken modulo 2**64."""
+
+        def floats(name: str) -> NDArray[np.float32]:
+            return np.array([getattr(p, name) for p in params], np.float32)
+
+        return cls(
+            temperature=np.array([0.0 if p.greedy else p.temperature for p in params], np.float32),
+            top_k=np.array([max(p.top_k, 0) for p in params], np.int32),
+            top_p=floats("top_p"),
+            min_p=floats("min_p"),
+            presence_penalty=floats("presence_penalty"),
+            frequency_penalty=floats("frequency_penalty"),
+            repetition_penalty=floats("repetition_penalty"),
+            seeds=np.array([int(seed) % 2**64 for seed in seeds], np.uint64),
+            positions=np.asarray(positions, np.int64),
+            prompt_token_ids=prompt_token_ids,
+            output_token_ids=output_token_ids,
+            forbidden_token_ids=forbidden_token_ids,
+            num_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
+        )
+
+    def __len__(self) -> int:
+        return len(self.temperature)
+
+
+@dataclass(frozen=True, slots=True)
+class LogprobTensors:
+    """`TokenLogprobs` still on the device, so that the copy can wait until somebody needs it."""
+
+    token_ids: torch.Tensor  # int32 [N, K + 1]
+    logprobs: torch.Tensor  # float32 [N, K + 1]
+    ranks: torch.Tensor  # int32 [N]
+
+    def to_numpy(self) -> TokenLogprobs:
+        """A copy on the CPU; waits for the device."""
+        return TokenLogprobs(self.token_ids.cpu().numpy(), self.logprobs.cpu().numpy(), self.ranks.cpu().numpy())
+
+
+def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, LogprobTensors | None]:
+    """Next tokens, int64 [S], of rows with `logits` [S, V] in any float type, and their log-probabilities if asked for.
+
+    Applied in vLLM's order: penalties, forbidden tokens, temperature, min-p, top-k, top-p. Log-probabilities are those
+    of the raw logits. Among equal logits the lower id comes first. `logits` is left as it is.
+    """
+    scores = _adjust(logits, batch)
+    drawn = batch.temperature > 0
+    token_ids = logits.new_empty(len(batch), dtype=torch.int64) if drawn.all() else scores.argmax(dim=-1)
+    filtered = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
+    # Which way a row goes depends on the row alone: the two ways draw different tokens from the same number.
+    for rows, way in ((drawn & ~filtered, _draw), (drawn & filtered, _draw_filtered)):
+        if rows.any():
+            row_idx = np.flatnonzero(rows)
+            idx = _to(row_idx, logits)
+            scaled = scores[idx].float() / _to(batch.temperature[row_idx], logits)[:, None]
+            token_ids[idx] = way(scaled, batch, row_idx)
+    if batch.num_logprobs is None:
+        return token_ids, None
+    return token_ids, compute_logprobs(logits, token_ids, batch.num_logprobs)
+
+
+def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> LogprobTensors:
+    """Log-probabilities of `token_ids` [N] and of the `num_logprobs` most likely tokens under `logits` [N, V].
+
+    Takes 12 bytes of scratch per logit; callers with many rows come in chunks. K is at most V.
+    """
+    logits = logits.float()
+    keys = _sort_keys(logits)
+    own = token_ids.long()[:, None]
+    best = keys.topk(min(num_logprobs, logits.shape[-1]), dim=-1).indices
+    ids = torch.cat((own, best), dim=-1)
+    return LogprobTensors(
+        token_ids=ids.int(),
+        logprobs=logits.gather(-1, ids) - logits.logsumexp(dim=-1, keepdim=True),
+        ranks=(keys > keys.gather(-1, own)).sum(dim=-1, dtype=torch.int32) + 1,
+    )
+
+
+def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
+    """A number in [0, 1) for each (seed, position): element `position` of the SplitMix64 stream that `seed` begins."""
+    bits = _mix(_mix(seeds + _GOLDEN) + positions.astype(np.uint64) * _GOLDEN)
+    u: NDArray[np.float64] = np.multiply(bits >> np.uint64(11), 2.0**-53, dtype=np.float64)
+    return u
+
+
+def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """SplitMix64's finaliser: a bijection of 64 bits in which every input bit sways every output bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def _draw(scaled: torch.Tensor, batch: SamplingBatch, row_idx: NDArray[np.int64]) -> torch.Tensor:
+    """A token of each row [D] from all of `scaled` [D, V]; needs no order, so none is made."""
+    mass = torch.cumsum((scaled - scaled.amax(dim=-1, keepdim=True)).exp(), dim=-1, dtype=torch.float64)
+    return _look_up(mass, mass.shape[-1], batch, row_idx)[:, 0]
+
+
+def _draw_filtered(scaled: torch.Tensor, batch: SamplingBatch, row_idx: NDArray[np.int64]) -> torch.Tensor:
+    """A token of each row [D] from what min-p, top-k and top-p leave of `scaled` [D, V]."""
+    vocab_size = scaled.shape[-1]
+    top_k, top_p, min_p = batch.top_k[row_idx], batch.top_p[row_idx], batch.min_p[row_idx]
+    top_k = np.where(top_k > 0, np.minimum(top_k, vocab_size), vocab_size).astype(np.int64)
+    width = int(top_k.max())
+    if width < vocab_size:
+        ids = _sort_keys(scaled).topk(width, dim=-1).indices
+        scaled = scaled.gather(-1, ids)
+    else:
+        scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
+
+    weights = (scaled - scaled[:, :1]).exp()  # the most likely token weighs 1
+    mass = torch.cumsum(weights, dim=-1, dtype=torch.float64)
+    num_kept = _to(top_k, scaled)[:, None]
+    if (min_p > 0).any():
+        num_kept = num_kept.minimum((weights >= _to(min_p, scaled)[:, None]).sum(dim=-1, keepdim=True))
+    if (top_p < 1).any():  # a token stays while the mass before it falls short of top_p
+        enough = mass.gather(-1, num_kept - 1) * _to(top_p, scaled)[:, None]
+        num_kept = num_kept.minimum(torch.searchsorted(mass, enough) + 1)
+    return ids.gather(-1, _look_up(mass, num_kept, batch, row_idx))[:, 0]
+
+
+def _look_up(
+    mass: torch.Tensor, num_kept: torch.Tensor | int, batch: SamplingBatch, row_idx: NDArray[np.int64]
+) -> torch.Tensor:
+    """Column [D, 1] of the cumulative `mass` [D, W] on which each row's number falls, among the first `num_kept`."""
+    last = torch.as_tensor(num_kept, device=mass.device).expand(len(row_idx), 1) - 1
+    u = _to(uniforms(batch.seeds[row_idx], batch.positions[row_idx]), mass)[:, None]
+    return torch.searchsorted(mass, u * mass.gather(-1, last), right=True).minimum(last)
+
+
+def _sort_keys(x: torch.Tensor) -> torch.Tensor:
+    """int64 [N, V] that orders `x` float32 [N, V] by value, then lower id first. No two are equal, so any top-k agrees.
+
+    A float's bits, read as an integer, ascend with it, save that negative ones run backwards.
+    """
+    bits = (x + 0.0).view(torch.int32)  # adding 0 turns -0 into 0
+    ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)
+    return (ascending.long() << 32) - torch.arange(x.shape[-1], device=x.device)
+
+
+def _adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """`logits` after penalties and without forbidden tokens: itself if no row has any, else a float32 copy."""
+    vocab_size = logits.shape[-1]
+    forbidden = [(row, i) for row, ids in enumerate(batch.forbidden_token_ids) for i in ids if i < vocab_size]
+    repeats = batch.repetition_penalty != 1
+    penalised = np.flatnonzero(repeats | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0))
+    if not forbidden and not penalised.size:
+        return logits
+    scores = logits.to(torch.float32, copy=True)
+    if penalised.size:
+        idx = _to(penalised, logits)
+        x = scores[idx]  # [P, V]
+        rows, ids, ones = _flatten([batch.output_token_ids[row] for row in penalised.tolist()], x)
+        counts = torch.zeros_like(x).index_put_((rows, ids), ones, accumulate=True)
+        used = counts > 0
+        repetition, presence, frequency = (
+            _to(penalty[penalised], logits)[:, None]
+            for penalty in (batch.repetition_penalty, batch.presence_penalty, batch.frequency_penalty)
+        )
+        if repeats.any():
+            nothing = np.empty(0, np.int32)
+            prompts = [batch.prompt_token_ids[row] if repeats[row] else nothing for row in penalised.tolist()]
+            rows, ids, ones = _flatten(prompts, x)
+            seen = used.index_put((rows, ids), ones.bool())
+            x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
+        scores[idx] = x - frequency * counts - presence * used
+    if forbidden:
+        rows, ids = _to(np.array(forbidden, np.int64).T, logits)
+        scores[rows, ids] = -torch.inf
+    return scores
+
+
+def _flatten(
+    token_ids: Sequence[NDArray[np.int32]], like: torch.Tensor
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Rows, ids and ones [sum of lengths] of all `token_ids` within the vocabulary of `like` [P, V]."""
+    rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])
+    ids = np.concatenate(token_ids).astype(np.int64)
+    inside = (ids >= 0) & (ids < like.shape[-1])
+    row_tensor = _to(rows[inside], like)
+    return row_tensor, _to(ids[inside], like), like.new_ones(row_tensor.shape)
+
+
+def _to(array: NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
+    return torch.from_numpy(np.ascontiguousarray(array)).to(like.device, non_blocking=True)

@@ -1,0 +1,147 @@
+"""What a user may and may not ask of sampling."""
+
+import inspect
+import math
+import pickle
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from twofold.errors import RequestError
+from twofold.sampling_params import SamplingParams
+
+NAN, INF = math.nan, math.inf
+HUGE = 10**5000  # too long for Python to print
+
+WRONG: dict[str, list[Any]] = {
+    "n": [0, -1, 129, True, 1.0, "1", None, HUGE],
+    "temperature": [-0.1, NAN, INF, -INF, "1", None, True, 1e7, HUGE],
+    "top_k": [-2, 1.5, True, None, HUGE, NAN],
+    "top_p": [0.0, -0.1, 1.0001, NAN, INF, None, False, "0.5"],
+    "min_p": [-0.1, 1.1, NAN, None, True, []],
+    "seed": [-(2**63) - 1, 2**64, 1.0, True, "7", HUGE],
+    "presence_penalty": [-2.01, 2.01, NAN, None, True],
+    "frequency_penalty": [-2.01, 2.01, NAN, None, True],
+    "repetition_penalty": [0.0, -1.0, NAN, INF, None, True],
+    "min_tokens": [-1, None, True, 1.0, 17, HUGE],
+    "max_tokens": [0, -1, True, 1.0, INF, 2**31, HUGE],
+    "stop": ["", [""], ["a", ""], [1], 7, {"a": 1}, b"a"],
+    "stop_token_ids": [[-1], [2**31], [True], [1.0], ["1"], 5, "12", {1: 2}, [HUGE]],
+    "ignore_eos": [1, None, "yes"],
+    "logprobs": [-1, 21, True, 1.0, HUGE],
+    "prompt_logprobs": [-1, 21, True, 1.0],
+    "skip_special_tokens": [0, None],
+    "spaces_between_special_tokens": [0, None],
+    "detokenize": [1, None],
+    "include_stop_str_in_output": [1, None],
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [pytest.param(name, value, id=f"{name}-{i}") for name, values in WRONG.items() for i, value in enumerate(values)],
+)
+def test_a_wrong_value_is_refused_in_one_line_that_names_it(name: str, value: Any) -> None:
+    """Guards every field against wrong types and ranges: none may reach a rank, where it would hurt other requests."""
+    with pytest.raises(RequestError) as refusal:
+        SamplingParams(**{name: value})
+    message = str(refusal.value)
+    assert name in message
+    assert ", got " in message
+    assert "\n" not in message
+    assert len(message) < 200
+
+
+def test_messages_say_the_limit_and_the_value() -> None:
+    """Guards the wording that a user acts on."""
+    with pytest.raises(RequestError, match=r"^temperature must be a finite number at least 0 and .*, got nan$"):
+        SamplingParams(temperature=NAN)
+    with pytest.raises(RequestError, match=r"^top_p must be a finite number above 0 and at most 1, got 1\.5$"):
+        SamplingParams(top_p=1.5)
+    with pytest.raises(RequestError, match=r"^logprobs must be an integer from 0 to 20 or None, got 21$"):
+        SamplingParams(logprobs=21)
+    with pytest.raises(RequestError, match=r"^min_tokens must be at most max_tokens, which is 16, got 17$"):
+        SamplingParams(min_tokens=17)
+
+
+def test_every_field_is_tested_with_wrong_values() -> None:
+    """Guards the table above: a new field must bring its wrong values."""
+    assert set(WRONG) == set(SamplingParams.__dataclass_fields__)
+
+
+def test_the_defaults_are_those_of_vllm() -> None:
+    """Guards scripts that change only their import."""
+    params = SamplingParams()
+    assert (params.n, params.temperature, params.top_p, params.top_k, params.min_p) == (1, 1.0, 1.0, 0, 0.0)
+    assert (params.presence_penalty, params.frequency_penalty, params.repetition_penalty) == (0.0, 0.0, 1.0)
+    assert (params.seed, params.min_tokens, params.max_tokens, params.ignore_eos) == (None, 0, 16, False)
+    assert (params.stop, params.stop_token_ids, params.logprobs, params.prompt_logprobs) == ((), (), None, None)
+    assert params.detokenize
+    assert params.skip_special_tokens
+    assert params.spaces_between_special_tokens
+    assert not params.include_stop_str_in_output
+
+
+def test_the_edges_of_every_range_are_accepted() -> None:
+    """Guards against limits that are off by one."""
+    SamplingParams(n=128, top_k=-1, top_p=1e-300, min_p=1, seed=-(2**63), min_tokens=16, logprobs=0, prompt_logprobs=20)
+    SamplingParams(presence_penalty=-2, frequency_penalty=2.0, repetition_penalty=0.01, seed=2**64 - 1, max_tokens=None)
+    SamplingParams(max_tokens=None, min_tokens=10**6, stop_token_ids=[0, 2**31 - 1], temperature=0)
+
+
+def test_values_are_brought_to_one_form() -> None:
+    """Guards readers, which see tuples and plain numbers whatever was passed."""
+    params = SamplingParams(stop="\n", stop_token_ids=[2, 0], temperature=np.float32(0.5), seed=np.int64(3), top_k=5)
+    assert params.stop == ("\n",)
+    assert params.stop_token_ids == (2, 0)
+    assert type(params.temperature) is float
+    assert type(params.seed) is int
+    assert SamplingParams(stop=["a", "b"]).stop == ("a", "b")
+
+
+def test_greedy_begins_below_a_tiny_temperature() -> None:
+    """Guards vLLM's threshold, and its refusal of several answers that could not differ."""
+    assert SamplingParams(temperature=0).greedy
+    assert SamplingParams(temperature=9e-6).greedy
+    assert not SamplingParams(temperature=1e-5).greedy
+    with pytest.raises(RequestError, match=r"^n must be 1 when sampling is greedy"):
+        SamplingParams(temperature=0, n=2)
+
+
+def test_stop_strings_need_text() -> None:
+    """Guards a request that could never stop as asked."""
+    with pytest.raises(RequestError, match="detokenize"):
+        SamplingParams(stop="a", detokenize=False)
+
+
+@pytest.mark.parametrize("make", [lambda values: SamplingParams(**values), SamplingParams.from_dict])
+def test_an_unknown_name_is_refused_with_the_nearest_known_one(make: Any) -> None:
+    """Guards against parameters that are silently dropped, and against a bare TypeError."""
+    values = {"temprature": 0.5}
+    with pytest.raises(RequestError, match=r"^'temprature' is not a sampling parameter; did you mean temperature\?$"):
+        make(values)
+    with pytest.raises(RequestError, match=r"^'xyzzy' is not a sampling parameter; known are detokenize, "):
+        SamplingParams.from_dict({"xyzzy": 1})
+
+
+def test_positional_arguments_are_refused() -> None:
+    """Guards against vLLM's order of fields being relied on by accident."""
+    with pytest.raises(RequestError, match="given by name, got 5"):
+        SamplingParams(5)  # type: ignore[misc]
+
+
+def test_the_signature_names_every_field() -> None:
+    """Guards `help` and completion in notebooks, which the check of names must not hide."""
+    assert list(inspect.signature(SamplingParams).parameters) == list(SamplingParams.__dataclass_fields__)
+
+
+def test_from_dict_copies_and_pickles() -> None:
+    """Guards the ways parameters travel: JSON bodies, `replace`, and the pipes to the ranks."""
+    params = SamplingParams.from_dict({"temperature": 0.5, "stop": ["x"], "seed": 4})
+    assert params == SamplingParams(temperature=0.5, stop=["x"], seed=4)
+    assert pickle.loads(pickle.dumps(params)) == params
+    assert replace(params, n=2).n == 2
+    with pytest.raises(RequestError):
+        replace(params, n=0)
