@@ -30,7 +30,7 @@ class LLM:
         known = EngineConfig.__dataclass_fields__
         if unknown := [name for name in engine_args if name not in known]:
             raise ConfigError(f"unknown engine argument {unknown[0]!r}; known are {', '.join(known)}")
-        self.engine = LLMEngine(EngineConfig(model=model, **engine_args))
+        self.engine = LLMEngine.from_config(EngineConfig(model=model, **engine_args))
         self._ids = count()
 
     def generate(
@@ -85,7 +85,7 @@ class LLM:
         """A conversation as the model's chat template writes it, as token ids."""
         tokenizer = self.engine.tokenizer
         if tokenizer is None or tokenizer.chat_template is None:
-            raise UserError(f"model {self.engine.config.model!r} has no chat template; use generate() with a plain prompt")
+            raise UserError(f"model {self.engine.runtime.engine.model!r} has no chat template; use generate() with a plain prompt")
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 

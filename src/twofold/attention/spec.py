@@ -32,3 +32,41 @@ class AttentionSpec:
             keys.unflatten(-1, (self.num_kv_heads, self.qk_head_dim)),
             values.unflatten(-1, (self.num_kv_heads, self.v_head_dim)),
         )
+
+
+@dataclass(frozen=True, slots=True, eq=False, kw_only=True)
+class LatentSpec(AttentionSpec):
+    """Multi-head latent attention (`attention/mla.py`): keys and values of all heads are linear in a token's latent.
+
+    What it inherits describes attention over the expanded heads, H of them for keys and values too. Only what they are
+    expanded from is kept.
+    """
+
+    kv_lora_rank: int  # L
+    qk_rope_head_dim: int  # R: the last R numbers of a key are rotated, and the same for every head
+    weight: torch.Tensor  # [H * (D - R + Dv), L] latent -> for each head its key up to those R, then its value
+
+    @property
+    def row_width(self) -> int:
+        """Numbers in a token's cache row: its latent, then the rotated part of its keys."""
+        return self.kv_lora_rank + self.qk_rope_head_dim
+
+    def split_row(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of rows [..., row_width] as latents [..., 1, L] and rotated parts [..., 1, R]."""
+        latents, rotated = rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return latents.unsqueeze(-2), rotated.unsqueeze(-2)
+
+    @property
+    def absorbed(self) -> AttentionSpec:
+        """The same attention with queries moved into the latents' space: one key-value head, and a row is both."""
+        return AttentionSpec(self.num_heads, 1, self.row_width, self.row_width, self.scaling)
+
+    @property
+    def key_weight(self) -> torch.Tensor:
+        """[H, D - R, L], a view."""
+        return self.weight.unflatten(0, (self.num_heads, -1))[:, : -self.v_head_dim]
+
+    @property
+    def value_weight(self) -> torch.Tensor:
+        """[H, Dv, L], a view."""
+        return self.weight.unflatten(0, (self.num_heads, -1))[:, -self.v_head_dim :]

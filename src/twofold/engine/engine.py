@@ -2,7 +2,7 @@
 
 import hashlib
 from collections.abc import Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 
@@ -19,32 +19,46 @@ from twofold.outputs import RequestOutput
 from twofold.runtime import RuntimeConfig, settle
 from twofold.sampling_params import SamplingParams
 
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
 
 class LLMEngine:
     """Takes requests at any time; each `step` moves all of them on and returns those that changed.
 
     Raises:
-        ConfigError, ModelError: the arguments, the model and the machine do not fit together.
+        ConfigError: the cache has no room for one request of max_model_len tokens.
     """
 
-    def __init__(self, config: EngineConfig) -> None:
-        self.config = config
-        self.runtime, self.tokenizer = settle(config)
-        self.executor: Executor = LocalExecutor(self.runtime)
+    def __init__(
+        self, runtime: RuntimeConfig, tokenizer: "PreTrainedTokenizerBase | None", executor: Executor
+    ) -> None:
+        self.runtime, self.tokenizer, self.executor = runtime, tokenizer, executor
         try:
-            num_blocks = self._num_blocks(self.runtime)
-            self.executor.allocate(num_blocks)
+            num_blocks = self._num_blocks(runtime)
+            executor.allocate(num_blocks)
         except BaseException:
-            self.executor.shutdown()
+            executor.shutdown()
             raise
-        self.vocab_size = self.executor.reports[0].vocab_size
-        self.max_steps_in_flight = 1 if self.runtime.device == "cpu" else 2
-        self.block_pool = BlockPool(num_blocks, self.runtime.block_size, config.enable_prefix_caching)
+        config = runtime.engine
+        self.vocab_size = executor.reports[0].vocab_size
+        self.max_steps_in_flight = 1 if runtime.device == "cpu" else 2
+        self.block_pool = BlockPool(num_blocks, runtime.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(
-            self.block_pool, config.max_num_seqs, self.runtime.max_num_batched_tokens, self.runtime.max_model_len
+            self.block_pool, config.max_num_seqs, runtime.max_num_batched_tokens, runtime.max_model_len
         )
-        self.outputs = OutputProcessor(self.tokenizer)
+        self.outputs = OutputProcessor(tokenizer)
         self._num_seeds = 0
+
+    @classmethod
+    def from_config(cls, config: EngineConfig) -> Self:
+        """An engine with ranks on this machine.
+
+        Raises:
+            ConfigError, ModelError: the arguments, the model and the machine do not fit together.
+        """
+        runtime, tokenizer = settle(config)
+        return cls(runtime, tokenizer, LocalExecutor(runtime))
 
     def _num_blocks(self, runtime: RuntimeConfig) -> int:
         """What the rank with the least memory has room for."""
@@ -114,7 +128,7 @@ class LLMEngine:
     def _draw_seed(self) -> int:
         """The same requests in the same order draw the same seeds."""
         self._num_seeds += 1
-        digest = hashlib.blake2b(f"{self.config.seed} {self._num_seeds}".encode(), digest_size=8).digest()
+        digest = hashlib.blake2b(f"{self.runtime.engine.seed} {self._num_seeds}".encode(), digest_size=8).digest()
         return int.from_bytes(digest, "little")
 
     def step(self) -> list[RequestOutput]:

@@ -27,9 +27,15 @@ class DecoderModel:
         self.specs: list[AttentionSpec] = probe(model)
         self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self.body: torch.nn.Module = model.base_model
+        head = model.get_output_embeddings()
         # The family's own code after the hidden states (scales, soft caps) runs on what this hands it.
         self._given = _Given()
         setattr(model, model.base_model_prefix, self._given)
+        try:
+            with torch.inference_mode():
+                self.logits(head.weight.new_zeros(1, head.weight.shape[1]))
+        except Exception as error:
+            raise ModelError(f"{type(model).__name__} is not served: its head cannot run apart ({error})") from error
 
     def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
         """input_ids [T], position_ids [T] → [T, hidden_size]."""
@@ -49,8 +55,17 @@ class _Given(torch.nn.Module):
 
     hidden_states: torch.Tensor
 
-    def forward(self, *args: Any, **kwargs: Any) -> BaseModelOutputWithPast:
-        return BaseModelOutputWithPast(last_hidden_state=self.hidden_states)
+    def forward(self, *args: Any, **kwargs: Any) -> "_Output":
+        return _Output(last_hidden_state=self.hidden_states)
+
+
+class _Output(BaseModelOutputWithPast):
+    """Families pass on what else their layers put out; here that is nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
 
 
 def load_model(

@@ -7,11 +7,12 @@ running the loaded model twice with attention cut off, and reads off what each l
 
 import inspect
 import sys
+from collections.abc import Callable
 from typing import Any
 
 import torch
 import transformers
-from transformers import AttentionInterface, PretrainedConfig, PreTrainedModel
+from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from twofold.attention.op import ATTENTION_NAME
@@ -70,9 +71,43 @@ def _is_causal_by_nature(cls: type[PreTrainedModel]) -> bool:
 class _Recorder:
     """Stands in for attention: passes each token its own value, and notes what it was called with."""
 
-    def __init__(self) -> None:
+    def __init__(self, max_position: int) -> None:
         self.modules: list[torch.nn.Module] = []
         self.specs: list[AttentionSpec] = []
+        self._max_position = max_position
+        self._mask_functions: dict[int, Callable[..., torch.Tensor]] = {}  # id of a mask -> what it was made from
+        self._masks: list[torch.Tensor] = []  # kept, so that no id comes twice
+
+    def make_mask(
+        self, batch_size: int, q_length: int, kv_length: int, *, mask_function: Callable[..., torch.Tensor], **_: Any
+    ) -> torch.Tensor:
+        """What Transformers calls to make a mask of [1, 1, q_length, kv_length] from a function of positions."""
+        mask = torch.ones(batch_size, 1, q_length, kv_length, dtype=torch.bool)
+        self._mask_functions[id(mask)] = mask_function
+        self._masks.append(mask)
+        return mask
+
+    def _window(self, mask: torch.Tensor, declared: int | None) -> int | None:
+        """The sliding window that a layer's mask amounts to; it must be causal and nothing else beside."""
+        if (visible := self._mask_functions.get(id(mask))) is None:
+            raise ModelError("it masks attention in a way of its own")
+        last = self._max_position
+        zero = torch.zeros(1, dtype=torch.long)
+
+        def keys_of(query: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
+            keys = torch.arange(last + 1)
+            seen = visible(zero, zero, torch.full_like(keys, query), keys)
+            return seen.expand(last + 1), (keys <= query) & (keys > query - (window or last + 1))
+
+        count = int(keys_of(last, None)[0].sum())
+        window = count if count <= last else None
+        for query in {0, min(5, last), last // 3, last // 2, last - 1, last}:
+            seen, expected = keys_of(query, window)
+            if not torch.equal(seen, expected):
+                raise ModelError("its attention is neither causal nor causal within a sliding window")
+        if declared is not None and window is not None and declared != window:
+            raise ModelError(f"a layer's mask has a window of {window}, its attention one of {declared}")
+        return window if window is not None else declared
 
     def __call__(
         self,
@@ -83,8 +118,9 @@ class _Recorder:
         attention_mask: torch.Tensor | None,
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
+        window = kwargs.get("sliding_window")
         if attention_mask is not None:
-            raise ModelError("it masks attention in a way of its own")
+            window = self._window(attention_mask, window)
         if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
             raise ModelError("its attention is not causal")
         for name, given in kwargs.items():
@@ -101,7 +137,7 @@ class _Recorder:
                 qk_head_dim=query.shape[-1],
                 v_head_dim=value.shape[-1],
                 scaling=float(query.shape[-1] ** -0.5 if scaling is None else scaling),
-                sliding_window=kwargs.get("sliding_window"),
+                sliding_window=window,
                 softcap=kwargs.get("softcap"),
                 sinks=kwargs.get("s_aux"),
             )
@@ -126,11 +162,13 @@ def probe(model: PreTrainedModel) -> list[AttentionSpec]:
     changed = ids.clone()
     changed[0, 2] = (changed[0, 2] + 3) % vocab_size
     position_ids = torch.arange(6, device=device)[None]
-    recorders = [_Recorder(), _Recorder()]
+    max_position = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
+    recorders = [_Recorder(max_position), _Recorder(max_position)]
     hidden = []
     try:
         for recorder, input_ids in zip(recorders, (ids, changed), strict=True):
             AttentionInterface.register(PROBE_NAME, recorder)
+            AttentionMaskInterface.register(PROBE_NAME, recorder.make_mask)
             _use_attention(model, PROBE_NAME)
             out = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
             hidden.append(out[0][0].float())  # [6, hidden_size]
