@@ -74,7 +74,7 @@ class ThreadExecutor:
                 cache=KVCache(model.specs, num_blocks, runtime.block_size, runtime.dtype, device),
                 states=RequestStates(runtime.engine.max_num_seqs, runtime.max_model_len, runtime.block_size, device),
                 mesh=mesh,
-                exchange=AllGatherExchange(mesh),
+                exchange=AllGatherExchange(mesh, device),
                 backend=make_backend("sdpa"),
                 policy=runtime.engine.partition_policy,
                 eos_token_ids=runtime.eos_token_ids,

@@ -1,5 +1,7 @@
 """Twofold answers long prompts fast: it splits each prompt's prefill over several ranks."""
 
+from typing import TYPE_CHECKING
+
 from twofold.errors import (
     ConfigError,
     EngineError,
@@ -10,7 +12,6 @@ from twofold.errors import (
     TwofoldError,
     UserError,
 )
-from twofold.llm import LLM
 from twofold.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
 from twofold.sampling_params import SamplingParams
 
@@ -31,3 +32,15 @@ __all__ = [
     "TwofoldError",
     "UserError",
 ]
+
+if TYPE_CHECKING:
+    from twofold.llm import LLM
+else:
+
+    def __getattr__(name: str) -> object:
+        """LLM on its first use: it brings PyTorch and Transformers, seconds that `twofold explain` can do without."""
+        if name != "LLM":
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        from twofold.llm import LLM
+
+        return LLM

@@ -9,15 +9,18 @@ from numpy.typing import NDArray
 
 @dataclass(slots=True)
 class AttentionMetadata:
-    """V rows (virtual requests) of T tokens. Row v's queries are the last `query_len` of its `seq_len` keys."""
+    """V rows (virtual requests) of T tokens. Row v's queries are the last `query_len` of its `seq_len` keys.
+
+    Tensors on the device have V' rows, with those of the padding, up to N tokens; what they give must be finite.
+    """
 
     num_tokens: int  # T
     query_start_np: NDArray[np.int64]  # [V + 1] row -> its first token
     seq_lens_np: NDArray[np.int64]  # [V] tokens of the request up to the row's end
     block_tables_np: NDArray[np.int32]  # [V, B] row, page of the request -> block
-    query_start: torch.Tensor  # [V + 1] int32, on the device
-    seq_lens: torch.Tensor  # [V] int32, on the device
-    block_tables: torch.Tensor  # [V, B] int32, on the device
+    query_start: torch.Tensor  # [V' + 1] int32
+    seq_lens: torch.Tensor  # [V'] int32; 0 for a padding decode
+    block_tables: torch.Tensor  # [V', B] int32
     max_query_len: int
     max_seq_len: int
-    num_decode_rows: int  # leading rows of one token each
+    num_decode_rows: int  # leading rows of V' that have one token each

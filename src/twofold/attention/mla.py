@@ -4,30 +4,24 @@
     head h's key     | key_weight[h] · latent | rotated |     D numbers
     head h's value   | value_weight[h] · latent |             Dv numbers
 
-Every family projects, scales and rotates in its own way, but all of them hand the finished latent and rotated part to a
-method `expand_kv`, and what that returns to the attention interface. So this method alone is replaced, by one that
-returns what it was given: no family's forward is written again, nothing is expanded that attention does not ask for,
-and a compiler sees latents flow into the attention op like any keys and values. Before that, `latent_spec` makes sure
-of the structure with numbers; a model that only looks like it keeps its expanded heads.
-
 Rows of a prompt expand the latents of their keys, in bounded pieces that are merged by log-sum-exp. A row of one token
 would expand its whole prefix for one query, so it goes the other way: its query moves into the space of the cache rows,
 attends to them as they lie in the pages, and what it gets moves out through `value_weight`.
+
+How a model comes to hand over latents is told in `models/latents.py`.
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import NamedTuple, Protocol
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 
-from twofold.attention.backends.sdpa import merge, row_slots
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.spec import AttentionSpec, LatentSpec
+from twofold.attention.rows import merge, row_slots
+from twofold.attention.spec import LatentSpec
 
 PIECE_TOKENS = 8192  # latents expanded at once
-TOLERANCE = 1e-2  # rounding of bfloat16; what is structured otherwise is off by 1
 
 
 class LatentKernels(Protocol):
@@ -45,15 +39,16 @@ class LatentKernels(Protocol):
     def attend_absorbed(
         self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """The first B rows, of one token each. query [B, H, L + R], pages [num_blocks, block_size, L + R] → [B, H, L]."""
+        """The first B rows, one token each: query [B, H, L + R], pages [num_blocks, block_size, L + R] → [B, H, L]."""
 
 
 def attend(
     query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata, kernels: LatentKernels
 ) -> torch.Tensor:
-    """query [T, H, D], pages [num_blocks, block_size, L + R] → [T, H, Dv]."""
+    """query [N, H, D], pages [num_blocks, block_size, L + R] → [N, H, Dv]."""
     num_decode_rows = metadata.num_decode_rows
     out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
+    out[metadata.num_tokens :] = 0
     if num_decode_rows:
         absorbed = kernels.attend_absorbed(absorb(query[:num_decode_rows], spec), pages, spec, metadata)
         out[:num_decode_rows] = release(absorbed, spec)
@@ -111,32 +106,36 @@ def _attend_pieces(
     rows: list[int],
     out: torch.Tensor,
 ) -> None:
-    """Rows that share their keys, as far as each has them. Writes their part of `out`.
+    """Rows that share their keys; writes their part of `out`.
 
-    A piece of the keys, of which each row's queries see all, some or none:
-
-        keys                    | low ......................... high |
-        queries before low                                                see none
-        queries from low on     | causal: up to their own position   |
-        queries from high on    | all of it                          |
+    Of a piece of keys, low to high, queries before low see none, those before high up to their own, the others all.
     """
-    last = rows[-1]
-    total = int(metadata.seq_lens_np[last])
-    sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # row -> output so far, its log-sum-exp
+    bounds, seq_lens = metadata.query_start_np.tolist(), metadata.seq_lens_np.tolist()
+    total = seq_lens[rows[-1]]
+    sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # row -> its output so far, and log-sum-exp
+    for row in rows:
+        so_far = out[bounds[row] : bounds[row + 1]]
+        lse = so_far.new_empty(so_far.shape[:2], dtype=torch.float32)
+        sums[row] = (so_far if seq_lens[row] <= PIECE_TOKENS else torch.empty_like(so_far, dtype=torch.float32)), lse
     for low in range(0, total, PIECE_TOKENS):
         high = min(low + PIECE_TOKENS, total)
-        keys, values = expand(row_slots(pages, metadata, last, low, high), spec)
+        keys, values = expand(row_slots(pages, metadata, rows[-1], low, high), spec)
         for row in rows:
-            begin, end = int(metadata.query_start_np[row]), int(metadata.query_start_np[row + 1])
-            row_end = int(metadata.seq_lens_np[row])
-            start = row_end - (end - begin)
-            split = min(max(high, start), row_end)
-            for first, until, causal in ((max(low, start), split, True), (split, row_end, False)):
+            so_far, lse = sums[row]
+            end = seq_lens[row]
+            start = end - len(so_far)
+            split = min(max(high, start), end)
+            for first, until, causal in ((max(low, start), split, True), (split, end, False)):
                 if first >= until:
                     continue
-                stop = until - low if causal else high - low
-                part = kernels.attend_expanded(
-                    query[begin + first - start : begin + until - start], keys[:stop], values[:stop], spec, causal
+                num_keys = (until if causal else high) - low
+                mine = slice(first - start, until - start)
+                part, part_lse = kernels.attend_expanded(
+                    query[bounds[row] : bounds[row + 1]][mine], keys[:num_keys], values[:num_keys], spec, causal
                 )
-                _add(sums, row, first - start, until - start, part)
-"""
+                if low:
+                    part, part_lse = merge(so_far[mine], lse[mine], part, part_lse)
+                so_far[mine], lse[mine] = part, part_lse
+    for row, (so_far, _) in sums.items():
+        if seq_lens[row] > PIECE_TOKENS:
+            out[bounds[row] : bounds[row + 1]] = so_far

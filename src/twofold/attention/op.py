@@ -1,6 +1,9 @@
-"""What Transformers' modules call for attention: one opaque custom op, the same for every model and layer.
+"""What Transformers' modules call for attention: two opaque custom ops, the same for every model and layer.
 
-    q, k, v of my tokens ──pack──► my cache rows ──exchange──► everyone's rows in the pages ──► attention of my rows
+    k, v of my tokens ──pack──► my cache rows ──publish──► everyone's rows in the pages
+    q of my tokens    ────────────────────────────────────────────────────attend──► attention of my rows
+
+They are two so that rows can travel while this rank still computes its queries.
 
 The model passes its projections and nothing else; which rows they are, where the pages lie and who else computes is in
 the *forward context* that the model runner sets around the forward pass.
@@ -15,15 +18,17 @@ from typing import Any, Protocol
 import torch
 from transformers import AttentionInterface
 
+from twofold.attention import mla
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.spec import AttentionSpec
+from twofold.attention.mla import LatentKernels
+from twofold.attention.spec import AttentionSpec, LatentSpec
 from twofold.parallel.exchange import Exchange
 from twofold.worker.kv_cache import KVCache
 
 ATTENTION_NAME = "twofold"
 
 
-class AttentionBackend(Protocol):
+class AttentionBackend(LatentKernels, Protocol):
     """A kernel family: attention of a step's rows over pages."""
 
     def attend(
@@ -56,31 +61,40 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
         del _current.context
 
 
-def _attention(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
-    """query [T', H, D], key [T', Hk, D], value [T', Hk, Dv] → [T', H, Dv]; tokens from T on are padding."""
+def _publish(rows: torch.Tensor, layer: int) -> torch.Tensor:
+    """Sends my cache rows [N, row_width] on their way into every rank's pages. Returns nothing worth reading."""
     context: ForwardContext = _current.context
-    spec, num_tokens = context.specs[layer], context.metadata.num_tokens
-    rows = context.exchange.buffer(spec.row_width, like=key)  # [T, row_width]
-    row_keys, row_values = spec.split_row(rows)
-    row_keys.copy_(key[:num_tokens])
-    row_values.copy_(value[:num_tokens])
     context.exchange.publish(rows, context.cache.slots[layer])
-    out = query.new_zeros(*query.shape[:2], spec.v_head_dim)
-    if num_tokens:
-        out[:num_tokens] = context.backend.attend(
-            query[:num_tokens], context.cache.pages[layer], spec, context.metadata
-        )
-    return out
+    return rows.new_empty(0)
 
 
-def _attention_shape(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, layer: int) -> torch.Tensor:
-    return query.new_empty(*query.shape[:2], value.shape[-1])
+def _attend(
+    query: torch.Tensor, rows: torch.Tensor, published: torch.Tensor, layer: int, v_head_dim: int
+) -> torch.Tensor:
+    """query [N, H, D] → [N, H, Dv], once everyone's rows have arrived.
+
+    It takes `rows` and `published` only so that a compiler keeps the order, and the memory that is being sent.
+    """
+    context: ForwardContext = _current.context
+    spec = context.specs[layer]
+    context.exchange.complete()
+    pages, metadata = context.cache.pages[layer], context.metadata
+    if isinstance(spec, LatentSpec):
+        return mla.attend(query, pages, spec, metadata, context.backend)
+    return context.backend.attend(query, pages, spec, metadata)
 
 
 _library = torch.library.Library("twofold", "DEF")
-_library.define("attention(Tensor query, Tensor key, Tensor value, int layer) -> Tensor")
-_library.impl("attention", _attention, "CompositeExplicitAutograd")
-torch.library.register_fake("twofold::attention", _attention_shape, lib=_library)
+_library.define("publish(Tensor rows, int layer) -> Tensor")
+_library.define("attend(Tensor query, Tensor rows, Tensor published, int layer, int v_head_dim) -> Tensor")
+_library.impl("publish", _publish, "CompositeExplicitAutograd")
+_library.impl("attend", _attend, "CompositeExplicitAutograd")
+torch.library.register_fake("twofold::publish", lambda rows, layer: rows.new_empty(0), lib=_library)
+torch.library.register_fake(
+    "twofold::attend",
+    lambda query, rows, published, layer, v_head_dim: query.new_empty(*query.shape[:2], v_head_dim),
+    lib=_library,
+)
 
 
 def attention_forward(
@@ -91,10 +105,14 @@ def attention_forward(
     attention_mask: torch.Tensor | None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
-    """The function that `AttentionInterface` knows as "twofold". query [1, H, T, D] → [1, T, H, Dv]."""
-    out = torch.ops.twofold.attention(
-        query[0].transpose(0, 1), key[0].transpose(0, 1), value[0].transpose(0, 1), module.twofold_layer
-    )
+    """The function that `AttentionInterface` knows as "twofold". query [1, H, N, D] → [1, N, H, Dv].
+
+    Where latents are kept, a key is the latent [1, 1, N, L] and a value the rotated part [1, 1, N, R].
+    """
+    layer = module.twofold_layer
+    rows = torch.cat([key[0].transpose(0, 1).flatten(1), value[0].transpose(0, 1).flatten(1)], dim=-1)
+    published = torch.ops.twofold.publish(rows, layer)
+    out = torch.ops.twofold.attend(query[0].transpose(0, 1), rows, published, layer, module.twofold_v_head_dim)
     return out.unsqueeze(0), None
 
 

@@ -58,15 +58,15 @@ class LatentSpec(AttentionSpec):
 
     @property
     def absorbed(self) -> AttentionSpec:
-        """The same attention with queries moved into the latents' space: one key-value head, and a row is both."""
-        return AttentionSpec(self.num_heads, 1, self.row_width, self.row_width, self.scaling)
+        """The same attention with queries in the space of cache rows: a row is a key, and its first L numbers a value."""
+        return AttentionSpec(self.num_heads, 1, self.row_width, self.kv_lora_rank, self.scaling)
 
     @property
     def key_weight(self) -> torch.Tensor:
         """[H, D - R, L], a view."""
-        return self.weight.unflatten(0, (self.num_heads, -1))[:, : -self.v_head_dim]
+        return self.weight.view(self.num_heads, -1, self.kv_lora_rank)[:, : -self.v_head_dim]
 
     @property
     def value_weight(self) -> torch.Tensor:
         """[H, Dv, L], a view."""
-        return self.weight.unflatten(0, (self.num_heads, -1))[:, -self.v_head_dim :]
+        return self.weight.view(self.num_heads, -1, self.kv_lora_rank)[:, -self.v_head_dim :]

@@ -18,6 +18,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from twofold.attention.op import ATTENTION_NAME
 from twofold.attention.spec import AttentionSpec
 from twofold.errors import ModelError
+from twofold.models.latents import Attention, keep_latents
 
 PROBE_NAME = "twofold_probe"
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "attention", "global", "local", "sliding", "full"}
@@ -150,6 +151,8 @@ class _Recorder:
 def probe(model: PreTrainedModel) -> list[AttentionSpec]:
     """Each layer's attention, in the order of the forward pass; stamps `twofold_layer` on the attention modules.
 
+    Those that can hand over latents in place of heads do so from now on (`models/latents.py`).
+
     With attention passing each token its own value, changing one token must change no other token's hidden state.
 
     Raises:
@@ -192,6 +195,15 @@ def probe(model: PreTrainedModel) -> list[AttentionSpec]:
         if declared == "sliding_attention" and spec.sliding_window is None:
             raise ModelError(f"{name} is not served: layer {layer} hides its sliding window from the interface")
         module.twofold_layer = layer  # type: ignore[assignment]
+        module.twofold_v_head_dim = spec.v_head_dim  # type: ignore[assignment]
+
+    def run(attention: Attention) -> torch.Tensor:
+        AttentionInterface.register(PROBE_NAME, attention)
+        out = model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False)
+        hidden_states: torch.Tensor = out[0][0]
+        return hidden_states
+
+    specs = keep_latents(specs, recorders[0].modules, run)
     _use_attention(model, ATTENTION_NAME)
     return specs
 

@@ -1,5 +1,6 @@
 """From a scheduled batch to the tensors of one rank's forward pass: index arithmetic, no loop over tokens or rows."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,13 +18,13 @@ IntArray = NDArray[np.int64]
 
 @dataclass(slots=True)
 class InputBatch:
-    """One rank's part of a step, and what it must know of the others'. T tokens of mine, at least one in the tensors."""
+    """One rank's part of a step, and what it must know of the others'. T tokens of mine, padded to N on every rank."""
 
     partition: Partition
     metadata: AttentionMetadata
     exchange: ExchangePlan
-    input_ids: torch.Tensor  # [max(T, 1)]
-    position_ids: torch.Tensor  # [max(T, 1)]
+    input_ids: torch.Tensor  # [N]
+    position_ids: torch.Tensor  # [N]
     state_idx: IntArray  # [R] request of the step -> line of RequestStates
     row_request_idx: IntArray  # [V] my row -> request of the step
     row_start: IntArray  # [V] my row -> position of its first token
@@ -33,11 +34,19 @@ class InputBatch:
 
 
 def prepare(
-    batch: ScheduledBatch, states: RequestStates, rank: int, num_ranks: int, policy: str, block_size: int
+    batch: ScheduledBatch,
+    states: RequestStates,
+    rank: int,
+    num_ranks: int,
+    policy: str,
+    block_size: int,
+    pad: Callable[[int, bool], int] = lambda num_tokens, is_decode: num_tokens,
 ) -> InputBatch:
     """Plans the step for everyone and builds this rank's inputs.
 
-    Every rank's tokens in the order of ranks, each rank's part padded to the longest, N tokens:
+    `pad` rounds N up, given the most tokens of any rank and whether all rows are of one token each.
+
+    Every rank's tokens in the order of ranks, each rank's part padded to N tokens:
 
         gathered row     0 ............ N | N ............ 2N | ...
         rank             0                | 1                 |
@@ -57,16 +66,17 @@ def prepare(
     slot += position % block_size
     rank_end = np.cumsum(part.num_tokens)
     rank_start = rank_end - part.num_tokens
-    max_num_tokens = int(part.num_tokens.max())
-    slots = np.zeros(num_ranks * max_num_tokens, np.int64)
-    slots[np.arange(total) + np.repeat(np.arange(num_ranks) * max_num_tokens - rank_start, part.num_tokens)] = slot
+    is_decode = bool((part.length == 1).all())
+    padded = pad(int(part.num_tokens.max()), is_decode)  # N
+    slots = np.zeros(num_ranks * padded, np.int64)
+    slots[np.arange(total) + np.repeat(np.arange(num_ranks) * padded - rank_start, part.num_tokens)] = slot
 
     # My tokens. The newest of a request may be known on the device only.
     num_tokens = int(part.num_tokens[rank])
     mine = slice(int(rank_start[rank]), int(rank_end[rank]))
     my_state, my_position = token_state[mine], position[mine]
-    ids = np.zeros(max(num_tokens, 1), np.int64)
-    positions = np.zeros(max(num_tokens, 1), np.int64)
+    ids = np.zeros(padded, np.int64)
+    positions = np.zeros(padded, np.int64)
     ids[:num_tokens] = states.token_ids[my_state, my_position]
     positions[:num_tokens] = my_position
     input_ids = to_device(ids, device)
@@ -91,8 +101,8 @@ def prepare(
     rows = part.rows_of(rank)
     return InputBatch(
         partition=part,
-        metadata=_metadata(part, rows, num_tokens, state_idx, states, block_size, device),
-        exchange=ExchangePlan(num_tokens, max_num_tokens, to_device(slots, device)),
+        metadata=_metadata(part, rows, num_tokens, padded, is_decode, state_idx, states, block_size, device),
+        exchange=ExchangePlan(to_device(slots, device)),
         input_ids=input_ids,
         position_ids=to_device(positions, device),
         state_idx=state_idx,
@@ -108,6 +118,8 @@ def _metadata(
     part: Partition,
     rows: slice,
     num_tokens: int,
+    padded: int,
+    is_decode: bool,
     state_idx: IntArray,
     states: RequestStates,
     block_size: int,
@@ -116,19 +128,24 @@ def _metadata(
     length, seq_lens = part.length[rows], part.start[rows] + part.length[rows]
     query_start = np.concatenate([[0], np.cumsum(length)])
     max_seq_len = int(seq_lens.max(initial=0))
-    block_tables = states.block_tables[state_idx[part.request_idx[rows]], : -(-max_seq_len // block_size)]
+    block_tables = states.block_tables[state_idx[part.request_idx[rows]], : max(1, -(-max_seq_len // block_size))]
     longer = np.flatnonzero(length > 1)
+    # Padding tokens: decode rows without keys, or one row that attends to itself in the null block.
+    num_padding = padded - num_tokens
+    fill = np.zeros(num_padding, np.int64) if is_decode else np.full(min(num_padding, 1), num_padding)
+    device_start = np.concatenate([query_start, num_tokens + np.cumsum(fill + 1 if is_decode else fill)])
+    device_tables = np.concatenate([block_tables, np.zeros((len(fill), block_tables.shape[1]), np.int32)])
     return AttentionMetadata(
         num_tokens=num_tokens,
         query_start_np=query_start,
         seq_lens_np=seq_lens,
         block_tables_np=block_tables,
-        query_start=to_device(query_start.astype(np.int32), device),
-        seq_lens=to_device(seq_lens.astype(np.int32), device),
-        block_tables=to_device(block_tables, device),
-        max_query_len=int(length.max(initial=0)),
+        query_start=to_device(device_start.astype(np.int32), device),
+        seq_lens=to_device(np.concatenate([seq_lens, fill]).astype(np.int32), device),
+        block_tables=to_device(device_tables, device),
+        max_query_len=max(int(length.max(initial=0)), 1 if is_decode else num_padding),
         max_seq_len=max_seq_len,
-        num_decode_rows=int(longer[0]) if len(longer) else len(length),
+        num_decode_rows=padded if is_decode else int(longer[0]) if len(longer) else len(length),
     )
 
 

@@ -94,7 +94,7 @@ class ModelRunner:
         return any(_counts_tokens(p) for p in params)
 
     def _forward(self, batch: InputBatch) -> torch.Tensor:
-        """→ hidden states [max(T, 1), hidden_size]; a rank without tokens runs a padding token and joins the exchange."""
+        """→ hidden states [N, hidden_size]; a rank without tokens runs padding and joins the exchange."""
         self.exchange.begin(batch.exchange)
         context = ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, batch.metadata)
         with forward_context(context):

@@ -69,7 +69,7 @@ class Worker:
             cache=KVCache(specs, num_blocks, runtime.block_size, runtime.dtype, device),
             states=states,
             mesh=self.mesh,
-            exchange=AllGatherExchange(self.mesh),
+            exchange=AllGatherExchange(self.mesh, device),
             backend=make_backend(runtime.attention_backend),
             policy=runtime.engine.partition_policy,
             eos_token_ids=runtime.eos_token_ids,

@@ -6,4 +6,8 @@ from twofold.attention.op import AttentionBackend
 
 def make_backend(name: str) -> AttentionBackend:
     """The backend that `RuntimeConfig.attention_backend` names."""
+    if name == "flash_attn":  # what it needs is on GPU machines only
+        from twofold.attention.backends.flash_attn import FlashAttnBackend
+
+        return FlashAttnBackend()
     return {"sdpa": SDPABackend}[name]()

@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.spec import AttentionSpec
+from twofold.attention.rows import merge, row_slots
+from twofold.attention.spec import AttentionSpec, LatentSpec
 
 WINDOW_QUERIES = 512  # queries that share one mask of a sliding window
 EXPLICIT_QUERIES = 128  # queries whose logits are materialised at once where no fused kernel serves
@@ -27,27 +28,36 @@ class SDPABackend:
     def attend(
         self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """query [T, H, D], pages [num_blocks, block_size, row_width] → [T, H, Dv]."""
+        """query [N, H, D], pages [num_blocks, block_size, row_width] → [N, H, Dv]."""
         out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
+        out[metadata.num_tokens :] = 0
         groups = (spec.num_kv_heads, spec.num_heads // spec.num_kv_heads)
-        bounds, seq_lens = metadata.query_start_np.tolist(), metadata.seq_lens_np.tolist()
-        for row, seq_len in enumerate(seq_lens):
+        bounds = metadata.query_start_np.tolist()
+        for row in range(len(bounds) - 1):
             tokens = slice(bounds[row], bounds[row + 1])
-            keys, values = spec.split_row(row_slots(pages, metadata, row)[:seq_len])
+            keys, values = spec.split_row(row_slots(pages, metadata, row))
             q = query[tokens].unflatten(1, groups).permute(1, 2, 0, 3)  # [Hk, G, L, D]
             out_row = attend_row(q, keys.transpose(0, 1), values.transpose(0, 1), spec)  # [Hk, G, L, Dv]
             out[tokens].unflatten(1, groups).copy_(out_row.permute(2, 0, 1, 3))
         return out
 
+    def attend_expanded(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: LatentSpec, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """query [l, H, D], keys [k, H, D], values [k, H, Dv] → out [l, H, Dv], log-sum-exp [l, H]."""
+        q, keys, values = query.transpose(0, 1)[:, None], keys.transpose(0, 1), values.transpose(0, 1)
+        out, lse = _causal(q, keys, values, spec) if causal else _fused(q, keys, values, spec)
+        return out[:, 0].transpose(0, 1), lse[:, 0].transpose(0, 1)
 
-def row_slots(pages: torch.Tensor, metadata: AttentionMetadata, row: int) -> torch.Tensor:
-    """The cache rows [>= seq_len, row_width] of a virtual request: a view where its blocks are neighbours."""
-    num_blocks = -(-int(metadata.seq_lens_np[row]) // pages.shape[1])
-    blocks = metadata.block_tables_np[row, :num_blocks]
-    first = int(blocks[0])
-    if int(blocks[-1]) - first == num_blocks - 1 and bool((blocks[1:] - blocks[:-1] == 1).all()):
-        return pages[first : first + num_blocks].flatten(0, 1)
-    return pages.index_select(0, metadata.block_tables[row, :num_blocks]).flatten(0, 1)
+    def attend_absorbed(
+        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """query [B, H, L + R], pages [num_blocks, block_size, L + R] → [B, H, L]."""
+        out = query.new_zeros(*query.shape[:2], spec.kv_lora_rank)  # padding stays 0
+        for row in range(min(len(query), len(metadata.seq_lens_np))):
+            slots = row_slots(pages, metadata, row)[None]
+            out[row] = attend_row(query[row][None, :, None], slots, slots, spec.absorbed)[0, :, 0]
+        return out
 
 
 def attend_row(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
@@ -61,13 +71,8 @@ def attend_row(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: 
             out, lse = _fused(q, keys[:, -window:], values[:, -window:], spec)
         else:
             out, lse = _windowed(q, keys, values, spec, window)
-    elif length == 1:
-        out, lse = _fused(q, keys, values, spec)
     else:
-        start = seq_len - length
-        out, lse = _fused(q, keys[:, start:], values[:, start:], spec, causal=True)
-        if start:
-            out, lse = merge(out, lse, *_fused(q, keys[:, :start], values[:, :start], spec))
+        out, lse = _causal(q, keys, values, spec)
     if spec.sinks is not None:
         # A sink adds exp(sink) to the denominator: exp(lse) / (exp(lse) + exp(sink)).
         share = torch.sigmoid(lse - spec.sinks.float().view(*q.shape[:2], 1))
@@ -75,12 +80,17 @@ def attend_row(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: 
     return out
 
 
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+def _causal(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the union of two disjoint sets of keys. out [..., L, Dv], lse [..., L]."""
-    share = torch.sigmoid(other_lse - lse)[..., None]
-    return torch.lerp(out.float(), other.float(), share).to(out.dtype), torch.logaddexp(lse, other_lse)
+    """The prefix part and the diagonal part."""
+    if q.shape[2] == 1:
+        return _fused(q, keys, values, spec)
+    start = keys.shape[1] - q.shape[2]
+    out, lse = _fused(q, keys[:, start:], values[:, start:], spec, causal=True)
+    if start:
+        out, lse = merge(out, lse, *_fused(q, keys[:, :start], values[:, :start], spec))
+    return out, lse
 
 
 def _windowed(
@@ -136,7 +146,7 @@ def _fused(
     bias: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """One fused kernel. q [Hk, G, L, D], keys [Hk, k, D], values [Hk, k, Dv], bias [L, k] → out, LSE [Hk, G, L]."""
-    num_kv_heads, num_groups, length, _ = q.shape
+    _, num_groups, length, _ = q.shape
     folded = length == 1 or not (causal or bias is not None)
     if folded:  # queries of a group see the same keys: they are more queries of one head
         q = q.flatten(1, 2)[None]
@@ -146,11 +156,11 @@ def _fused(
         values = values[:, None].expand(-1, num_groups, -1, -1)
     if q.device.type == "cpu":
         # The CPU kernel wants values as wide as keys.
-        padded = F.pad(values, (0, keys.shape[-1] - spec.v_head_dim)) if keys.shape[-1] != spec.v_head_dim else values
+        missing = keys.shape[-1] - values.shape[-1]
+        padded = F.pad(values, (0, missing)) if missing else values
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
             q, keys, padded, 0.0, causal, attn_mask=None if bias is None else bias[None, None], scale=spec.scaling
         )
-        out = out[..., : spec.v_head_dim]
     else:
         if bias is not None:  # the kernel wants rows of the bias aligned to 16 bytes
             width = bias.shape[-1]
@@ -159,6 +169,7 @@ def _fused(
             q, keys, values, bias, True, 0.0, causal, scale=spec.scaling
         )
         lse = lse[..., : q.shape[2]]
+    out = out[..., : spec.v_head_dim]
     if folded:
         return out[0].unflatten(1, (num_groups, length)), lse[0].unflatten(1, (num_groups, length))
     return out, lse

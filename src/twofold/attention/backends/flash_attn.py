@@ -1,0 +1,148 @@
+"""The backend for CUDA: FlashAttention-4 for rows of several tokens, split-KV decode for rows of one.
+
+FlashAttention-4 reads keys and values where they lie, by block table; pages of 128 tokens are a tile of its kernel and
+travel by bulk copies. What it cannot compute (float32, odd heads, older GPUs) goes to the backend that can do anything,
+and the log says so once.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from twofold.attention.backends.paged_decode import PagedDecode
+from twofold.attention.backends.sdpa import SDPABackend
+from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.spec import AttentionSpec, LatentSpec
+
+logger = logging.getLogger(__name__)
+
+
+class FlashAttnBackend:
+    """Attention of a step's rows by the fastest kernels for their kind."""
+
+    name = "flash_attn"
+
+    def __init__(self) -> None:
+        self._flash = _load_flash_attn()
+        self._decode = PagedDecode()
+        self._sdpa = SDPABackend()
+        self._serves: dict[tuple[AttentionSpec, torch.dtype], bool] = {}
+        self._said: set[str] = set()
+        self._step: AttentionMetadata | None = None  # whose longer rows these are:
+        self._longer_rows: AttentionMetadata | None = None
+
+    def attend(
+        self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """query [N, H, D], pages [num_blocks, block_size, row_width] → [N, H, Dv]."""
+        ones = metadata.num_decode_rows
+        if ones == len(metadata.seq_lens):
+            return self._decode(query, pages, spec, metadata.block_tables, metadata.seq_lens)
+        # Offsets of the longer rows count the tokens before them too, so their kernel takes all of the queries and
+        # leaves room in its output for the other's: no copies.
+        out = self._prefill(query, pages, spec, self._longer(metadata))
+        if ones:
+            tables, seq_lens = metadata.block_tables[:ones], metadata.seq_lens[:ones]
+            self._decode(query[:ones], pages, spec, tables, seq_lens, out=out[:ones])
+        return out
+
+    def attend_expanded(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: LatentSpec, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """query [l, H, D], keys [k, H, D], values [k, H, Dv] → out [l, H, Dv], log-sum-exp [l, H]."""
+        if self._flash is None or not self._is_served(query, spec):
+            return self._sdpa.attend_expanded(query, keys, values, spec, causal)
+        out, lse = self._flash(
+            query[None], keys[None], values[None], softmax_scale=spec.scaling, causal=causal, return_lse=True
+        )
+        return out[0], lse[0].T
+
+    def attend_absorbed(
+        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        """query [B, H, L + R], pages [num_blocks, block_size, L + R] → [B, H, L]."""
+        rows = slice(len(query))
+        return self._decode(query, pages, spec.absorbed, metadata.block_tables[rows], metadata.seq_lens[rows])
+
+    def _prefill(
+        self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, rows: AttentionMetadata
+    ) -> torch.Tensor:
+        """→ [N, H, Dv], in which the tokens before the first of `rows` are not written."""
+        if self._flash is None or not self._is_served(query, spec):
+            return self._sdpa.attend(query, pages, spec, rows)
+        keys, values = spec.split_row(pages)
+        # No max_seqlen_q: it changes nothing on Hopper but that short ones are compiled anew.
+        out, _ = self._flash(
+            query,
+            keys,
+            values,
+            cu_seqlens_q=rows.query_start,
+            seqused_k=rows.seq_lens,
+            page_table=rows.block_tables,
+            softmax_scale=spec.scaling,
+            causal=True,
+            window_size=(None if spec.sliding_window is None else spec.sliding_window - 1, None),
+            softcap=spec.softcap or 0.0,
+            learnable_sink=spec.sinks,
+        )
+        return out  # type: ignore[no-any-return]
+
+    def _longer(self, metadata: AttentionMetadata) -> AttentionMetadata:
+        """The step without its leading rows of one token; the same object for all layers."""
+        if self._step is not metadata or self._longer_rows is None:
+            first = metadata.num_decode_rows
+            self._step, self._longer_rows = metadata, metadata
+            if first:
+                self._longer_rows = replace(
+                    metadata,
+                    query_start_np=metadata.query_start_np[first:],
+                    seq_lens_np=metadata.seq_lens_np[first:],
+                    block_tables_np=metadata.block_tables_np[first:],
+                    query_start=metadata.query_start[first:],
+                    seq_lens=metadata.seq_lens[first:],
+                    block_tables=metadata.block_tables[first:],
+                    num_decode_rows=0,
+                )
+        return self._longer_rows
+
+    def _is_served(self, query: torch.Tensor, spec: AttentionSpec) -> bool:
+        key = (spec, query.dtype)
+        if key not in self._serves:
+            reason = refusal(query.dtype, spec, torch.cuda.get_device_capability(query.device))
+            self._serves[key] = reason is None
+            if reason and reason not in self._said:
+                self._said.add(reason)
+                logger.warning("FlashAttention-4 does not serve %s: prefill falls back to PyTorch's attention", reason)
+        return self._serves[key]
+
+
+def refusal(dtype: torch.dtype, spec: AttentionSpec, capability: tuple[int, int]) -> str | None:
+    """What keeps FlashAttention-4 from computing a layer over pages on such a GPU."""
+    dim, v_dim = spec.qk_head_dim, spec.v_head_dim
+    if capability[0] not in (9, 10, 11):
+        return f"paged attention on compute capability {capability[0]}.{capability[1]}"
+    if dtype not in (torch.bfloat16, torch.float16):
+        return str(dtype).removeprefix("torch.")
+    # Head dims off a multiple of 16 go through bulk copies only, which need pages as large as a tile.
+    fits = v_dim <= dim <= 256 and dim % 16 == v_dim % 16 == 0
+    if capability[0] != 9:
+        fits = fits and (dim <= 128 or (dim, v_dim) in ((192, 128), (256, 256)))
+    return None if fits else f"heads of {dim} and {v_dim}"
+
+
+def _load_flash_attn() -> Callable[..., Any] | None:
+    # It loads compiled kernels from here: not a folder of /tmp that anyone could have made first.
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twofold" / "flash_attn"
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache))
+    try:
+        from flash_attn.cute import flash_attn_varlen_func
+    except ImportError:
+        logger.warning("flash-attn-4 is not installed (twofold[cuda]): prefill falls back to PyTorch's attention")
+        return None
+    return flash_attn_varlen_func  # type: ignore[no-any-return]

@@ -1,0 +1,368 @@
+"""Attention of rows of one token, read straight from the pages: split along the keys, merged by log-sum-exp.
+
+One query reads its whole context, so this is a matter of bandwidth: all of the GPU must read, even for one row, and
+about as long, even if the rows are of very different lengths. So the keys of the whole batch are cut into runs of about
+equal length, and each program attends to one run for all the query heads that share its key-value head:
+
+    keys          | row 0: 5000 | row 1: 800 |         row 2: 9000         | row 3: 0 |
+    runs          |  0   |  1   |     2      |   3   |   4   |   5   |  6  |            slots 7, 8, ...: nothing to do
+
+How many slots there are follows from shapes alone; which run lies in a slot, each program finds from the lengths on the
+device. So a CUDA graph holds for all lengths and block tables. A row of one run is finished by the program that read
+it, and the runs of the others meet in a second kernel.
+"""
+
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+
+from twofold.attention.spec import AttentionSpec
+
+LOG2E = tl.constexpr(math.log2(math.e))  # exponentials are powers of 2 throughout
+
+
+@dataclass(frozen=True, slots=True)
+class Tuning:
+    """What was chosen by measurement (`benchmarks/gpu_kernels.py --sweep`), on an H200."""
+
+    block_n: int = 64  # keys that a program reads at once
+    num_warps: int = 4
+    num_stages: int = 3  # blocks of keys on their way at once
+    programs: int = 512  # the runs of a batch, over all key-value heads; 132 SMs hold two each
+    min_run: int = 64  # keys
+    shared_memory: int = 192 * 1024  # bytes that the blocks on their way may take
+
+
+class PagedDecode:
+    """Decode attention. Its scratch stays where it is: run a batch size once before capturing it in a CUDA graph."""
+
+    def __init__(self, tuning: Tuning | None = None) -> None:
+        self.tuning = tuning or Tuning()
+        self._scratch: dict[tuple[torch.device, int], torch.Tensor] = {}
+
+    def __call__(
+        self,
+        query: torch.Tensor,
+        pages: torch.Tensor,
+        spec: AttentionSpec,
+        block_tables: torch.Tensor,
+        seq_lens: torch.Tensor,
+        out: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """query [B, H, D], pages [num_blocks, block_size, row_width], block_tables [B, max_blocks], seq_lens [B].
+
+        Returns out [B, H, Dv]; a row without keys gets zeros. Where pages hold nothing but keys, a head's values are
+        the first Dv numbers of them (latents).
+        """
+        tuning, num_rows, block_size = self.tuning, len(query), pages.shape[1]
+        num_heads, num_kv_heads, dim, v_dim = spec.num_heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim
+        if query.stride(-1) != 1:
+            query = query.contiguous()
+        if out is None:
+            out = query.new_empty(num_rows, num_heads, v_dim)
+        assert out.is_contiguous()
+        assert pages.stride(2) == 1
+        assert pages.stride(1) == pages.shape[2]
+        if not num_rows:
+            return out
+
+        main_dim, rest_dim = _pieces(dim)
+        padded_v_dim = max(16, triton.next_power_of_2(v_dim))
+        values_in_keys = pages.shape[2] == num_kv_heads * dim
+        assert not values_in_keys or main_dim == v_dim, "the values must be the keys' first power of 2"
+        group = num_heads // num_kv_heads
+        block_h = max(16, min(triton.next_power_of_2(group), 16384 // padded_v_dim))
+        head_blocks = triton.cdiv(group, block_h)
+        key_bytes = (main_dim + rest_dim + (0 if values_in_keys else padded_v_dim)) * pages.element_size()
+        block_n = max(16, min(tuning.block_n, 1 << (65536 // key_bytes).bit_length() - 1))
+        num_stages = max(1, min(tuning.num_stages, tuning.shared_memory // (block_n * key_bytes)))
+        num_warps = tuning.num_warps * (2 if block_h * padded_v_dim > 4096 else 1)
+
+        # At most `budget` runs of a full length, and one shorter run for each row.
+        budget = max(1, tuning.programs // (num_kv_heads * head_blocks))
+        min_run = max(tuning.min_run, block_n)
+        most_keys = block_tables.shape[1] * block_size
+        if spec.sliding_window is not None:
+            most_keys = min(most_keys, spec.sliding_window + block_n)
+        num_slots = min(num_rows + budget, num_rows * triton.cdiv(most_keys, min_run))
+        partial, partial_lse = self._partials(num_slots, num_heads, v_dim, query.device)
+
+        plan = {
+            "seq_lens": seq_lens,
+            "num_rows": num_rows,
+            "budget": budget,
+            "min_run": min_run,
+            "window": spec.sliding_window or 0,
+            "block_n": block_n,
+            # Few values, for each is a compilation.
+            "rows_pad": 32 if num_rows <= 32 else 256 if num_rows <= 256 else triton.next_power_of_2(num_rows),
+        }
+        if spec.softcap is None:
+            scale, cap = spec.scaling * LOG2E.value, 0.0
+        else:
+            scale, cap = spec.scaling / spec.softcap, spec.softcap * LOG2E.value
+        _attend_run[(num_kv_heads * head_blocks, num_slots)](
+            query,
+            pages,
+            block_tables,
+            spec.sinks,
+            out,
+            partial,
+            partial_lse,
+            query.stride(0),
+            query.stride(1),
+            pages.stride(0),
+            block_tables.stride(0),
+            scale,
+            cap,
+            **plan,
+            softcapped=spec.softcap is not None,
+            block_size=block_size,
+            row_width=pages.shape[2],
+            num_heads=num_heads,
+            num_kv_heads=num_kv_heads,
+            head_blocks=head_blocks,
+            block_h=block_h,
+            dim=dim,
+            main_dim=main_dim,
+            rest_dim=rest_dim,
+            v_dim=v_dim,
+            padded_v_dim=padded_v_dim,
+            values_in_keys=values_in_keys,
+            num_warps=num_warps,
+            num_stages=num_stages,
+        )
+        _merge_runs[(num_heads, num_rows)](
+            partial,
+            partial_lse,
+            spec.sinks,
+            out,
+            **plan,
+            num_heads=num_heads,
+            v_dim=v_dim,
+            padded_v_dim=padded_v_dim,
+            chunk=min(64, triton.next_power_of_2(max(2, budget)), max(2, 8192 // padded_v_dim)),
+            num_warps=4,
+        )
+        return out
+
+    def _partials(
+        self, num_slots: int, num_heads: int, v_dim: int, device: torch.device
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Outputs [num_slots, H, Dv] and log-sum-exps [num_slots, H] of runs: one lasting buffer for all layers."""
+        size = num_slots * num_heads
+        capacity = triton.next_power_of_2(size * (v_dim + 1))
+        if (device, capacity) not in self._scratch:
+            self._scratch[device, capacity] = torch.empty(capacity, dtype=torch.float32, device=device)
+        scratch = self._scratch[device, capacity]
+        return scratch[: size * v_dim], scratch[size * v_dim :]
+
+
+def _pieces(dim: int) -> tuple[int, int]:
+    """A head dim as one or two powers of 2 with little padding: 128 → 128, 0; 96 → 64, 32; 576 → 512, 64."""
+    padded = max(16, triton.next_power_of_2(dim))
+    rest = max(16, triton.next_power_of_2(dim - padded // 2))
+    return (padded // 2, rest) if padded // 2 > 16 and padded // 2 + rest < padded else (padded, 0)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _plan(
+    seq_lens: Any,
+    num_rows: Any,
+    budget: Any,
+    min_run: tl.constexpr,
+    window: tl.constexpr,
+    block_n: tl.constexpr,
+    rows_pad: tl.constexpr,
+) -> Any:
+    """Rows, their lengths and their numbers of runs, each [rows_pad]."""
+    rows = tl.arange(0, rows_pad)
+    lengths = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
+    num_keys = lengths
+    if window > 0:
+        num_keys -= tl.maximum(lengths - window, 0) // block_n * block_n
+    run = tl.maximum(tl.cdiv(tl.sum(num_keys, 0), budget), min_run)
+    return rows, lengths, tl.cdiv(num_keys, run)
+
+
+@triton.jit(do_not_specialize=["table_stride", "num_rows", "budget"])  # type: ignore[untyped-decorator]
+def _attend_run(
+    query: Any,
+    pages: Any,
+    block_tables: Any,
+    sinks: Any,
+    out: Any,
+    partial: Any,
+    partial_lse: Any,
+    row_stride: Any,
+    head_stride: Any,
+    block_stride: Any,
+    table_stride: Any,
+    scale: Any,
+    cap: Any,
+    seq_lens: Any,
+    num_rows: Any,
+    budget: Any,
+    min_run: tl.constexpr,
+    window: tl.constexpr,
+    block_n: tl.constexpr,
+    rows_pad: tl.constexpr,
+    softcapped: tl.constexpr,
+    block_size: tl.constexpr,
+    row_width: tl.constexpr,
+    num_heads: tl.constexpr,
+    num_kv_heads: tl.constexpr,
+    head_blocks: tl.constexpr,
+    block_h: tl.constexpr,
+    dim: tl.constexpr,
+    main_dim: tl.constexpr,
+    rest_dim: tl.constexpr,
+    v_dim: tl.constexpr,
+    padded_v_dim: tl.constexpr,
+    values_in_keys: tl.constexpr,
+) -> None:
+    """Grid (blocks of query heads, slots)."""
+    slot = tl.program_id(1)
+    rows, lengths, counts = _plan(seq_lens, num_rows, budget, min_run, window, block_n, rows_pad)
+    ends = tl.cumsum(counts, 0)
+    row = tl.sum((ends <= slot).to(tl.int32), 0)
+    if row >= num_rows:
+        return
+    here = rows == row
+    seq_len = tl.sum(tl.where(here, lengths, 0), 0)
+    count = tl.sum(tl.where(here, counts, 0), 0)
+    run = slot - tl.sum(tl.where(here, ends - counts, 0), 0)
+
+    # Runs begin at multiples of block_n, so that a block of keys lies in one page where pages are larger.
+    low = tl.maximum(seq_len - window, 0) if window > 0 else 0
+    first = low // block_n * block_n
+    num_tiles = tl.cdiv(seq_len - first, block_n)
+    begin = first + run * num_tiles // count * block_n
+    end = first + (run + 1) * num_tiles // count * block_n
+
+    group: tl.constexpr = num_heads // num_kv_heads
+    kv_head = tl.program_id(0) // head_blocks
+    member = tl.program_id(0) % head_blocks * block_h + tl.arange(0, block_h)
+    heads = kv_head * group + member
+    d = tl.arange(0, main_dim)
+    dv = tl.arange(0, padded_v_dim)
+    q_rows = query + row.to(tl.int64) * row_stride + heads[:, None] * head_stride
+    q = tl.load(q_rows + d[None, :], mask=(member[:, None] < group) & (d[None, :] < dim), other=0.0)
+    if rest_dim > 0:
+        d_rest = main_dim + tl.arange(0, rest_dim)
+        q_rest = tl.load(q_rows + d_rest[None, :], mask=(member[:, None] < group) & (d_rest[None, :] < dim), other=0.0)
+
+    table = block_tables + row * table_stride
+    offsets = tl.arange(0, block_n)
+    peak = tl.full([block_h], float("-inf"), tl.float32)
+    total = tl.zeros([block_h], tl.float32)
+    acc = tl.zeros([block_h, padded_v_dim], tl.float32)
+    for start in range(begin, end, block_n):
+        keys = start + offsets
+        # Where the row has no key its nearest one is read: finite, and in a page that is its own.
+        slots = tl.minimum(tl.maximum(keys, low), seq_len - 1)
+        if block_size % block_n == 0:
+            block = tl.load(table + start // block_size)
+        else:
+            block = tl.load(table + slots // block_size)
+        tokens = pages + block.to(tl.int64) * block_stride + slots % block_size * row_width
+        k_rows = tokens[:, None] + kv_head * dim
+        if main_dim <= dim:
+            k = tl.load(k_rows + d[None, :])
+        else:
+            k = tl.load(k_rows + d[None, :], mask=d[None, :] < dim, other=0.0)
+        logits = tl.dot(q, tl.trans(k), input_precision="ieee")
+        if rest_dim > 0:
+            if main_dim + rest_dim == dim:
+                k_rest = tl.load(k_rows + d_rest[None, :])
+            else:
+                k_rest = tl.load(k_rows + d_rest[None, :], mask=d_rest[None, :] < dim, other=0.0)
+            logits = tl.dot(q_rest, tl.trans(k_rest), logits, input_precision="ieee")
+        if values_in_keys:
+            v = k
+        else:
+            v_rows = tokens[:, None] + (num_kv_heads * dim + kv_head * v_dim)
+            if padded_v_dim == v_dim:
+                v = tl.load(v_rows + dv[None, :])
+            else:
+                v = tl.load(v_rows + dv[None, :], mask=dv[None, :] < v_dim, other=0.0)
+        logits *= scale
+        if softcapped:
+            logits = cap * (2 * tl.sigmoid(2 * logits) - 1)  # tanh
+        visible = keys < seq_len
+        if window > 0:
+            visible &= keys >= low
+        logits = tl.where(visible[None, :], logits, float("-inf"))
+        new_peak = tl.maximum(peak, tl.max(logits, 1))
+        weights = tl.exp2(logits - new_peak[:, None])
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weights, 1)
+        acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
+        peak = new_peak
+
+    mine = member < group
+    stored = mine[:, None] & (dv[None, :] < v_dim)
+    if count == 1:
+        if sinks is not None:
+            total += tl.exp2(tl.load(sinks + heads, mask=mine, other=0.0).to(tl.float32) * LOG2E - peak)
+        out_rows = (out + row.to(tl.int64) * (num_heads * v_dim)) + heads[:, None] * v_dim
+        tl.store(out_rows + dv[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)
+    else:
+        indices = slot * num_heads + heads
+        tl.store(partial + indices[:, None] * v_dim + dv[None, :], acc / total[:, None], mask=stored)
+        tl.store(partial_lse + indices, peak + tl.log2(total), mask=mine)
+
+
+@triton.jit(do_not_specialize=["num_rows", "budget"])  # type: ignore[untyped-decorator]
+def _merge_runs(
+    partial: Any,
+    partial_lse: Any,
+    sinks: Any,
+    out: Any,
+    seq_lens: Any,
+    num_rows: Any,
+    budget: Any,
+    min_run: tl.constexpr,
+    window: tl.constexpr,
+    block_n: tl.constexpr,
+    rows_pad: tl.constexpr,
+    num_heads: tl.constexpr,
+    v_dim: tl.constexpr,
+    padded_v_dim: tl.constexpr,
+    chunk: tl.constexpr,
+) -> None:
+    """Grid (query heads, rows)."""
+    head = tl.program_id(0)
+    row = tl.program_id(1)
+    rows, _, counts = _plan(seq_lens, num_rows, budget, min_run, window, block_n, rows_pad)
+    count = tl.sum(tl.where(rows == row, counts, 0), 0)
+    if count == 1:  # finished already
+        return
+    first = tl.sum(tl.where(rows < row, counts, 0), 0)
+    dv = tl.arange(0, padded_v_dim)
+    # A sink is one more run, without values.
+    if sinks is not None:
+        peak = tl.load(sinks + head).to(tl.float32) * LOG2E
+        total = tl.full([], 1.0, tl.float32)
+    else:
+        peak = tl.full([], float("-inf"), tl.float32)
+        total = tl.full([], 0.0, tl.float32)
+    acc = tl.zeros([padded_v_dim], tl.float32)
+    for begin in range(0, count, chunk):
+        run = begin + tl.arange(0, chunk)
+        indices = (first + run) * num_heads + head
+        lse = tl.load(partial_lse + indices, mask=run < count, other=float("-inf"))
+        mask = (run[:, None] < count) & (dv[None, :] < v_dim)
+        values = tl.load(partial + indices[:, None] * v_dim + dv[None, :], mask=mask, other=0.0)
+        new_peak = tl.maximum(peak, tl.max(lse, 0))
+        weights = tl.exp2(lse - new_peak)
+        shrink = tl.exp2(peak - new_peak)
+        total = total * shrink + tl.sum(weights, 0)
+        acc = acc * shrink + tl.sum(weights[:, None] * values, 0)
+        peak = new_peak
+    acc = acc / tl.where(total > 0, total, 1.0)
+    tl.store(out + (row.to(tl.int64) * num_heads + head) * v_dim + dv, acc.to(out.dtype.element_ty), mask=dv < v_dim)

@@ -1,0 +1,70 @@
+"""Flags made from the fields of a dataclass: the command line knows what Python knows, by the same names."""
+
+from argparse import SUPPRESS, Action, ArgumentParser, BooleanOptionalAction, Namespace, _ActionsContainer
+from collections.abc import Mapping
+from dataclasses import MISSING, fields
+from types import NoneType
+from typing import Any, get_args, get_type_hints
+
+from twofold.config import ATTENTION_BACKENDS, DEVICES, DTYPES, EXCHANGES, LOAD_FORMATS, EngineConfig
+from twofold.parallel.partition import POLICIES
+
+
+def _one_of(choices: Any) -> str:
+    return f"one of {', '.join(choices)}"
+
+
+ENGINE_HELP = {
+    "model": "directory, hub name, .gguf file, or demo (SmolLM2-135M-Instruct)",
+    "prefill_context_parallel_size": "ranks that share the prefill of each prompt",
+    "partition_policy": f"which rank computes which part of a prompt: {_one_of(POLICIES)}",
+    "dtype": _one_of(DTYPES),
+    "device": _one_of(DEVICES),
+    "max_model_len": "tokens of prompt and answer together; by default what the model was made for",
+    "max_num_batched_tokens": "tokens of a step, over all ranks",
+    "max_num_seqs": "requests that run at once",
+    "block_size": "tokens of a cache page",
+    "kv_cache_memory_bytes": "cache memory of each rank",
+    "gpu_memory_utilization": "share of a GPU's memory to use",
+    "enable_prefix_caching": "keep finished prompts' caches for later prompts that begin alike",
+    "tokenizer": "directory or hub name, if not the model's own",
+    "skip_tokenizer_init": "load no tokenizer: prompts are token ids and answers have no text",
+    "trust_remote_code": "run Python code that comes with the model",
+    "load_format": f"what the weights are read from: {_one_of(LOAD_FORMATS)}",
+    "attention_backend": _one_of(ATTENTION_BACKENDS),
+    "exchange": f"how keys and values get to the other ranks: {_one_of(EXCHANGES)}",
+    "enforce_eager": "no compiled layers, no CUDA graphs",
+    "seed": "of random draws, and of random weights with --load-format dummy",
+}
+SHORT = {"prefill_context_parallel_size": ["-pcp"]}
+
+
+def add_engine_arguments(parser: ArgumentParser) -> None:
+    """Every field of EngineConfig as a flag; `chosen(args, EngineConfig)` are its arguments."""
+    add_fields(parser.add_argument_group("engine"), EngineConfig, ENGINE_HELP)
+
+
+def add_fields(group: _ActionsContainer, cls: type[Any], help_of: Mapping[str, str]) -> None:
+    """A flag for each field of the dataclass that `help_of` names. A flag that is not given leaves nothing behind."""
+    hints = get_type_hints(cls)
+    field_of = {field.name: field for field in fields(cls)}
+    for name, text in help_of.items():
+        default = field_of[name].default
+        required = default is MISSING
+        if not required and default is not None:
+            text += f" (default: {default})"
+        flags = [*SHORT.get(name, []), "--" + name.replace("_", "-")]
+        how: dict[str, Any] = {"dest": name, "default": SUPPRESS, "required": required, "help": text.replace("%", "%%")}
+        kind = next(kind for kind in get_args(hints[name]) or (hints[name],) if kind is not NoneType)
+        if kind is bool:
+            action: type[Action] | str = BooleanOptionalAction if default else "store_true"
+            group.add_argument(*flags, action=action, **how)
+        elif kind in (int, float, str):
+            group.add_argument(*flags, type=kind, metavar={int: "N", float: "X", str: "S"}[kind], **how)
+        else:  # a sequence
+            group.add_argument(*flags, type=get_args(kind)[0], action="append", metavar="S", **how)
+
+
+def chosen(args: Namespace, cls: type[Any]) -> dict[str, Any]:
+    """The fields of the dataclass that were given on the command line."""
+    return {field.name: getattr(args, field.name) for field in fields(cls) if hasattr(args, field.name)}

@@ -1,0 +1,218 @@
+"""answer prompts: text or JSON on stdout, progress on stderr
+
+Prompts are answered together and printed in the order of the command line. A prompt that cannot be served is one line
+on stderr and hinders no other. With --json every prompt is one line on stdout, in order: prompt_token_ids, token_ids,
+text, finish_reason and metrics (ttft and e2e in seconds, num_prompt_tokens, num_cached_tokens), or only error.
+"""
+
+import json
+import logging
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+from tqdm import tqdm
+
+from twofold import ConfigError, RequestError, RequestOutput, SamplingParams
+from twofold.cli.arguments import add_engine_arguments, add_fields, chosen
+from twofold.config import EngineConfig
+
+if TYPE_CHECKING:
+    from twofold import LLM
+
+DEFAULTS = {"temperature": 0.0, "max_tokens": 256}  # where they differ from those of SamplingParams
+SAMPLING_HELP = {
+    "max_tokens": f"length of an answer, at most (default: {DEFAULTS['max_tokens']})",
+    "min_tokens": "length of an answer, at least",
+    "temperature": f"0 takes the most likely token (default: {DEFAULTS['temperature']:g})",
+    "top_k": "draw from the K most likely tokens; 0 is off",
+    "top_p": "draw from the most likely tokens that hold this probability together",
+    "min_p": "draw from tokens at least this likely, next to the most likely one",
+    "presence_penalty": "for tokens that are in the answer",
+    "frequency_penalty": "for tokens, as often as they are in the answer",
+    "repetition_penalty": "for tokens that are in the prompt or the answer; 1 is off",
+    "stop": "text that ends an answer; may be given more than once",
+    "stop_token_ids": "token that ends an answer; may be given more than once",
+    "ignore_eos": "go on after the end-of-sequence token",
+}
+
+
+def configure(parser: ArgumentParser) -> None:
+    prompts = parser.add_argument_group("prompts, each any number of times")
+    for flag, kind, metavar, text in (
+        ("--prompt", "text", "TEXT", "a prompt"),
+        ("--prompt-file", "file", "FILE", "a file that is a prompt, in UTF-8; - is standard input"),
+        ("--prompt-token-ids", "ids", "IDS", "a prompt as token ids: 1,2,3"),
+    ):
+        prompts.add_argument(
+            flag, dest="prompts", action="append", metavar=metavar, help=text, type=lambda value, kind=kind: (kind, value)
+        )
+    prompts.add_argument("--chat", action="store_true", help="prompts are a user's messages to a chat model")
+    output = parser.add_argument_group("output")
+    output.add_argument("--json", action="store_true", help="one JSON object a prompt and line")
+    output.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
+    add_fields(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP)
+    add_engine_arguments(parser)
+
+
+def run(args: Namespace) -> int:
+    # What can be wrong without a model is told before PyTorch is imported.
+    config = EngineConfig(**chosen(args, EngineConfig))
+    params = SamplingParams(**(DEFAULTS | chosen(args, SamplingParams)))
+    if not args.prompts:
+        raise ConfigError("no prompt; give --prompt, --prompt-file or --prompt-token-ids")
+    answers = _Answers(args.prompts, args.json, args.quiet)
+    prompts: dict[int, Any] = {}
+    for number, (kind, value) in enumerate(args.prompts):
+        try:
+            prompts[number] = _read(kind, value)
+        except RequestError as error:
+            answers.refuse(number, error)
+    if prompts:
+        with _load(config, args.quiet) as llm:
+            for number, prompt in prompts.items():
+                try:
+                    if args.chat and isinstance(prompt, str):
+                        prompt = llm.chat_prompt([{"role": "user", "content": prompt}])
+                    llm.engine.add_request(str(number), prompt, params)
+                except RequestError as error:
+                    answers.refuse(number, error)
+            _answer(llm, answers, args.quiet)
+    return 1 if answers.num_refused else 0
+
+
+def _read(kind: str, value: str) -> str | dict[str, Any]:
+    """The prompt that a flag stands for."""
+    try:
+        if kind == "ids":
+            return {"prompt_token_ids": [int(token) for token in value.split(",") if token.strip()]}
+        if kind == "file":
+            data = sys.stdin.buffer.read() if value == "-" else Path(value).read_bytes()
+        else:
+            data = value.encode(errors="surrogateescape")  # as it came on the command line
+        return data.decode()
+    except UnicodeDecodeError as error:
+        raise RequestError(f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
+    except OSError as error:
+        raise RequestError(f"it cannot be read: {error.strerror}") from None
+    except ValueError:
+        raise RequestError(f"token ids must be integers with commas between them, got {value!r}") from None
+
+
+def _load(config: EngineConfig, quiet: bool) -> "LLM":
+    console = Console(stderr=True, quiet=quiet, highlight=False)
+    start = time.perf_counter()
+    with console.status("loading PyTorch and Transformers") as status:
+        from twofold import LLM
+
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each attempt to reach the hub
+        imports = time.perf_counter() - start
+        num_ranks = config.prefill_context_parallel_size
+        ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
+        status.update(f"loading {config.model} on {ranks}")
+        llm = LLM(**vars(config))
+    runtime, seconds = llm.engine.runtime, time.perf_counter() - start
+    weights = max(report.seconds.get("weights", 0.0) for report in llm.engine.executor.reports)
+    console.print(
+        f"{config.model} is ready on {ranks} ({runtime.device}, {str(runtime.dtype).removeprefix('torch.')}) after "
+        f"{seconds:.1f} s: imports {imports:.1f} s, ranks {seconds - imports:.1f} s, of that weights {weights:.1f} s"
+    )
+    return llm
+
+
+def _answer(llm: "LLM", answers: "_Answers", quiet: bool) -> None:
+    """Steps until every request has its answer."""
+    engine = llm.engine
+    users = engine.outputs.user_requests
+    num_prompt_tokens, num_answers = sum(len(user.prompt_token_ids) for user in users.values()), len(users)
+    num_done = num_finished = num_generated = 0
+    with tqdm(total=num_prompt_tokens, desc="prefill", unit="tok", disable=quiet) as bar:
+        while engine.has_unfinished_requests:
+            for output in engine.step():
+                num_generated += 1
+                if output.finished:
+                    num_finished += 1
+                    num_done += len(output.prompt_token_ids)
+                    answers.finish(int(output.request_id), output)
+            bar.set_postfix_str(f"answers {num_finished}/{num_answers}, {num_generated} tokens", refresh=False)
+            bar.update(num_done + engine.num_computed_tokens() - bar.n)
+    answers.summarise()
+
+
+class _Answers:
+    """Prints each prompt's answer as soon as all before it are printed."""
+
+    def __init__(self, prompts: list[tuple[str, str]], as_json: bool, quiet: bool) -> None:
+        self._names = [
+            f"prompt {number}" + (f" ({value})" if kind == "file" else "")
+            for number, (kind, value) in enumerate(prompts, 1)
+        ]
+        self._json, self._quiet = as_json, quiet
+        self._done: dict[int, RequestOutput | RequestError] = {}
+        self._num_printed = 0
+        if hasattr(sys.stdout, "reconfigure"):  # whatever the locale says; a model may write anything
+            sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+
+    @property
+    def num_refused(self) -> int:
+        return sum(isinstance(done, RequestError) for done in self._done.values())
+
+    def refuse(self, number: int, error: RequestError) -> None:
+        message = " ".join(str(error).split())
+        print(f"error: {self._names[number]}: {message}", file=sys.stderr)
+        self._take(number, error)
+
+    def finish(self, number: int, output: RequestOutput) -> None:
+        self._take(number, output)
+
+    def summarise(self) -> None:
+        """A line on stderr for each answer: how long it is, and how long it took."""
+        for number, done in sorted(self._done.items()):
+            if isinstance(done, RequestOutput) and done.metrics is not None and not self._quiet:
+                metrics, answer = done.metrics, done.outputs[0]
+                print(
+                    f"{self._names[number]}: {metrics.num_prompt_tokens} tokens ({metrics.num_cached_tokens} cached), "
+                    f"first token after {metrics.ttft:.2f} s, {len(answer.token_ids)} tokens after {metrics.e2e:.2f} s, "
+                    f"{answer.finish_reason}",
+                    file=sys.stderr,
+                )
+
+    def _take(self, number: int, done: RequestOutput | RequestError) -> None:
+        self._done[number] = done
+        while self._num_printed in self._done:
+            line = self._line(self._num_printed)
+            if line is not None:
+                tqdm.write(line, file=sys.stdout)
+                sys.stdout.flush()
+            self._num_printed += 1
+
+    def _line(self, number: int) -> str | None:
+        done = self._done[number]
+        if self._json:
+            return json.dumps(_as_json(done), ensure_ascii=False)
+        if isinstance(done, RequestError):
+            return None
+        header = f"=== {self._names[number]}\n" if len(self._names) > 1 else ""
+        return header + done.outputs[0].text
+
+
+def _as_json(done: RequestOutput | RequestError) -> dict[str, Any]:
+    if isinstance(done, RequestError):
+        return {"error": str(done)}
+    answer, metrics = done.outputs[0], done.metrics
+    assert metrics is not None
+    return {
+        "prompt_token_ids": done.prompt_token_ids,
+        "token_ids": answer.token_ids,
+        "text": answer.text,
+        "finish_reason": answer.finish_reason,
+        "metrics": {
+            "ttft": metrics.ttft,
+            "e2e": metrics.e2e,
+            "num_prompt_tokens": metrics.num_prompt_tokens,
+            "num_cached_tokens": metrics.num_cached_tokens,
+        },
+    }

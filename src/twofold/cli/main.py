@@ -1,0 +1,81 @@
+"""The `twofold` command. Sub-commands are the modules beside this one; each imports what is heavy when it runs.
+
+Exit codes: 0 all was done, 1 a prompt was refused or the engine failed, 2 wrong arguments, configuration or model,
+130 interrupted. A mistake of the user's is one line on stderr.
+"""
+
+import os
+import sys
+from argparse import ArgumentParser, RawDescriptionHelpFormatter
+from collections.abc import Sequence
+from typing import NoReturn
+
+from twofold import EngineError, UserError, __version__
+from twofold.cli import explain, generate, models
+
+COMMANDS = {"generate": generate, "explain": explain, "models": models}
+EXIT_CODES = """\
+exit codes: 0 all was done; 1 a prompt was refused or the engine failed;
+            2 wrong arguments, configuration or model; 130 interrupted (Ctrl-C)"""
+
+
+class Parser(ArgumentParser):
+    """Tells of a wrong argument in one line."""
+
+    def error(self, message: str) -> NoReturn:
+        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+
+
+def make_parser() -> ArgumentParser:
+    parser = Parser(
+        prog="twofold",
+        description="Fast answers to long prompts: each prompt's prefill is split over several ranks.",
+        epilog=EXIT_CODES,
+        formatter_class=RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"twofold {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for name, module in COMMANDS.items():
+        summary = str(module.__doc__).partition("\n")[0]
+        command = commands.add_parser(
+            name,
+            help=summary,
+            description=module.__doc__,
+            epilog=EXIT_CODES,
+            formatter_class=RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        module.configure(command)
+        command.set_defaults(run=module.run)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Runs the command line; the exit code."""
+    try:
+        args = make_parser().parse_args(argv)
+        code: int = args.run(args)
+        sys.stdout.flush()
+        return code
+    except SystemExit as stop:  # argparse: a wrong argument, or --help
+        return int(stop.code or 0)
+    except UserError as error:
+        return _fail(error, 2)
+    except EngineError as error:
+        return _fail(error, 1)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:  # whoever read our output has enough; what is left must not fail again at exit
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+
+
+def _fail(error: Exception, code: int) -> int:
+    print("error:", " ".join(str(error).split()), file=sys.stderr)
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())
