@@ -102,12 +102,15 @@ class ThreadExecutor:
         for inbox in self._inboxes:
             inbox.put(step)
 
-    def collect(self) -> list[StepResult]:
+    def collect(self, timeout: float | None = None) -> list[StepResult]:
         results = [outbox.get() for outbox in self._outboxes]
         errors = [result for result in results if isinstance(result, BaseException)]
         for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
             raise error
         return results
+
+    def check(self) -> None:
+        pass
 
     def shutdown(self) -> None:
         for inbox in self._inboxes:

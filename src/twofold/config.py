@@ -39,6 +39,7 @@ class EngineConfig:
     attention_backend: str = "auto"
     exchange: str = "auto"
     enforce_eager: bool = False
+    step_timeout: float = 20.0  # seconds that a step may take beyond what its tokens explain
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -61,6 +62,8 @@ class EngineConfig:
             utilization,
             "more than 0 and at most 1",
         )
+        timeout = self.step_timeout
+        _check(isinstance(timeout, int | float) and 0 < timeout < 1e6, "step_timeout", timeout, "above 0 and below 1e6")
         _check(isinstance(self.seed, int) and 0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
 
 

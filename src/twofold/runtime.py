@@ -51,7 +51,7 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
     num_cores = len(os.sched_getaffinity(0))
     backend = config.attention_backend
     if backend == "auto":
-        backend = "sdpa"
+        backend = "flash_attn" if device == "cuda" else "sdpa"
     tokenizer = (
         None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer, source, config.trust_remote_code)
     )

@@ -21,7 +21,7 @@ from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.rows import merge, row_slots
 from twofold.attention.spec import LatentSpec
 
-PIECE_TOKENS = 8192  # latents expanded at once
+PIECE_BYTES = 1 << 30  # of heads expanded at once: more pieces to merge take longer, larger ones take memory
 
 
 class LatentKernels(Protocol):
@@ -51,7 +51,7 @@ def attend(
     out[metadata.num_tokens :] = 0
     if num_decode_rows:
         absorbed = kernels.attend_absorbed(absorb(query[:num_decode_rows], spec), pages, spec, metadata)
-        out[:num_decode_rows] = release(absorbed, spec)
+        release(absorbed, spec, out[:num_decode_rows])
     for rows in shared_prefixes(metadata, num_decode_rows, pages.shape[1]):
         _attend_pieces(query, pages, spec, metadata, kernels, rows, out)
     return out
@@ -60,13 +60,16 @@ def attend(
 def absorb(query: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
     """Queries in the space of the cache rows: [B, H, D] → [B, H, L + R]."""
     straight, rotated = query.split([spec.qk_head_dim - spec.qk_rope_head_dim, spec.qk_rope_head_dim], dim=-1)
-    latent = torch.bmm(straight.transpose(0, 1), spec.key_weight)  # [H, B, L]
-    return torch.cat([latent.transpose(0, 1), rotated], dim=-1)
+    absorbed = query.new_empty(*query.shape[:2], spec.row_width)
+    latent = absorbed[..., : spec.kv_lora_rank].transpose(0, 1)  # [H, B, L]
+    torch.bmm(straight.transpose(0, 1), spec.key_weight, out=latent)
+    absorbed[..., spec.kv_lora_rank :] = rotated
+    return absorbed
 
 
-def release(latents: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
-    """Averages of latents as averages of values: [B, H, L] → [B, H, Dv]."""
-    return torch.bmm(latents.transpose(0, 1), spec.value_weight.mT).transpose(0, 1)
+def release(latents: torch.Tensor, spec: LatentSpec, out: torch.Tensor) -> None:
+    """Averages of latents [B, H, L] as averages of values, written to `out` [B, H, Dv]."""
+    torch.bmm(latents.transpose(0, 1), spec.value_weight.mT, out=out.transpose(0, 1))
 
 
 def expand(rows: torch.Tensor, spec: LatentSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -75,6 +78,12 @@ def expand(rows: torch.Tensor, spec: LatentSpec) -> tuple[torch.Tensor, torch.Te
     heads = F.linear(latents, spec.weight).unflatten(-1, (spec.num_heads, -1))  # [n, H, D - R + Dv]
     straight, values = heads[..., : -spec.v_head_dim], heads[..., -spec.v_head_dim :]
     return torch.cat([straight, rotated[:, None].expand(-1, spec.num_heads, -1)], dim=-1), values
+
+
+def piece_tokens(spec: LatentSpec, itemsize: int) -> int:
+    """Tokens whose heads are expanded at once: what `expand` makes, and the keys that it joins."""
+    numbers = spec.num_heads * (2 * spec.qk_head_dim - spec.qk_rope_head_dim + spec.v_head_dim)
+    return max(PIECE_BYTES // (numbers * itemsize), 1)
 
 
 def shared_prefixes(metadata: AttentionMetadata, first_row: int, block_size: int) -> Iterator[list[int]]:
@@ -111,14 +120,14 @@ def _attend_pieces(
     Of a piece of keys, low to high, queries before low see none, those before high up to their own, the others all.
     """
     bounds, seq_lens = metadata.query_start_np.tolist(), metadata.seq_lens_np.tolist()
-    total = seq_lens[rows[-1]]
+    total, step = seq_lens[rows[-1]], piece_tokens(spec, query.itemsize)
     sums: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}  # row -> its output so far, and log-sum-exp
     for row in rows:
         so_far = out[bounds[row] : bounds[row + 1]]
         lse = so_far.new_empty(so_far.shape[:2], dtype=torch.float32)
-        sums[row] = (so_far if seq_lens[row] <= PIECE_TOKENS else torch.empty_like(so_far, dtype=torch.float32)), lse
-    for low in range(0, total, PIECE_TOKENS):
-        high = min(low + PIECE_TOKENS, total)
+        sums[row] = (so_far if seq_lens[row] <= step else torch.empty_like(so_far, dtype=torch.float32)), lse
+    for low in range(0, total, step):
+        high = min(low + step, total)
         keys, values = expand(row_slots(pages, metadata, rows[-1], low, high), spec)
         for row in rows:
             so_far, lse = sums[row]
@@ -137,5 +146,5 @@ def _attend_pieces(
                     part, part_lse = merge(so_far[mine], lse[mine], part, part_lse)
                 so_far[mine], lse[mine] = part, part_lse
     for row, (so_far, _) in sums.items():
-        if seq_lens[row] > PIECE_TOKENS:
+        if seq_lens[row] > step:
             out[bounds[row] : bounds[row + 1]] = so_far

@@ -31,21 +31,28 @@ ATTENTION_NAME = "twofold"
 class AttentionBackend(LatentKernels, Protocol):
     """A kernel family: attention of a step's rows over pages."""
 
+    def can_record(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
+        """Whether such rows are read on the device only, so that a CUDA graph of it serves other steps too."""
+
     def attend(
         self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """query [T, H, D], pages [num_blocks, block_size, row_width] → [T, H, Dv]."""
+        """query [N, H, D], pages [num_blocks, block_size, row_width] → [N, H, Dv]."""
 
 
 @dataclass(slots=True)
 class ForwardContext:
-    """Everything that attention needs beyond q, k and v."""
+    """Everything that attention needs beyond q, k and v.
+
+    Layers are told apart by the order in which they publish: a compiled layer then serves for all of them.
+    """
 
     specs: Sequence[AttentionSpec]  # layer -> what its attention computes
     cache: KVCache
     exchange: Exchange
     backend: AttentionBackend
     metadata: AttentionMetadata
+    layer: int = -1  # whose attention runs now
 
 
 _current = threading.local()
@@ -61,38 +68,39 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
         del _current.context
 
 
-def _publish(rows: torch.Tensor, layer: int) -> torch.Tensor:
+def _publish(rows: torch.Tensor) -> torch.Tensor:
     """Sends my cache rows [N, row_width] on their way into every rank's pages. Returns nothing worth reading."""
     context: ForwardContext = _current.context
-    context.exchange.publish(rows, context.cache.slots[layer])
+    context.layer += 1
+    context.exchange.publish(rows, context.cache.slots[context.layer])
     return rows.new_empty(0)
 
 
 def _attend(
-    query: torch.Tensor, rows: torch.Tensor, published: torch.Tensor, layer: int, v_head_dim: int
+    query: torch.Tensor, rows: torch.Tensor, published: torch.Tensor, v_head_dim: int
 ) -> torch.Tensor:
     """query [N, H, D] → [N, H, Dv], once everyone's rows have arrived.
 
     It takes `rows` and `published` only so that a compiler keeps the order, and the memory that is being sent.
     """
     context: ForwardContext = _current.context
-    spec = context.specs[layer]
+    spec = context.specs[context.layer]
     context.exchange.complete()
-    pages, metadata = context.cache.pages[layer], context.metadata
+    pages, metadata = context.cache.pages[context.layer], context.metadata
     if isinstance(spec, LatentSpec):
         return mla.attend(query, pages, spec, metadata, context.backend)
     return context.backend.attend(query, pages, spec, metadata)
 
 
 _library = torch.library.Library("twofold", "DEF")
-_library.define("publish(Tensor rows, int layer) -> Tensor")
-_library.define("attend(Tensor query, Tensor rows, Tensor published, int layer, int v_head_dim) -> Tensor")
+_library.define("publish(Tensor rows) -> Tensor")
+_library.define("attend(Tensor query, Tensor rows, Tensor published, int v_head_dim) -> Tensor")
 _library.impl("publish", _publish, "CompositeExplicitAutograd")
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
-torch.library.register_fake("twofold::publish", lambda rows, layer: rows.new_empty(0), lib=_library)
+torch.library.register_fake("twofold::publish", lambda rows: rows.new_empty(0), lib=_library)
 torch.library.register_fake(
     "twofold::attend",
-    lambda query, rows, published, layer, v_head_dim: query.new_empty(*query.shape[:2], v_head_dim),
+    lambda query, rows, published, v_head_dim: query.new_empty(*query.shape[:2], v_head_dim),
     lib=_library,
 )
 
@@ -109,10 +117,9 @@ def attention_forward(
 
     Where latents are kept, a key is the latent [1, 1, N, L] and a value the rotated part [1, 1, N, R].
     """
-    layer = module.twofold_layer
     rows = torch.cat([key[0].transpose(0, 1).flatten(1), value[0].transpose(0, 1).flatten(1)], dim=-1)
-    published = torch.ops.twofold.publish(rows, layer)
-    out = torch.ops.twofold.attend(query[0].transpose(0, 1), rows, published, layer, module.twofold_v_head_dim)
+    published = torch.ops.twofold.publish(rows)
+    out = torch.ops.twofold.attend(query[0].transpose(0, 1), rows, published, module.twofold_v_head_dim)
     return out.unsqueeze(0), None
 
 

@@ -58,7 +58,7 @@ class LatentSpec(AttentionSpec):
 
     @property
     def absorbed(self) -> AttentionSpec:
-        """The same attention with queries in the space of cache rows: a row is a key, and its first L numbers a value."""
+        """The same attention with queries in the space of cache rows: a row is a key, its first L numbers a value."""
         return AttentionSpec(self.num_heads, 1, self.row_width, self.kv_lora_rank, self.scaling)
 
     @property

@@ -34,6 +34,7 @@ ENGINE_HELP = {
     "attention_backend": _one_of(ATTENTION_BACKENDS),
     "exchange": f"how keys and values get to the other ranks: {_one_of(EXCHANGES)}",
     "enforce_eager": "no compiled layers, no CUDA graphs",
+    "step_timeout": "seconds that a step may take beyond what its tokens explain, before its ranks count as hung",
     "seed": "of random draws, and of random weights with --load-format dummy",
 }
 SHORT = {"prefill_context_parallel_size": ["-pcp"]}

@@ -10,8 +10,9 @@ import logging
 import sys
 import time
 from argparse import ArgumentParser, Namespace
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from rich.console import Console
 from tqdm import tqdm
@@ -40,16 +41,22 @@ SAMPLING_HELP = {
 }
 
 
+class _Source(NamedTuple):
+    """A prompt on the command line."""
+
+    flag: str
+    value: str
+
+
 def configure(parser: ArgumentParser) -> None:
     prompts = parser.add_argument_group("prompts, each any number of times")
-    for flag, kind, metavar, text in (
-        ("--prompt", "text", "TEXT", "a prompt"),
-        ("--prompt-file", "file", "FILE", "a file that is a prompt, in UTF-8; - is standard input"),
-        ("--prompt-token-ids", "ids", "IDS", "a prompt as token ids: 1,2,3"),
+    for flag, metavar, text in (
+        ("--prompt", "TEXT", "a prompt"),
+        ("--prompt-file", "FILE", "a file that is a prompt, in UTF-8; - is standard input"),
+        ("--prompt-token-ids", "IDS", "a prompt as token ids: 1,2,3"),
     ):
-        prompts.add_argument(
-            flag, dest="prompts", action="append", metavar=metavar, help=text, type=lambda value, kind=kind: (kind, value)
-        )
+        source = partial(_Source, flag)
+        prompts.add_argument(flag, dest="prompts", action="append", metavar=metavar, help=text, type=source)
     prompts.add_argument("--chat", action="store_true", help="prompts are a user's messages to a chat model")
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="one JSON object a prompt and line")
@@ -66,9 +73,9 @@ def run(args: Namespace) -> int:
         raise ConfigError("no prompt; give --prompt, --prompt-file or --prompt-token-ids")
     answers = _Answers(args.prompts, args.json, args.quiet)
     prompts: dict[int, Any] = {}
-    for number, (kind, value) in enumerate(args.prompts):
+    for number, source in enumerate(args.prompts):
         try:
-            prompts[number] = _read(kind, value)
+            prompts[number] = _read(source)
         except RequestError as error:
             answers.refuse(number, error)
     if prompts:
@@ -84,12 +91,13 @@ def run(args: Namespace) -> int:
     return 1 if answers.num_refused else 0
 
 
-def _read(kind: str, value: str) -> str | dict[str, Any]:
-    """The prompt that a flag stands for."""
+def _read(source: _Source) -> str | dict[str, Any]:
+    """The prompt itself."""
+    flag, value = source
     try:
-        if kind == "ids":
+        if flag == "--prompt-token-ids":
             return {"prompt_token_ids": [int(token) for token in value.split(",") if token.strip()]}
-        if kind == "file":
+        if flag == "--prompt-file":
             data = sys.stdin.buffer.read() if value == "-" else Path(value).read_bytes()
         else:
             data = value.encode(errors="surrogateescape")  # as it came on the command line
@@ -145,10 +153,10 @@ def _answer(llm: "LLM", answers: "_Answers", quiet: bool) -> None:
 class _Answers:
     """Prints each prompt's answer as soon as all before it are printed."""
 
-    def __init__(self, prompts: list[tuple[str, str]], as_json: bool, quiet: bool) -> None:
+    def __init__(self, prompts: list[_Source], as_json: bool, quiet: bool) -> None:
         self._names = [
-            f"prompt {number}" + (f" ({value})" if kind == "file" else "")
-            for number, (kind, value) in enumerate(prompts, 1)
+            f"prompt {number}" + (f" ({source.value})" if source.flag == "--prompt-file" else "")
+            for number, source in enumerate(prompts, 1)
         ]
         self._json, self._quiet = as_json, quiet
         self._done: dict[int, RequestOutput | RequestError] = {}
@@ -175,8 +183,8 @@ class _Answers:
                 metrics, answer = done.metrics, done.outputs[0]
                 print(
                     f"{self._names[number]}: {metrics.num_prompt_tokens} tokens ({metrics.num_cached_tokens} cached), "
-                    f"first token after {metrics.ttft:.2f} s, {len(answer.token_ids)} tokens after {metrics.e2e:.2f} s, "
-                    f"{answer.finish_reason}",
+                    f"first token after {metrics.ttft:.2f} s, "
+                    f"{len(answer.token_ids)} tokens after {metrics.e2e:.2f} s, {answer.finish_reason}",
                     file=sys.stderr,
                 )
 

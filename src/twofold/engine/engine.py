@@ -1,7 +1,12 @@
-"""The step loop: schedule, submit, collect. The engine is the parent of the ranks and keeps all that users sent."""
+"""The step loop: schedule, submit, collect. The engine is the parent of the ranks and keeps all that users sent.
+
+So it can lose the ranks: `recover` starts new ones, and every request goes on from its prompt and its tokens so far.
+"""
 
 import hashlib
-from collections.abc import Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -11,8 +16,10 @@ from twofold.engine.block_pool import BlockPool
 from twofold.engine.output_processor import OutputProcessor
 from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import Scheduler
-from twofold.engine.step import StepResult
-from twofold.errors import ConfigError, RequestError
+from twofold.engine.stats import EngineStats
+from twofold.engine.step import ScheduledBatch, StepResult
+from twofold.engine.watchdog import Watchdog
+from twofold.errors import ConfigError, EngineError, RequestError
 from twofold.executor.base import Executor
 from twofold.executor.local import LocalExecutor
 from twofold.outputs import RequestOutput
@@ -26,28 +33,30 @@ if TYPE_CHECKING:
 class LLMEngine:
     """Takes requests at any time; each `step` moves all of them on and returns those that changed.
 
+    `make_executor` is how `recover` gets new ranks.
+
     Raises:
         ConfigError: the cache has no room for one request of max_model_len tokens.
     """
 
     def __init__(
-        self, runtime: RuntimeConfig, tokenizer: "PreTrainedTokenizerBase | None", executor: Executor
+        self,
+        runtime: RuntimeConfig,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        executor: Executor,
+        make_executor: Callable[[], Executor] | None = None,
     ) -> None:
-        self.runtime, self.tokenizer, self.executor = runtime, tokenizer, executor
-        try:
-            num_blocks = self._num_blocks(runtime)
-            executor.allocate(num_blocks)
-        except BaseException:
-            executor.shutdown()
-            raise
-        config = runtime.engine
+        self.runtime, self.tokenizer = runtime, tokenizer
+        self._make_executor = make_executor
+        self.block_pool = self._open(executor)
         self.vocab_size = executor.reports[0].vocab_size
         self.max_steps_in_flight = 1 if runtime.device == "cpu" else 2
-        self.block_pool = BlockPool(num_blocks, runtime.block_size, config.enable_prefix_caching)
         self.scheduler = Scheduler(
-            self.block_pool, config.max_num_seqs, runtime.max_num_batched_tokens, runtime.max_model_len
+            self.block_pool, runtime.engine.max_num_seqs, runtime.max_num_batched_tokens, runtime.max_model_len
         )
         self.outputs = OutputProcessor(tokenizer)
+        self.stats = EngineStats()
+        self._in_flight: deque[tuple[ScheduledBatch, float]] = deque()  # and when it could begin
         self._num_seeds = 0
 
     @classmethod
@@ -58,7 +67,22 @@ class LLMEngine:
             ConfigError, ModelError: the arguments, the model and the machine do not fit together.
         """
         runtime, tokenizer = settle(config)
-        return cls(runtime, tokenizer, LocalExecutor(runtime))
+        return cls(runtime, tokenizer, LocalExecutor(runtime), lambda: LocalExecutor(runtime))
+
+    def _open(self, executor: Executor) -> BlockPool:
+        """Puts ranks that have just loaded their model to use; the blocks that they hold."""
+        self.executor = executor
+        try:
+            num_blocks = self._num_blocks(self.runtime)
+            executor.allocate(num_blocks)
+        except BaseException:
+            executor.shutdown()
+            raise
+        self.watchdog = Watchdog(self.runtime.engine.step_timeout)
+        return self._make_pool(num_blocks)
+
+    def _make_pool(self, num_blocks: int) -> BlockPool:
+        return BlockPool(num_blocks, self.runtime.block_size, self.runtime.engine.enable_prefix_caching)
 
     def _num_blocks(self, runtime: RuntimeConfig) -> int:
         """What the rank with the least memory has room for."""
@@ -68,18 +92,27 @@ class LLMEngine:
         if report.num_blocks < needed:
             held = max(report.num_blocks - 1, 0) * runtime.block_size
             raise ConfigError(
-                f"the cache holds {held} tokens, fewer than max_model_len={runtime.max_model_len}; lower max_model_len, "
-                f"or raise kv_cache_memory_bytes to at least {needed * report.bytes_per_block}"
+                f"the cache holds {held} tokens, fewer than max_model_len={runtime.max_model_len}; lower "
+                f"max_model_len, or raise kv_cache_memory_bytes to at least {needed * report.bytes_per_block}"
             )
         return report.num_blocks
 
-    def add_request(self, request_id: str, prompt: str | Sequence[int] | dict[str, Any], params: SamplingParams) -> None:
+    def add_request(
+        self,
+        request_id: str,
+        prompt: str | Sequence[int] | dict[str, Any],
+        params: SamplingParams,
+        *,
+        deltas: bool = False,
+    ) -> None:
         """Queues a prompt: text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}.
+
+        With `deltas` each of its outputs has only what is new since the last one.
 
         Raises:
             RequestError: the prompt or its parameters cannot be served; nothing else is touched.
         """
-        text, token_ids = self._tokenize(prompt)
+        text, token_ids = self.tokenize(prompt)
         if request_id in self.outputs.user_requests:
             raise RequestError(f"request id {request_id!r} is in use; choose another")
         requests = []
@@ -91,14 +124,19 @@ class LLMEngine:
             )
         for request in requests:
             self.scheduler.add(request)
-        self.outputs.add(request_id, text, params, requests)
+        self.outputs.add(request_id, text, params, requests, deltas)
 
-    def _tokenize(self, prompt: str | Sequence[int] | dict[str, Any]) -> tuple[str | None, list[int]]:
-        """→ text if there was one, checked token ids."""
+    def tokenize(self, prompt: str | Sequence[int] | dict[str, Any]) -> tuple[str | None, list[int]]:
+        """→ text if there was one, checked token ids.
+
+        Raises:
+            RequestError: the prompt cannot be served.
+        """
         text: str | None = None
         if isinstance(prompt, dict):
             if not {"prompt", "prompt_token_ids"} & prompt.keys():
-                raise RequestError(f"a prompt needs 'prompt' or 'prompt_token_ids', got {', '.join(prompt) or 'nothing'}")
+                given = ", ".join(map(str, prompt)) or "nothing"
+                raise RequestError(f"a prompt needs 'prompt' or 'prompt_token_ids', got {given}")
             text = prompt.get("prompt")
             prompt = prompt.get("prompt_token_ids", text)
         if isinstance(prompt, str):
@@ -134,10 +172,63 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """One step of all ranks; the requests that got a token, each as it stands now."""
         while self.scheduler.num_in_flight < self.max_steps_in_flight and (step := self.scheduler.schedule()):
+            self._in_flight.append((step.batch, time.monotonic()))
             self.executor.submit(step)
-        if not self.scheduler.num_in_flight:
+        if not self._in_flight:
             return []
-        return self._update(self.executor.collect())
+        batch, start = self._in_flight[0]
+        results = self.executor.collect(self.watchdog.limit(batch))
+        now = time.monotonic()
+        self._in_flight.popleft()
+        if self._in_flight:  # the next step waited for this one
+            self._in_flight[0] = (self._in_flight[0][0], now)
+        self.watchdog.observe(batch, now - start)
+        self.stats.take_step(batch, results, now - start, self.runtime.engine.partition_policy)
+        return self._update(results)
+
+    def recover(self) -> list[RequestOutput]:
+        """After `step` raised an EngineError: `rewind`, then `restart`."""
+        outputs = self.rewind()
+        self.restart()
+        return outputs
+
+    def rewind(self) -> list[RequestOutput]:
+        """Ends the ranks and takes back the steps in flight; their requests wait again, and lose no token.
+
+        A request that was in a step that failed for the second time ends with an error: the outputs of those.
+        """
+        self.executor.shutdown()
+        self._in_flight.clear()
+        self.block_pool = self._make_pool(self.block_pool.num_blocks)
+        users = {
+            (user := self.outputs.user_of(request)).request_id: user
+            for request in self.scheduler.restart(self.block_pool)
+        }
+        for user in users.values():
+            for sequence in user.sequences:
+                self.scheduler.abort(sequence.request.request_id)
+        return [self.outputs.output(request_id) for request_id in users]
+
+    def restart(self) -> None:
+        """Starts new ranks after `rewind`. May be tried again when it raises.
+
+        Raises:
+            TwofoldError: they did not come up.
+        """
+        if self._make_executor is None:
+            raise EngineError("the engine was made without a way to start new ranks")
+        start = time.monotonic()
+        self.block_pool = self._open(self._make_executor())
+        self.scheduler.restart(self.block_pool)
+        self.stats.take_restart(start)
+
+    def check(self) -> None:
+        """Looks after ranks while there is nothing to do.
+
+        Raises:
+            RankDiedError: a rank ended.
+        """
+        self.executor.check()
 
     def _update(self, results: list[StepResult]) -> list[RequestOutput]:
         """Takes every rank's answer to the oldest step."""
@@ -184,6 +275,14 @@ class LLMEngine:
             for user in self.outputs.user_requests.values()
             for sequence in user.sequences
         )
+
+    def prefill_progress(self) -> dict[str, tuple[int, int]]:
+        """For each request that runs and has no token yet: prompt tokens computed, and how many there are."""
+        progress: dict[str, tuple[int, int]] = {}
+        for request in self.scheduler.prefilling():
+            done = (request.num_computed_tokens, request.num_prompt_tokens)
+            progress.setdefault(self.outputs.user_of(request).request_id, done)
+        return progress
 
     def shutdown(self) -> None:
         """Ends the ranks."""

@@ -25,6 +25,7 @@ class Sequence:
     detokenizer: Detokenizer
     logprobs: Logprobs | None
     cumulative_logprob: float = 0.0
+    num_delivered: int = 0  # tokens that outputs had, where these are deltas
 
 
 @dataclass(slots=True)
@@ -38,6 +39,7 @@ class UserRequest:
     metrics: RequestMetrics
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs | None = None
+    deltas: bool = False
 
     @property
     def finished(self) -> bool:
@@ -52,7 +54,14 @@ class OutputProcessor:
         self.user_requests: dict[str, UserRequest] = {}
         self._sequence_of: dict[str, tuple[UserRequest, Sequence]] = {}  # scheduler's request id -> whose
 
-    def add(self, request_id: str, prompt: str | None, params: SamplingParams, requests: list[Request]) -> None:
+    def add(
+        self,
+        request_id: str,
+        prompt: str | None,
+        params: SamplingParams,
+        requests: list[Request],
+        deltas: bool = False,
+    ) -> None:
         """Takes a user's request, as the scheduler's `requests`: one for each answer."""
         prompt_token_ids = requests[0].prompt_token_ids.tolist()
         user = UserRequest(
@@ -62,6 +71,7 @@ class OutputProcessor:
             params,
             RequestMetrics(requests[0].arrival_time, num_prompt_tokens=len(prompt_token_ids)),
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt_token_ids),
+            deltas=deltas,
         )
         for index, request in enumerate(requests):
             detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params)
@@ -75,13 +85,14 @@ class OutputProcessor:
         if (entry := self._sequence_of.get(request_id)) is None:
             return
         user, sequence = entry
-        assert user.prompt_logprobs is not None and user.params.prompt_logprobs is not None
+        assert user.prompt_logprobs is not None
+        assert user.params.prompt_logprobs is not None
         if sequence.index == 0:
             rows = to_logprobs(logprobs, user.params.prompt_logprobs, self.tokenizer)
             user.prompt_logprobs[position : position + len(rows)] = rows
 
     def add_token(self, request: Request, token: int, logprobs: TokenLogprobs | None, row: int) -> str | None:
-        """Takes one sampled token, and row `row` of the step's log-probabilities; the stop string it completes, if any."""
+        """Takes a sampled token, and row `row` of the step's log-probabilities; the stop string it completes, if any."""
         user, sequence = self._sequence_of[request.request_id]
         if user.metrics.first_token_time is None:
             user.metrics.first_token_time = time.time()
@@ -112,7 +123,7 @@ class OutputProcessor:
             prompt=user.prompt,
             prompt_token_ids=user.prompt_token_ids,
             prompt_logprobs=user.prompt_logprobs,
-            outputs=[_completion(sequence) for sequence in user.sequences],
+            outputs=[_delta(sequence) if user.deltas else _completion(sequence) for sequence in user.sequences],
             finished=user.finished,
             metrics=user.metrics,
             num_cached_tokens=user.metrics.num_cached_tokens,
@@ -135,6 +146,21 @@ def _completion(sequence: Sequence) -> CompletionOutput:
         token_ids=np.asarray(request.output_token_ids).tolist(),
         cumulative_logprob=None if sequence.logprobs is None else sequence.cumulative_logprob,
         logprobs=sequence.logprobs,
+        finish_reason=request.finish_reason,  # type: ignore[arg-type]
+        stop_reason=request.stop_reason,
+    )
+
+
+def _delta(sequence: Sequence) -> CompletionOutput:
+    """What is new since the last one. Text that may turn out to begin a stop string is held back."""
+    request, start = sequence.request, sequence.num_delivered
+    sequence.num_delivered = request.num_output_tokens
+    return CompletionOutput(
+        index=sequence.index,
+        text=sequence.detokenizer.delta(),
+        token_ids=request.output_token_ids[start:].tolist(),
+        cumulative_logprob=None if sequence.logprobs is None else sequence.cumulative_logprob,
+        logprobs=None if sequence.logprobs is None else sequence.logprobs[start:],
         finish_reason=request.finish_reason,  # type: ignore[arg-type]
         stop_reason=request.stop_reason,
     )

@@ -75,6 +75,7 @@ class Request:
         self.num_placeholders = 0  # tokens that steps in flight will sample
         self.num_cached_tokens = 0  # found in the prefix cache when first scheduled
         self.num_preemptions = 0
+        self.is_suspect = False  # was in a step that failed, and has not had a token since
         self.block_ids: list[int] = []
         self.num_shared_blocks = 0  # the first of `block_ids`, those offered to the prefix cache or found there
         self.block_hashes: list[bytes] = []

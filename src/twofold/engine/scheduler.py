@@ -7,10 +7,15 @@ starts over when it fits; so `running`, then `waiting`, is always in order of ar
 A step may be scheduled before the tokens of the one before it are known: its sampled tokens are *placeholders* until
 `update`. Ranks run steps in order, so a block may change hands, or be offered to others, as soon as the step that
 writes it is scheduled.
+
+When a step fails, the ranks and their caches are lost, but nothing that users sent or got: `restart` makes every
+request wait again, in its place. Those that were in the step are suspects until their next token, and no step has two
+of them. So a suspect whose step fails again has brought the ranks down twice, and of no other can that be said.
 """
 
 from collections import deque
 from collections.abc import Mapping
+from dataclasses import dataclass
 from itertools import count
 
 import numpy as np
@@ -19,6 +24,15 @@ from twofold.engine.block_pool import BlockPool
 from twofold.engine.request import Request, RequestStatus
 from twofold.engine.step import NewRequest, ScheduledBatch, Step
 from twofold.errors import EngineError, RequestError
+
+
+@dataclass(slots=True)
+class StepInFlight:
+    """A step that was scheduled and not yet answered."""
+
+    step_id: int
+    requests: list[Request]
+    sampled: list[Request]  # those of `requests` that get a token
 
 
 class Scheduler:
@@ -40,8 +54,11 @@ class Scheduler:
         self._running: list[Request] = []
         self._waiting: deque[Request] = deque()
         self._removed: list[str] = []  # ranks know them still
-        self._in_flight: deque[tuple[int, list[Request]]] = deque()  # step_id, requests that it samples
+        self._in_flight: deque[StepInFlight] = deque()
         self._step_ids = count()
+        self.num_preemptions = 0
+        self.num_prefix_queries = 0  # tokens looked up in the prefix cache
+        self.num_prefix_hits = 0  # and found there
 
     @property
     def has_unfinished(self) -> bool:
@@ -64,6 +81,10 @@ class Scheduler:
     @property
     def num_waiting(self) -> int:
         return len(self._waiting)
+
+    def prefilling(self) -> list[Request]:
+        """Running requests that have no token of their answer yet."""
+        return [request for request in self._running if not request.num_output_tokens]
 
     def add(self, request: Request) -> None:
         """Queue a new request behind all others.
@@ -132,6 +153,8 @@ class Scheduler:
         new: list[NewRequest] = []
         while budget and self._waiting and len(self._running) < self.max_num_seqs and not blocked:
             request = self._waiting[0]
+            if request.is_suspect and any(other.is_suspect for other in self._running):
+                break
             num_new = self._admit(request, budget)
             if not num_new:
                 break
@@ -157,10 +180,10 @@ class Scheduler:
         preempted one keeps its token. Raises EngineError, and changes nothing, if the step is not the oldest in flight
         or a token is missing.
         """
-        if not self._in_flight or self._in_flight[0][0] != step_id:
-            oldest = self._in_flight[0][0] if self._in_flight else "none"
+        if not self._in_flight or self._in_flight[0].step_id != step_id:
+            oldest = self._in_flight[0].step_id if self._in_flight else "none"
             raise EngineError(f"step {step_id} was answered, but the oldest step in flight is {oldest}")
-        sampled = [request for request in self._in_flight[0][1] if not request.finished]
+        sampled = [request for request in self._in_flight[0].sampled if not request.finished]
         missing = [request.request_id for request in sampled if request.request_id not in tokens]
         if missing:
             raise EngineError(f"step {step_id} came back without a token for {', '.join(missing)}")
@@ -171,11 +194,40 @@ class Scheduler:
             token = int(tokens[request.request_id])
             status = request.append_token(token)
             request.num_placeholders -= 1
+            request.is_suspect = False
             self._share_full_blocks(request)
             if status is not None:
                 self.finish(request, status)
             accepted.append((request, token))
         return accepted
+
+    def restart(self, block_pool: BlockPool) -> list[Request]:
+        """Start over with ranks that know nothing; every request waits again, in its place, for blocks of `block_pool`.
+
+        The steps in flight are dropped. Of their requests those that were suspects already finish with an error, and
+        are returned; the others become suspects.
+        """
+        failed = {
+            request.request_id: request
+            for step in self._in_flight
+            for request in step.requests
+            if self._requests.get(request.request_id) is request
+        }
+        self._in_flight.clear()
+        self._removed.clear()
+        self.block_pool = block_pool
+        for request in self._running:
+            self._rewind(request)
+        self._waiting.extendleft(reversed(self._running))
+        self._running.clear()
+        for request in self._waiting:
+            request.num_placeholders = 0
+        guilty = [request for request in failed.values() if request.is_suspect]
+        for request in failed.values():
+            request.is_suspect = True
+        for request in guilty:
+            self.finish(request, RequestStatus.FINISHED_ERROR)
+        return guilty
 
     def _num_ready(self, request: Request) -> int:
         """Tokens of a running request that could be computed now; the last one may be a placeholder."""
@@ -200,10 +252,17 @@ class Scheduler:
         """Put the latest running request in front of all waiting ones, without blocks."""
         self._running.remove(request)
         self._release(request)
+        self._rewind(request)
+        self._waiting.appendleft(request)
+        self.num_preemptions += 1
+
+    def _rewind(self, request: Request) -> None:
+        """Whatever the ranks have of a request is of no use any more."""
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         request.num_computed_tokens = 0
-        self._waiting.appendleft(request)
+        request.num_shared_blocks = 0
+        request.block_ids = []
 
     def _admit(self, request: Request, budget: int) -> int:
         """Let the first waiting request run; how many of its tokens, or 0 if there is no room for it yet."""
@@ -226,6 +285,9 @@ class Scheduler:
         request.block_ids = hits + blocks
         request.num_shared_blocks = len(hits)
         request.num_computed_tokens = num_computed
+        if pool.enable_prefix_caching:
+            self.num_prefix_queries += request.num_tokens
+            self.num_prefix_hits += num_computed
         request.status = RequestStatus.RUNNING
         self._running.append(self._waiting.popleft())
         return num_new
@@ -266,7 +328,7 @@ class Scheduler:
             request.num_placeholders += does_sample
             self._share_full_blocks(request)
         sampled = [request for request, does_sample in zip(requests, samples, strict=True) if does_sample]
-        self._in_flight.append((step.step_id, sampled))
+        self._in_flight.append(StepInFlight(step.step_id, requests, sampled))
         return step
 
     def _share_full_blocks(self, request: Request) -> None:

@@ -28,12 +28,19 @@ class Executor(Protocol):
     def submit(self, step: Step) -> None:
         """Sends a step to every rank and returns at once."""
 
-    def collect(self) -> list[StepResult]:
+    def collect(self, timeout: float | None = None) -> list[StepResult]:
         """Waits for the oldest submitted step: every rank's answer, in the order of ranks.
 
         Raises:
-            RankDiedError: a rank ended.
+            RankDiedError: a rank ended, or did not answer for `timeout` seconds.
             RankFailedError: a rank raised.
+        """
+
+    def check(self) -> None:
+        """Looks after ranks that have nothing to do.
+
+        Raises:
+            RankDiedError: a rank ended.
         """
 
     def shutdown(self) -> None:

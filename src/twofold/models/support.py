@@ -149,7 +149,7 @@ class _Recorder:
 
 @torch.inference_mode()
 def probe(model: PreTrainedModel) -> list[AttentionSpec]:
-    """Each layer's attention, in the order of the forward pass; stamps `twofold_layer` on the attention modules.
+    """Each layer's attention, in the order of the forward pass.
 
     Those that can hand over latents in place of heads do so from now on (`models/latents.py`).
 
@@ -194,7 +194,6 @@ def probe(model: PreTrainedModel) -> list[AttentionSpec]:
         declared = layer_types[layer] if layer_types and len(layer_types) == len(specs) else None
         if declared == "sliding_attention" and spec.sliding_window is None:
             raise ModelError(f"{name} is not served: layer {layer} hides its sliding window from the interface")
-        module.twofold_layer = layer  # type: ignore[assignment]
         module.twofold_v_head_dim = spec.v_head_dim  # type: ignore[assignment]
 
     def run(attention: Attention) -> torch.Tensor:

@@ -9,6 +9,7 @@ N is the largest number of tokens that any rank has in the step. Every rank pads
 send the same shape and a rank without tokens takes part like the others. Padding rows are written to the null block.
 """
 
+import time
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -28,6 +29,7 @@ class Exchange(Protocol):
     """How rows get to the other ranks. Callers do not see when or how they travel."""
 
     num_bytes: int  # received from other ranks, since the start
+    num_seconds: float  # that this rank did nothing else meanwhile, waits for slower ranks included; CPU only
 
     def begin(self, plan: ExchangePlan) -> None:
         """Starts a step."""
@@ -51,6 +53,7 @@ class AllGatherExchange:
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         self.mesh = mesh
         self.num_bytes = 0
+        self.num_seconds = 0.0
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" and mesh.size > 1 else None
 
     def begin(self, plan: ExchangePlan) -> None:
@@ -62,7 +65,9 @@ class AllGatherExchange:
             return
         self.num_bytes += rows.nbytes * (self.mesh.size - 1)
         if self._stream is None:
+            start = time.perf_counter()
             self._gather(rows, cache)
+            self.num_seconds += time.perf_counter() - start
             return
         self._stream.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(self._stream):

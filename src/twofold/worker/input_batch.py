@@ -31,6 +31,11 @@ class InputBatch:
     sampled_token_idx: IntArray  # [S] my sampled row -> its token in my tensors
     sampled_request_idx: IntArray  # [S] my sampled row -> request of the step
     all_sampled_request_idx: IntArray  # [P * max S] gathered sampled row -> request of the step, -1 is padding
+    is_decode: bool  # all rows of all ranks are of one token each
+
+    def fits_prefill_graph(self, max_num_rows: int) -> bool:
+        """Whether every rank has room for its rows, and one of padding, in a graph of so many; the same on all ranks."""
+        return int(np.diff(self.partition.row_ptr).max()) < max_num_rows
 
 
 def prepare(
@@ -111,6 +116,7 @@ def prepare(
         sampled_token_idx=row_end[my_sampled_row] - 1 - mine.start,
         sampled_request_idx=part.request_idx[my_sampled_row],
         all_sampled_request_idx=all_sampled,
+        is_decode=is_decode,
     )
 
 
@@ -128,10 +134,11 @@ def _metadata(
     length, seq_lens = part.length[rows], part.start[rows] + part.length[rows]
     query_start = np.concatenate([[0], np.cumsum(length)])
     max_seq_len = int(seq_lens.max(initial=0))
-    block_tables = states.block_tables[state_idx[part.request_idx[rows]], : max(1, -(-max_seq_len // block_size))]
+    num_padding = padded - num_tokens
+    num_blocks = -(-max(max_seq_len, num_padding) // block_size)
+    block_tables = states.block_tables[state_idx[part.request_idx[rows]], :num_blocks]
     longer = np.flatnonzero(length > 1)
     # Padding tokens: decode rows without keys, or one row that attends to itself in the null block.
-    num_padding = padded - num_tokens
     fill = np.zeros(num_padding, np.int64) if is_decode else np.full(min(num_padding, 1), num_padding)
     device_start = np.concatenate([query_start, num_tokens + np.cumsum(fill + 1 if is_decode else fill)])
     device_tables = np.concatenate([block_tables, np.zeros((len(fill), block_tables.shape[1]), np.int32)])

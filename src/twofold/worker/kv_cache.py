@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+import numpy as np
 import torch
 
 from twofold.attention.spec import AttentionSpec
@@ -18,7 +19,8 @@ class KVCache:
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
         self.pages = [  # each [num_blocks, block_size, row_width]
-            torch.zeros(num_blocks, block_size, spec.row_width, dtype=dtype, device=device) for spec in specs
+            _zeros(num_blocks * block_size * spec.row_width, dtype, device).view(num_blocks, block_size, spec.row_width)
+            for spec in specs
         ]
         self.slots = [pages.view(-1, pages.shape[-1]) for pages in self.pages]  # each [num_slots, row_width]
 
@@ -26,3 +28,10 @@ class KVCache:
 def bytes_per_block(specs: Sequence[AttentionSpec], block_size: int, dtype: torch.dtype) -> int:
     """Memory of one block over all layers."""
     return sum(spec.row_width for spec in specs) * block_size * dtype.itemsize
+
+
+def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
+    if device.type != "cpu":
+        return torch.zeros(size, dtype=dtype, device=device)
+    # The system's own zeros: memory is taken when a page is first written.
+    return torch.from_numpy(np.zeros(size * dtype.itemsize, np.uint8)).view(dtype)

@@ -20,3 +20,10 @@ class Failure:
 
     message: str
     is_model_error: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Asks a rank to start noting its kernels, or to stop and answer with a `Breakdown`. No step may be in flight."""
+
+    start: bool

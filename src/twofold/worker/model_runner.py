@@ -6,12 +6,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.op import AttentionBackend, ForwardContext, forward_context
 from twofold.engine.step import Step, StepResult
 from twofold.models.loader import DecoderModel
-from twofold.parallel.exchange import Exchange
+from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.mesh import Mesh
 from twofold.sampling_params import SamplingParams
+from twofold.worker.cuda_graphs import CUDAGraphs
 from twofold.worker.input_batch import InputBatch, prepare, to_device
 from twofold.worker.kv_cache import KVCache
 from twofold.worker.request_states import RequestStates
@@ -50,13 +52,14 @@ class ModelRunner:
         self.model, self.cache, self.states = model, cache, states
         self.mesh, self.exchange, self.backend, self.policy = mesh, exchange, backend, policy
         self.eos_token_ids, self.device = eos_token_ids, device
+        self.graphs: CUDAGraphs | None = None
 
     @torch.inference_mode()
     def launch(self, step: Step) -> LaunchedStep:
         """Enqueues one step."""
         self.states.apply(step)
         batch = prepare(
-            step.batch, self.states, self.mesh.rank, self.mesh.size, self.policy, self.cache.block_size
+            step.batch, self.states, self.mesh.rank, self.mesh.size, self.policy, self.cache.block_size, self._pad
         )
         hidden_states = self._forward(batch)
         tokens, logprobs = self._sample(step, batch, hidden_states)
@@ -84,6 +87,8 @@ class ModelRunner:
                 request_id: [(position, tensors.to_numpy()) for position, tensors in pieces]
                 for request_id, pieces in launched.prompt_logprobs.items()
             },
+            exchange_bytes=self.exchange.num_bytes,
+            exchange_seconds=self.exchange.num_seconds,
         )
 
     def needs_tokens_on_cpu(self, step: Step) -> bool:
@@ -93,12 +98,42 @@ class ModelRunner:
         params += [p for p in states.params if p is not None]
         return any(_counts_tokens(p) for p in params)
 
+    def record_graphs(self) -> None:
+        """Records CUDA graphs of short steps; the cache must stay where it is from now on."""
+        states, dtype = self.states, self.cache.pages[0].dtype
+        kinds = [
+            is_decode
+            for is_decode in (False, True)
+            if all(self.backend.can_record(spec, dtype, is_decode) for spec in self.model.specs)
+        ]
+        if not kinds:
+            return
+        graphs = CUDAGraphs(
+            self._forward_eager, self.mesh.size, states.max_num_seqs, states.block_tables.shape[1],
+            states.token_ids.shape[1] - 1, self.device,
+        )  # fmt: skip
+        with torch.inference_mode():
+            for is_decode in kinds:
+                # The largest first: the smaller ones fit into its memory.
+                for size in reversed(graphs.decode_sizes if is_decode else graphs.prefill_sizes):
+                    graphs.record(size, is_decode)
+        self.graphs = graphs
+
+    def _pad(self, num_tokens: int, is_decode: bool) -> int:
+        return num_tokens if self.graphs is None else self.graphs.pad(num_tokens, is_decode)
+
     def _forward(self, batch: InputBatch) -> torch.Tensor:
         """→ hidden states [N, hidden_size]; a rank without tokens runs padding and joins the exchange."""
-        self.exchange.begin(batch.exchange)
-        context = ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, batch.metadata)
-        with forward_context(context):
-            return self.model.hidden_states(batch.input_ids, batch.position_ids)
+        if self.graphs is not None and (hidden_states := self.graphs.replay(batch)) is not None:
+            return hidden_states
+        return self._forward_eager(batch.input_ids, batch.position_ids, batch.metadata, batch.exchange)
+
+    def _forward_eager(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, metadata: AttentionMetadata, plan: ExchangePlan
+    ) -> torch.Tensor:
+        self.exchange.begin(plan)
+        with forward_context(ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, metadata)):
+            return self.model.hidden_states(input_ids, position_ids)
 
     def _sample(
         self, step: Step, batch: InputBatch, hidden_states: torch.Tensor

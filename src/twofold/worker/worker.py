@@ -6,84 +6,134 @@ import sys
 import threading
 import time
 import traceback
+from collections.abc import Iterator
+from contextlib import contextmanager
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 
 from twofold.attention.backends import make_backend
-from twofold.engine.step import Step
+from twofold.engine.step import NewRequest, ScheduledBatch, Step
 from twofold.errors import ModelError
 from twofold.executor.base import RankReport
 from twofold.models.loader import DecoderModel, empty_model, fix_rope, load_model, share_weights
 from twofold.parallel.exchange import AllGatherExchange
 from twofold.parallel.mesh import Mesh, make_mesh
 from twofold.runtime import CPU_CACHE_BYTES, RuntimeConfig
+from twofold.sampling_params import SamplingParams
 from twofold.worker.kv_cache import KVCache, bytes_per_block
-from twofold.worker.messages import Failure, RankStart
+from twofold.worker.messages import Failure, Profile, RankStart
 from twofold.worker.model_runner import LaunchedStep, ModelRunner
+from twofold.worker.profile import Breakdown, StepProfiler
 from twofold.worker.request_states import RequestStates
+
+POLL_SECONDS = 50e-6  # between looks at the GPU and at the engine
 
 
 class Worker:
-    """A rank's model and memory."""
+    """A rank's model and memory. The engine asks for a report, has the cache allocated, then sends steps."""
 
     def __init__(self, rank: int, runtime: RuntimeConfig, folder: str) -> None:
         self.runtime = runtime
-        self.seconds: dict[str, float] = {}
-        clock = time.perf_counter()
+        self.seconds: dict[str, float] = {}  # start-up phase -> its time
         self.device = torch.device(runtime.device if runtime.device == "cpu" else f"cuda:{rank}")
         if self.device.type == "cpu":
             torch.set_num_threads(runtime.num_threads)
         else:
             torch.cuda.set_device(self.device)
-        self.mesh = make_mesh(rank, runtime.num_ranks, f"{folder}/store", self.device)
-        self.seconds["mesh"], clock = time.perf_counter() - clock, time.perf_counter()
-        self.model = DecoderModel(_load(runtime, self.mesh, self.device, Path(folder)))
-        self.seconds["weights"] = time.perf_counter() - clock
-
-    def report(self) -> RankReport:
-        runtime = self.runtime
-        block_bytes = bytes_per_block(self.model.specs, runtime.block_size, runtime.dtype)
-        memory = runtime.engine.kv_cache_memory_bytes
-        if memory is None:
-            one_request = (-(-runtime.max_model_len // runtime.block_size) + 1) * block_bytes
-            memory = max(CPU_CACHE_BYTES, one_request)
-        return RankReport(
-            rank=self.mesh.rank,
-            num_blocks=memory // block_bytes,
-            bytes_per_block=block_bytes,
-            vocab_size=self.model.vocab_size,
-            seconds=self.seconds,
-        )
-
-    def allocate(self, num_blocks: int) -> None:
-        """Makes the cache, and with it the runner."""
-        runtime = self.runtime
-        specs, device = self.model.specs, self.device
-        states = RequestStates(runtime.engine.max_num_seqs, runtime.max_model_len, runtime.block_size, device)
+        with self._phase("ranks"):
+            self.mesh = make_mesh(rank, runtime.num_ranks, f"{folder}/store", self.device)
+        with self._phase("weights"):
+            self.model = DecoderModel(_load(runtime, self.mesh, self.device, Path(folder)))
         self.runner = ModelRunner(
             model=self.model,
-            cache=KVCache(specs, num_blocks, runtime.block_size, runtime.dtype, device),
-            states=states,
+            cache=KVCache(self.model.specs, 1, runtime.block_size, runtime.dtype, self.device),  # until `allocate`
+            states=RequestStates(
+                runtime.engine.max_num_seqs, runtime.max_model_len, runtime.block_size, self.device
+            ),
             mesh=self.mesh,
-            exchange=AllGatherExchange(self.mesh, device),
+            exchange=AllGatherExchange(self.mesh, self.device),
             backend=make_backend(runtime.attention_backend),
             policy=runtime.engine.partition_policy,
             eos_token_ids=runtime.eos_token_ids,
-            device=device,
+            device=self.device,
         )
+
+    @contextmanager
+    def _phase(self, name: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self.seconds[name] = time.perf_counter() - start
+
+    def report(self) -> RankReport:
+        """What there is room for. On CUDA found by running the largest step that the scheduler may send."""
+        runtime = self.runtime
+        block_bytes = bytes_per_block(self.model.specs, runtime.block_size, runtime.dtype)
+        memory = runtime.engine.kv_cache_memory_bytes
+        if self.device.type == "cuda":
+            with self._phase("compile and profile"):
+                if not runtime.engine.enforce_eager:
+                    from twofold.worker.compile import compile_layers  # the compiler takes seconds to import
+
+                    compile_layers(self.model)
+                room = self._profile()
+            memory = room if memory is None else min(memory, room)
+        elif memory is None:
+            one_request = (-(-runtime.max_model_len // runtime.block_size) + 1) * block_bytes
+            memory = max(CPU_CACHE_BYTES, one_request)
+        return RankReport(self.mesh.rank, memory // block_bytes, block_bytes, self.model.vocab_size, self.seconds)
+
+    def _profile(self) -> int:
+        """Bytes left for the cache after a step of max_num_batched_tokens, all of it written to the null block."""
+        runtime = self.runtime
+        longest = min(runtime.max_model_len - 1, runtime.max_num_batched_tokens)
+        full, rest = divmod(runtime.max_num_batched_tokens, longest)
+        lengths = ([longest] * full + [rest] * (rest > 0))[: runtime.engine.max_num_seqs]
+        ids = tuple(f"profile {number}" for number in range(len(lengths)))
+        new = tuple(
+            NewRequest(request_id, np.zeros(length, np.int32), length, [], SamplingParams(temperature=1.0), 0)
+            for request_id, length in zip(ids, lengths, strict=True)
+        )
+        zeros = np.zeros(len(ids), np.int64)
+        batch = ScheduledBatch(ids, zeros, np.array(lengths, np.int64), np.ones(len(ids), bool))
+        self.runner.collect(self.runner.launch(Step(-2, (), new, {}, batch)))
+        # Two decodes: their graphs and kernels are made now, and the state of the requests goes with them.
+        one = ScheduledBatch(ids[:1], np.array(lengths[:1], np.int64), zeros[:1] + 1, np.ones(1, bool))
+        self.runner.collect(self.runner.launch(Step(-1, ids[1:], (), {}, one)))
+        self.runner.states.apply(Step(0, ids[:1], (), {}, batch))
+        torch.cuda.synchronize()
+        free, total = torch.cuda.mem_get_info()
+        held_by_others = total - free - torch.cuda.memory_reserved()
+        peak = torch.cuda.max_memory_allocated()
+        torch.cuda.empty_cache()
+        return max(0, int(total * runtime.engine.gpu_memory_utilization) - held_by_others - int(peak * 1.05))
+
+    def allocate(self, num_blocks: int) -> dict[str, float]:
+        """Makes the cache, and records what refers to its place; → seconds of each start-up phase."""
+        runtime, runner = self.runtime, self.runner
+        with self._phase("cache"):
+            runner.cache = KVCache(self.model.specs, num_blocks, runtime.block_size, runtime.dtype, self.device)
+        if self.device.type == "cuda" and not runtime.engine.enforce_eager:
+            with self._phase("graphs"):
+                runner.record_graphs()
+        return self.seconds
 
     def serve(self, conn: "Connection[Any, Any]") -> None:
         """Steps until the engine closes the connection. With a step in flight the next is launched before it is read."""
         pending: LaunchedStep | None = None
         while True:
-            if pending is not None and not conn.poll():
+            if pending is not None and not self._wait_for_step(conn, pending):
                 conn.send(self.runner.collect(pending))
                 pending = None
-            step: Step = conn.recv()
+            message = conn.recv()
+            if isinstance(message, Profile):
+                conn.send(self._note_kernels(message.start))
+                continue
+            step: Step = message
             if pending is not None and self.runner.needs_tokens_on_cpu(step):
                 conn.send(self.runner.collect(pending))
                 pending = None
@@ -91,6 +141,21 @@ class Worker:
             if pending is not None:
                 conn.send(self.runner.collect(pending))
             pending = launched
+
+
+    def _note_kernels(self, start: bool) -> Breakdown | None:
+        if start:
+            self._profiler = StepProfiler()
+            self._profiler.start()
+            return None
+        return self._profiler.stop()
+
+    def _wait_for_step(self, conn: "Connection[Any, Any]", pending: LaunchedStep) -> bool:
+        """Whether the next step came before the tokens of the one in flight."""
+        while not conn.poll(POLL_SECONDS if pending.ready is not None else 0):
+            if pending.ready is None or pending.ready.query():
+                return False
+        return True
 
 
 def _load(
@@ -132,8 +197,7 @@ def main() -> None:
         start: RankStart = conn.recv()
         worker = Worker(start.rank, start.runtime, start.folder)
         conn.send(worker.report())
-        worker.allocate(conn.recv())
-        conn.send(None)
+        conn.send(worker.allocate(conn.recv()))
         worker.serve(conn)
     except EOFError:
         pass  # the engine closed the connection: it is done with us

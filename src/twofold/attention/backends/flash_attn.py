@@ -36,6 +36,13 @@ class FlashAttnBackend:
         self._step: AttentionMetadata | None = None  # whose longer rows these are:
         self._longer_rows: AttentionMetadata | None = None
 
+    def can_record(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
+        if is_decode:
+            return True
+        capability = torch.cuda.get_device_capability()
+        expanded = isinstance(spec, LatentSpec)  # pieces of a prefix are planned on the CPU
+        return self._flash is not None and not expanded and refusal(dtype, spec, capability) is None
+
     def attend(
         self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
     ) -> torch.Tensor:

@@ -14,7 +14,6 @@ it, and the runs of the others meet in a second kernel.
 
 import math
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 import triton
@@ -171,14 +170,14 @@ def _pieces(dim: int) -> tuple[int, int]:
 
 @triton.jit  # type: ignore[untyped-decorator]
 def _plan(
-    seq_lens: Any,
-    num_rows: Any,
-    budget: Any,
+    seq_lens: tl.tensor,
+    num_rows: tl.tensor,
+    budget: tl.tensor,
     min_run: tl.constexpr,
     window: tl.constexpr,
     block_n: tl.constexpr,
     rows_pad: tl.constexpr,
-) -> Any:
+) -> tl.tuple:
     """Rows, their lengths and their numbers of runs, each [rows_pad]."""
     rows = tl.arange(0, rows_pad)
     lengths = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
@@ -191,22 +190,22 @@ def _plan(
 
 @triton.jit(do_not_specialize=["table_stride", "num_rows", "budget"])  # type: ignore[untyped-decorator]
 def _attend_run(
-    query: Any,
-    pages: Any,
-    block_tables: Any,
-    sinks: Any,
-    out: Any,
-    partial: Any,
-    partial_lse: Any,
-    row_stride: Any,
-    head_stride: Any,
-    block_stride: Any,
-    table_stride: Any,
-    scale: Any,
-    cap: Any,
-    seq_lens: Any,
-    num_rows: Any,
-    budget: Any,
+    query: tl.tensor,
+    pages: tl.tensor,
+    block_tables: tl.tensor,
+    sinks: tl.tensor,
+    out: tl.tensor,
+    partial: tl.tensor,
+    partial_lse: tl.tensor,
+    row_stride: tl.tensor,
+    head_stride: tl.tensor,
+    block_stride: tl.tensor,
+    table_stride: tl.tensor,
+    scale: tl.tensor,
+    cap: tl.tensor,
+    seq_lens: tl.tensor,
+    num_rows: tl.tensor,
+    budget: tl.tensor,
     min_run: tl.constexpr,
     window: tl.constexpr,
     block_n: tl.constexpr,
@@ -237,7 +236,8 @@ def _attend_run(
     count = tl.sum(tl.where(here, counts, 0), 0)
     run = slot - tl.sum(tl.where(here, ends - counts, 0), 0)
 
-    # Runs begin at multiples of block_n, so that a block of keys lies in one page where pages are larger.
+    # Tiles begin at multiples of block_n, so that they lie in one page where a page holds whole ones.
+    last = seq_len - 1
     low = tl.maximum(seq_len - window, 0) if window > 0 else 0
     first = low // block_n * block_n
     num_tiles = tl.cdiv(seq_len - first, block_n)
@@ -259,17 +259,19 @@ def _attend_run(
     table = block_tables + row * table_stride
     offsets = tl.arange(0, block_n)
     peak = tl.full([block_h], float("-inf"), tl.float32)
-    total = tl.zeros([block_h], tl.float32)
+    totals = tl.zeros([block_h, block_n], tl.float32)  # summed at the end: warps need not meet for it
     acc = tl.zeros([block_h, padded_v_dim], tl.float32)
+    # Where a page holds whole tiles there is one block to look up, else one for each key; always for the next tile,
+    # because a copy that waits for its address is not on its way.
+    ahead = begin if block_size % block_n == 0 else begin + offsets
+    block = tl.load(table + tl.minimum(tl.maximum(ahead, low), last) // block_size)
     for start in range(begin, end, block_n):
-        keys = start + offsets
         # Where the row has no key its nearest one is read: finite, and in a page that is its own.
-        slots = tl.minimum(tl.maximum(keys, low), seq_len - 1)
-        if block_size % block_n == 0:
-            block = tl.load(table + start // block_size)
-        else:
-            block = tl.load(table + slots // block_size)
-        tokens = pages + block.to(tl.int64) * block_stride + slots % block_size * row_width
+        keys = start + offsets
+        slots = tl.minimum(tl.maximum(keys, low), last) % block_size
+        tokens = pages + block.to(tl.int64) * block_stride + slots * row_width
+        ahead += block_n
+        block = tl.load(table + tl.minimum(ahead, last) // block_size)
         k_rows = tokens[:, None] + kv_head * dim
         if main_dim <= dim:
             k = tl.load(k_rows + d[None, :])
@@ -300,10 +302,11 @@ def _attend_run(
         new_peak = tl.maximum(peak, tl.max(logits, 1))
         weights = tl.exp2(logits - new_peak[:, None])
         shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, 1)
+        totals = totals * shrink[:, None] + weights
         acc = tl.dot(weights.to(v.dtype), v, acc * shrink[:, None], input_precision="ieee")
         peak = new_peak
 
+    total = tl.sum(totals, 1)
     mine = member < group
     stored = mine[:, None] & (dv[None, :] < v_dim)
     if count == 1:
@@ -319,13 +322,13 @@ def _attend_run(
 
 @triton.jit(do_not_specialize=["num_rows", "budget"])  # type: ignore[untyped-decorator]
 def _merge_runs(
-    partial: Any,
-    partial_lse: Any,
-    sinks: Any,
-    out: Any,
-    seq_lens: Any,
-    num_rows: Any,
-    budget: Any,
+    partial: tl.tensor,
+    partial_lse: tl.tensor,
+    sinks: tl.tensor,
+    out: tl.tensor,
+    seq_lens: tl.tensor,
+    num_rows: tl.tensor,
+    budget: tl.tensor,
     min_run: tl.constexpr,
     window: tl.constexpr,
     block_n: tl.constexpr,

@@ -23,7 +23,8 @@ EXPLICIT_QUERIES = 128  # queries whose logits are materialised at once where no
 class SDPABackend:
     """Attention with torch.nn.functional's kernels, row by row, on any device."""
 
-    name = "sdpa"
+    def can_record(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
+        return False
 
     def attend(
         self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
@@ -156,10 +157,11 @@ def _fused(
         values = values[:, None].expand(-1, num_groups, -1, -1)
     if q.device.type == "cpu":
         # The CPU kernel wants values as wide as keys.
-        missing = keys.shape[-1] - values.shape[-1]
-        padded = F.pad(values, (0, missing)) if missing else values
+        if missing := keys.shape[-1] - values.shape[-1]:
+            values = F.pad(values, (0, max(missing, 0)))
+            q, keys = (F.pad(x, (0, max(-missing, 0))) for x in (q, keys))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(
-            q, keys, padded, 0.0, causal, attn_mask=None if bias is None else bias[None, None], scale=spec.scaling
+            q, keys, values, 0.0, causal, attn_mask=None if bias is None else bias[None, None], scale=spec.scaling
         )
     else:
         if bias is not None:  # the kernel wants rows of the bias aligned to 16 bytes

@@ -1,0 +1,59 @@
+"""How long it takes to plan a step: the partition of 256 requests over 8 ranks, the budget being one millisecond.
+
+    python benchmarks/partition.py [--requests 256] [--ranks 8] [--json results/partition.json]
+"""
+
+import argparse
+import json
+import platform
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+
+from twofold.engine.step import ScheduledBatch
+from twofold.parallel.partition import partition
+
+
+def mixed_batch(num_requests: int, num_prefills: int) -> ScheduledBatch:
+    """Decodes with pasts of all lengths, and some chunks of prompts among them."""
+    rng = np.random.default_rng(0)
+    scheduled = np.ones(num_requests, np.int64)
+    scheduled[rng.choice(num_requests, num_prefills, replace=False)] = rng.integers(100, 8192, num_prefills)
+    return ScheduledBatch(
+        request_ids=tuple(map(str, range(num_requests))),
+        num_computed_tokens=rng.integers(0, 131072, num_requests),
+        num_scheduled_tokens=scheduled,
+        samples=np.ones(num_requests, np.bool_),
+    )
+
+
+def microseconds(batch: ScheduledBatch, num_ranks: int, num_runs: int = 2000) -> dict[str, float]:
+    times = np.empty(num_runs)
+    for run in range(num_runs):
+        start = time.perf_counter()
+        partition(batch, num_ranks)
+        times[run] = time.perf_counter() - start
+    return {"median": float(np.median(times) * 1e6), "p99": float(np.percentile(times, 99) * 1e6)}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--requests", type=int, default=256)
+    parser.add_argument("--ranks", type=int, default=8)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args()
+    results = {}
+    for name, num_prefills in (("decodes", 0), ("mixed", arguments.requests // 8), ("prefills", arguments.requests)):
+        results[name] = microseconds(mixed_batch(arguments.requests, num_prefills), arguments.ranks)
+        print(f"{name:9s} median {results[name]['median']:6.0f} µs   p99 {results[name]['p99']:6.0f} µs")
+    if arguments.json is not None:
+        versions = {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}
+        record = {"benchmark": "partition", "requests": arguments.requests, "ranks": arguments.ranks}
+        arguments.json.write_text(json.dumps(record | {"versions": versions, "microseconds": results}, indent=1) + "\n")
+    sys.exit(0 if results["mixed"]["median"] < 1000 else 1)
+
+
+if __name__ == "__main__":
+    main()

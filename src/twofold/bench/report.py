@@ -1,0 +1,54 @@
+"""What every benchmark says beside its figures: where they come from."""
+
+import os
+import platform
+import subprocess
+import sys
+from collections.abc import Sequence
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+
+def environment() -> dict[str, Any]:
+    """The commit, the command, the versions and the hardware that a figure belongs to."""
+    import torch
+
+    versions = {"python": platform.python_version()}
+    for package in ("torch", "transformers", "triton", "flash-attn-4"):
+        try:
+            versions[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    hardware: dict[str, Any] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    if torch.cuda.is_available():
+        hardware["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
+    return {
+        "commit": _commit(),
+        "command": " ".join(["twofold", *sys.argv[1:]]),
+        "versions": versions,
+        "hardware": hardware,
+    }
+
+
+def _commit() -> str:
+    if said := os.environ.get("TWOFOLD_COMMIT"):  # a copy of the tree without its history
+        return said
+    folder = Path(__file__).parent
+    answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
+    return answer.stdout.strip() or "unknown"
+
+
+def _cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return platform.processor()
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Columns as wide as they need to be, on stdout."""
+    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
+    for line in [header, *rows]:
+        print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

@@ -1,0 +1,101 @@
+"""list which model types of Transformers are served, and why not the others
+
+A type is served if nothing that its configuration declares speaks against it. That is checked once more when a model is
+loaded: it is run twice with attention cut off, and refused if its tokens still see each other. A type that is not
+known here is refused, never answered wrongly.
+"""
+
+import json
+from argparse import ArgumentParser, Namespace
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.text import Text
+
+from twofold.config import EngineConfig
+from twofold.errors import ModelError
+
+CHECKED_AGAIN = "A served type is checked once more when a model of it is loaded: only attention may mix its tokens."
+WORDS = {True: ("served", "green"), False: ("refused", "red"), None: ("unknown", "yellow")}
+BY_DEFAULT = "Types are judged by their default configuration; a model's own may differ: twofold models DIRECTORY"
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "model", nargs="?", metavar="TYPE_OR_MODEL", help="only this type, or the model of this directory or hub name"
+    )
+    parser.add_argument("--json", action="store_true", help="one JSON object a model type and line")
+
+
+@dataclass(frozen=True, slots=True)
+class Verdict:
+    """On a model type. `served` is None where the default configuration cannot be made."""
+
+    model_type: str
+    served: bool | None
+    reason: str | None = None
+
+
+def run(args: Namespace) -> int:
+    import transformers
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    transformers.logging.set_verbosity_error()
+    if args.model is None:
+        verdicts = [judge(model_type) for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
+    else:
+        verdicts = [_judge_one(args.model)]
+    if args.json:
+        for verdict in verdicts:
+            print(json.dumps(asdict(verdict)))
+    else:
+        _show(verdicts, None if args.model else transformers.__version__)
+    return 1 if args.model is not None and not verdicts[0].served else 0
+
+
+def judge(model_type: str) -> Verdict:
+    """Whether models of this type are served, by their default configuration."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.for_model(model_type)
+    except Exception:  # each family checks its configuration in its own way
+        return Verdict(model_type, None, "it has no default configuration to judge by; name a model's directory")
+    return _judge_config(config)
+
+
+def _judge_one(name: str) -> Verdict:
+    from transformers import CONFIG_MAPPING
+
+    if name in CONFIG_MAPPING and not Path(name).is_dir():
+        return judge(name)
+    from twofold.models.source import load_config, resolve
+
+    if "/" not in name and not Path(name).exists() and name != "demo":
+        raise ModelError(f"{name!r} is neither a model type of Transformers, nor a directory, nor a hub name")
+    # Without weights there is nothing to miss: only the configuration is read.
+    return _judge_config(load_config(resolve(EngineConfig(model=name, load_format="dummy"))))
+
+
+def _judge_config(config: Any) -> Verdict:
+    from twofold.models.support import refusal
+
+    reason = refusal(config)
+    return Verdict(config.model_type, reason is None, reason)
+
+
+def _show(verdicts: list[Verdict], version: str | None) -> None:
+    console = Console(highlight=False, soft_wrap=True)
+    width = max(len(verdict.model_type) for verdict in verdicts)
+    for verdict in sorted(verdicts, key=lambda verdict: (not verdict.served, verdict.served is None)):
+        word, style = WORDS[verdict.served]
+        line = Text(f"{word:8}", style=style).append(f"{verdict.model_type:{width}}", style="default")
+        console.print(line.append(f"  {verdict.reason or ''}".rstrip(), style="dim"))
+    console.print()
+    if version is not None:
+        num_served = sum(verdict.served is True for verdict in verdicts)
+        console.print(f"{num_served} of the {len(verdicts)} causal model types of Transformers {version} are served.")
+        console.print(BY_DEFAULT)
+    console.print(CHECKED_AGAIN)

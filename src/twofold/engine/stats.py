@@ -1,0 +1,48 @@
+"""What an engine has done since it started: plain numbers for metrics, written by the thread that steps."""
+
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from twofold.engine.step import ScheduledBatch, StepResult
+from twofold.parallel.partition import partition
+
+
+@dataclass(slots=True)
+class EngineStats:
+    num_steps: int = 0
+    num_tokens: int = 0  # computed, prompts' and answers'
+    step_seconds: float = 0.0
+    tokens_per_second: float = 0.0  # of late, of steps that prefill
+    exchange_bytes: int = 0  # received by all ranks from others
+    exchange_seconds: float = 0.0  # of the rank that spent least: the others waited for it
+    partition_imbalance: float = 1.0  # attended pairs, busiest rank over mean, in the last step that prefilled
+    num_restarts: int = 0
+    restart_seconds: float = 0.0  # the last restart took
+    _ranks: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank -> exchanged bytes, seconds at last
+
+    def take_step(
+        self, batch: ScheduledBatch, results: Sequence[StepResult], seconds: float, policy: str
+    ) -> None:
+        num_tokens = int(batch.num_scheduled_tokens.sum())
+        self.num_steps += 1
+        self.num_tokens += num_tokens
+        self.step_seconds += seconds
+        if num_tokens > len(batch):
+            rate = num_tokens / max(seconds, 1e-6)
+            self.tokens_per_second += (0.3 if self.tokens_per_second else 1.0) * (rate - self.tokens_per_second)
+            if len(results) > 1:
+                pairs = partition(batch, len(results), policy).num_pairs
+                self.partition_imbalance = float(pairs.max() / pairs.mean())
+        waits = []
+        for result in results:
+            num_bytes, waited = self._ranks.get(result.rank, (0, 0.0))
+            self.exchange_bytes += result.exchange_bytes - num_bytes
+            waits.append(result.exchange_seconds - waited)
+            self._ranks[result.rank] = (result.exchange_bytes, result.exchange_seconds)
+        self.exchange_seconds += min(waits)
+
+    def take_restart(self, start: float) -> None:
+        self.num_restarts += 1
+        self.restart_seconds = time.monotonic() - start
+        self._ranks.clear()  # new ranks count from 0

@@ -1,0 +1,111 @@
+"""Whole forward passes as CUDA graphs, for steps so short that launching them takes longer than running them.
+
+A graph is recorded for a *shape*: N tokens on every rank, all of them decodes or at most a few rows of prompts. The step
+is padded to the nearest shape and its inputs are copied to where the graph reads them. The shape follows from the
+scheduled batch alone, so all ranks replay the same graph, collectives included, however many tokens each of them has.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from twofold.attention.metadata import AttentionMetadata
+from twofold.parallel.exchange import ExchangePlan
+from twofold.worker.input_batch import InputBatch
+
+Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan], torch.Tensor]
+
+MAX_PREFILL_TOKENS = 2048  # of a rank; longer steps keep the GPU busy while the next kernels are launched
+PREFILL_ROUNDING = 128
+PREFILL_ROWS = 8  # of a rank, the padding's among them
+
+
+@dataclass(slots=True)
+class _Graph:
+    graph: torch.cuda.CUDAGraph
+    input_ids: torch.Tensor  # [N]
+    position_ids: torch.Tensor  # [N]
+    slots: torch.Tensor  # [P * N]
+    metadata: AttentionMetadata
+    hidden_states: torch.Tensor  # [N, hidden_size]
+
+
+class CUDAGraphs:
+    """Records graphs of `forward`, and replays the one that fits."""
+
+    def __init__(
+        self, forward: Forward, num_ranks: int, max_num_seqs: int, max_num_blocks: int, max_model_len: int,
+        device: torch.device,
+    ) -> None:  # fmt: skip
+        self._forward = forward
+        self._num_ranks, self._device = num_ranks, device
+        self._max_num_blocks, self._max_model_len = max_num_blocks, max_model_len
+        most = -(-max_num_seqs // num_ranks)
+        self.decode_sizes = sorted({size for size in (1, 2, 4, *range(8, most + 8, 8)) if size < most + 8})
+        self.prefill_sizes = list(range(PREFILL_ROUNDING, MAX_PREFILL_TOKENS + 1, PREFILL_ROUNDING))
+        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._pool = torch.cuda.graph_pool_handle()
+
+    def pad(self, num_tokens: int, is_decode: bool) -> int:
+        """Rounds up the most tokens that any rank has to what a graph is recorded for."""
+        sizes = self.decode_sizes if is_decode else self.prefill_sizes
+        return next((size for size in sizes if size >= num_tokens), num_tokens)
+
+    def record(self, num_tokens: int, is_decode: bool) -> None:
+        """Records the graph of one shape; all ranks record the same ones in the same order."""
+        device, n = self._device, num_tokens
+        rows = n if is_decode else PREFILL_ROWS
+        metadata = AttentionMetadata(
+            num_tokens=n,
+            query_start_np=torch.empty(0).numpy(),
+            seq_lens_np=torch.empty(0).numpy(),
+            block_tables_np=torch.empty(0).numpy(),
+            query_start=torch.zeros(rows + 1, dtype=torch.int32, device=device),
+            seq_lens=torch.zeros(rows, dtype=torch.int32, device=device),
+            block_tables=torch.zeros(rows, self._max_num_blocks, dtype=torch.int32, device=device),
+            max_query_len=1 if is_decode else n,
+            max_seq_len=self._max_model_len,
+            num_decode_rows=rows if is_decode else 0,
+        )
+        if is_decode:
+            metadata.query_start.copy_(torch.arange(rows + 1))
+        else:
+            metadata.query_start[1:] = n
+            metadata.seq_lens[0] = n
+        graph = _Graph(
+            graph=torch.cuda.CUDAGraph(),
+            input_ids=torch.zeros(n, dtype=torch.long, device=device),
+            position_ids=torch.zeros(n, dtype=torch.long, device=device),
+            slots=torch.zeros(self._num_ranks * n, dtype=torch.long, device=device),
+            metadata=metadata,
+            hidden_states=torch.empty(0),
+        )
+        plan = ExchangePlan(graph.slots)
+        for _ in range(2):  # kernels are compiled and chosen outside of the recording
+            self._forward(graph.input_ids, graph.position_ids, metadata, plan)
+        torch.cuda.synchronize()
+        # Other threads (NCCL's watchdog) go on using CUDA meanwhile.
+        with torch.cuda.graph(graph.graph, pool=self._pool, capture_error_mode="thread_local"):
+            graph.hidden_states = self._forward(graph.input_ids, graph.position_ids, metadata, plan)
+        self._graphs[n, is_decode] = graph
+
+    def replay(self, batch: InputBatch) -> torch.Tensor | None:
+        """Hidden states [N, hidden_size] of a step, or None where no graph fits it."""
+        n, is_decode = len(batch.input_ids), batch.is_decode
+        graph = self._graphs.get((n, is_decode))
+        if graph is None or (not is_decode and not batch.fits_prefill_graph(PREFILL_ROWS)):
+            return None
+        graph.input_ids.copy_(batch.input_ids)
+        graph.position_ids.copy_(batch.position_ids)
+        graph.slots.copy_(batch.exchange.slots)
+        static, given = graph.metadata, batch.metadata
+        rows, columns = given.block_tables.shape
+        static.block_tables[:rows, :columns].copy_(given.block_tables)
+        static.seq_lens[:rows].copy_(given.seq_lens)
+        if not is_decode:
+            static.seq_lens[rows:] = 0
+            static.query_start[: rows + 1].copy_(given.query_start)
+            static.query_start[rows + 1 :] = n
+        graph.graph.replay()
+        return graph.hidden_states

@@ -1,0 +1,37 @@
+"""What all tests share: one thread, no chatter from Transformers, and the demo model, loaded once."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from transformers import AutoModelForCausalLM, PreTrainedModel
+
+from twofold.models.source import demo_directory
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _quiet_and_alone() -> Iterator[None]:
+    """Tests run on machines that others use, too; and what Transformers logs is no part of a test's output."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="session")
+def demo_model_directory() -> Path:
+    """SmolLM2-135M-Instruct as safetensors; converted once a machine."""
+    return demo_directory()
+
+
+@pytest.fixture(scope="session")
+def smollm2(demo_model_directory: Path) -> PreTrainedModel:
+    """SmolLM2 in float32 with Transformers' eager attention, the reference of exactness. Nobody may change it."""
+    model = AutoModelForCausalLM.from_pretrained(
+        demo_model_directory, dtype=torch.float32, attn_implementation="eager"
+    )
+    return model.eval().requires_grad_(False)
