@@ -37,8 +37,10 @@ def main() -> None:
     print(f"\nText      {args.text.name}, {len(text.split()):,} words, begins {' '.join(text.split()[:4])!r}")
     print(f"Question  {args.question}")
     print(f"Answer    {output.outputs[0].text.strip()}\n")
-    print(f"First token {output.metrics.ttft:.2f} s after a prompt of {num_tokens:,} tokens, on {num_ranks} ranks")
-    print(f"(the ranks were ready {seconds:.1f} s after the start). Of the prompt's prefill")
+    print(
+        f"{output.metrics.ttft:.2f} s from a prompt of {num_tokens:,} tokens to the first token of the answer "
+        f"(loading took {seconds:.1f} s)"
+    )
 
     # A prompt longer than a step is computed in chunks, and each chunk is split over all ranks.
     tokens = pairs = np.zeros(num_ranks, np.int64)

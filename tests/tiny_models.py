@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB_SIZE = 97
@@ -37,10 +37,13 @@ LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "full
 # Where a family's defaults fit no model, or would leave a feature of it untried.
 PECULIAR: dict[str, dict[str, Any]] = {
     "blt": {
+        "vocab_size": 260,
         "encoder_hash_byte_group_vocab": 50,
         **{
-            f"{part}_config": {"hidden_size": 64, "hidden_size_global": 64, "num_hidden_layers": 2,
-                               "num_attention_heads": 4, "intermediate_size": 64}
+            f"{part}_config": {
+                "hidden_size": 64, "hidden_size_global": 64, "num_hidden_layers": 2, "num_attention_heads": 4,
+                "intermediate_size": 64, "vocab_size": 260,
+            }
             for part in ("patcher", "encoder", "decoder", "global")
         },
     },
@@ -49,11 +52,22 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "rope_parameters": dict.fromkeys(LAYER_TYPES, {"rope_type": "default", "rope_theta": 10000.0}),
     },
     "ctrl": {"dff": 64},
+    "dbrx": {
+        "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 2.0},
+        "ffn_config": {"ffn_hidden_size": 32, "moe_top_k": 2},
+    },
     "dots1": {"n_shared_experts": 1, "layer_types": LAYER_TYPES},
-    "gemma4_assistant": {"text_config": {"hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}},
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
     "lfm2_moe": {"layer_types": ["full_attention"] * 4, "num_dense_layers": 1},
-}
+    "longcat_flash": {"head_dim": 8, "qk_head_dim": 24, "num_layers": 2, "num_hidden_layers": 4},
+    "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
+    "qwen2_moe": {"use_sliding_window": True, "max_window_layers": 2},
+    "qwen3": {"use_sliding_window": True, "max_window_layers": 2},
+    "qwen3_moe": {"use_sliding_window": True, "max_window_layers": 2},
+}  # fmt: skip
 
 
 def causal_model_types() -> list[str]:
@@ -63,7 +77,8 @@ def causal_model_types() -> list[str]:
 
 def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     """A configuration of a model of four layers that takes milliseconds to run."""
-    defaults = AutoConfig.for_model(model_type).to_dict()
+    peculiar = PECULIAR.get(model_type, {})
+    defaults = CONFIG_MAPPING[model_type](**{k: v for k, v in peculiar.items() if k.endswith("_config")}).to_dict()
     values = {name: value for name, value in SMALL.items() if name in defaults}
     if "qk_rope_head_dim" in defaults:  # latent attention: head_dim is something of its own, and all heads have keys
         values.pop("head_dim", None)
@@ -71,7 +86,7 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(defaults.get(name), int) and defaults[name] >= VOCAB_SIZE:
             values[name] = {"p": 0, "b": 1, "e": 2}[name[0]]
-    return AutoConfig.for_model(model_type, **(values | PECULIAR.get(model_type, {}) | overrides))
+    return AutoConfig.for_model(model_type, **(values | peculiar | overrides))
 
 
 def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:

@@ -5,9 +5,11 @@
     │   ├── ConfigError            an engine argument
     │   ├── ModelError             a model that is missing, broken or not supported
     │   └── RequestError           one prompt or its sampling parameters; no other request is touched
+    ├── OverloadedError            too much waits already; to be tried again
     └── EngineError                the engine failed
         ├── RankDiedError          a rank ended, or stopped answering
-        └── RankFailedError        a rank raised
+        ├── RankFailedError        a rank raised
+        └── UnavailableError       the server starts, stops, or has lost its engine
 
 Every message is one line that names the value, the limit and the way out.
 """
@@ -33,6 +35,14 @@ class RequestError(UserError):
     """A prompt or its sampling parameters are wrong."""
 
 
+class OverloadedError(TwofoldError):
+    """The queue is full; there should be room in `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
 class EngineError(TwofoldError, RuntimeError):
     """The engine failed; no user is at fault."""
 
@@ -43,3 +53,7 @@ class RankDiedError(EngineError):
 
 class RankFailedError(EngineError):
     """A rank raised; the message carries its last line."""
+
+
+class UnavailableError(EngineError):
+    """No request can be taken now, or the one under way had to be given up."""

@@ -7,13 +7,16 @@ import pytest
 import torch
 
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.spec import AttentionSpec
+from twofold.attention.spec import AttentionSpec, LatentSpec
 
 pytest.importorskip("triton")
 from twofold.attention.backends.flash_attn import FlashAttnBackend
 from twofold.attention.backends.paged_decode import PagedDecode, Tuning
 
-pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+pytestmark = [
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+    pytest.mark.filterwarnings("default"),  # other projects' compilers warn as they please
+]
 
 DEVICE = "cuda"
 TOLERANCE = {torch.bfloat16: 1e-2, torch.float16: 2e-3, torch.float32: 1e-5}
@@ -54,6 +57,12 @@ def make_spec(
     num_heads, num_kv_heads, dim, v_dim = HEADS[heads]
     logits = torch.randn(num_heads, device=DEVICE) if sinks else None
     return AttentionSpec(num_heads, num_kv_heads, dim, v_dim, dim**-0.5, sliding_window, softcap, logits)
+
+
+def make_latent_spec() -> LatentSpec:
+    """DeepSeek-V2-Lite's."""
+    weight = torch.zeros(16 * (128 + 128), 512, device=DEVICE)
+    return LatentSpec(16, 16, 192, 128, 192**-0.5, kv_lora_rank=512, qk_rope_head_dim=64, weight=weight)
 
 
 def make_metadata(
@@ -306,7 +315,28 @@ class TestFlashAttnBackend:
         for _ in range(2):
             out = backend.attend(case.query, case.pages, case.spec, case.metadata)
         assert_close(out, reference(case), torch.float32)
-        assert [record.levelname for record in caplog.records] == ["WARNING"]
+        assert [record.levelname for record in caplog.records if record.name.startswith("twofold")] == ["WARNING"]
+
+    @pytest.mark.parametrize("causal", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    def test_expanded_latents(self, backend: FlashAttnBackend, causal: bool, dtype: torch.dtype) -> None:
+        spec = make_latent_spec()
+        query, keys = (torch.randn(n, 16, 192, device=DEVICE).to(dtype) for n in (150, 400))
+        values = torch.randn(400, 16, 256, device=DEVICE).to(dtype)[..., 128:]
+        out, lse = backend.attend_expanded(query, keys, values, spec, causal)
+        logits = torch.einsum("lhd,khd->hlk", query.double(), keys.double()) * spec.scaling
+        if causal:
+            logits = logits.masked_fill(torch.ones_like(logits[0]).triu(400 - 150 + 1).bool(), -torch.inf)
+        assert_close(out, torch.einsum("hlk,khv->lhv", logits.softmax(-1), values.double()), dtype)
+        torch.testing.assert_close(lse, logits.logsumexp(-1).T.float(), atol=1e-3, rtol=1e-4)
+
+    def test_absorbed_latents(self, backend: FlashAttnBackend) -> None:
+        """Rows whose queries moved into the latents' space."""
+        spec = make_latent_spec()
+        case = make_case(AttentionSpec(16, 1, 576, 0, spec.scaling), decode_rows([1, 100, 3000]), 128, torch.bfloat16)
+        out = backend.attend_absorbed(case.query, case.pages, spec, case.metadata)
+        doubled = torch.cat([case.pages, case.pages[..., :512]], -1)
+        assert_close(out, reference(Case(spec.absorbed, case.query, doubled, case.metadata)), torch.bfloat16)
 
     def test_long_prompt(self, backend: FlashAttnBackend) -> None:
         """Rank 0's head and tail of 16k tokens over 4 ranks; the tail reads everyone's keys."""

@@ -50,10 +50,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 
 def make_model(model_type: str, **overrides: Any) -> PreTrainedModel:
-    overrides = SMALL | overrides
-    if model_type == "longcat_flash":
-        del overrides["num_hidden_layers"]
-    config = tiny_config(model_type, **overrides)
+    config = tiny_config(model_type, **(SMALL | overrides))
     if model_type != "mistral4":
         return tiny_model(config)
     # It is a part of a multimodal model: AutoModelForCausalLM does not know it by itself in every version.

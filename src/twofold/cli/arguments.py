@@ -40,9 +40,12 @@ ENGINE_HELP = {
 SHORT = {"prefill_context_parallel_size": ["-pcp"]}
 
 
-def add_engine_arguments(parser: ArgumentParser) -> None:
+def add_engine_arguments(parser: ArgumentParser, *, positional_model: bool = False) -> None:
     """Every field of EngineConfig as a flag; `chosen(args, EngineConfig)` are its arguments."""
-    add_fields(parser.add_argument_group("engine"), EngineConfig, ENGINE_HELP)
+    help_of = dict(ENGINE_HELP)
+    if positional_model:
+        parser.add_argument("model", metavar="MODEL", help=help_of.pop("model"))
+    add_fields(parser.add_argument_group("engine"), EngineConfig, help_of)
 
 
 def add_fields(group: _ActionsContainer, cls: type[Any], help_of: Mapping[str, str]) -> None:

@@ -123,17 +123,17 @@ def draw(batch: ScheduledBatch, part: Partition, policy: str, console: Console) 
     width = max(console.width - margin - max(map(len, notes)), 20)
     tokens_per_cell = -(-longest // width)
     scale: float = min(width // longest, CELLS_PER_TOKEN) if tokens_per_cell == 1 else 1 / tokens_per_cell
-    bar_width = max(round(longest * scale), 1)
+    runs_drawn = runs_of(batch, part)[: len(names)]
+    widths = [cell_widths([run.length for run in runs], scale, width) for runs in runs_drawn]
+    crowded = any(0 in cells for cells in widths)
+    stretched = any(run.length < tokens_per_cell for runs in runs_drawn for run in runs)
+    bar_width = max(map(sum, widths))
     console.print(f"{'0':>{margin + 1}}{longest:>{bar_width - 1},}  tokens", style="dim")
-    stretched = crowded = False
-    for name, runs, note in zip(names, runs_of(batch, part), notes, strict=False):
-        widths = cell_widths([run.length for run in runs], scale, bar_width)
-        crowded |= 0 in widths
-        stretched |= any(run.length < tokens_per_cell for run in runs)
+    for name, runs, cells, note in zip(names, runs_drawn, widths, notes, strict=True):
         line = Text(name.ljust(margin))
-        for run, cells in zip(runs, widths, strict=True):
-            line.append_text(_bar(run.rank, cells, part.num_ranks, console))
-        line.append(" " * (bar_width - sum(widths)) + note, style="dim")
+        for run, num_cells in zip(runs, cells, strict=True):
+            line.append_text(_bar(run.rank, num_cells, part.num_ranks, console))
+        line.append(" " * (bar_width - sum(cells)) + note, style="dim")
         console.print(line)
     if num_requests > len(names):
         console.print(f"... and {_count(num_requests - len(names), 'request')} more", style="dim")

@@ -111,7 +111,7 @@ def _read(source: _Source) -> str | dict[str, Any]:
 
 
 def _load(config: EngineConfig, quiet: bool) -> "LLM":
-    console = Console(stderr=True, quiet=quiet, highlight=False)
+    console = Console(stderr=True, quiet=quiet, highlight=False, soft_wrap=True)
     start = time.perf_counter()
     with console.status("loading PyTorch and Transformers") as status:
         from twofold import LLM

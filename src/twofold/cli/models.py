@@ -92,7 +92,8 @@ def _show(verdicts: list[Verdict], version: str | None) -> None:
     for verdict in sorted(verdicts, key=lambda verdict: (not verdict.served, verdict.served is None)):
         word, style = WORDS[verdict.served]
         line = Text(f"{word:8}", style=style).append(f"{verdict.model_type:{width}}", style="default")
-        console.print(line.append(f"  {verdict.reason or ''}".rstrip(), style="dim"))
+        reason = f"  {verdict.reason}" if verdict.reason else ""
+        console.print(line.append(reason, style="dim"))
     console.print()
     if version is not None:
         num_served = sum(verdict.served is True for verdict in verdicts)

@@ -10,6 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
+from numpy.typing import NDArray
 
 from twofold.config import EngineConfig
 from twofold.engine.block_pool import BlockPool
@@ -138,17 +139,15 @@ class LLMEngine:
                 given = ", ".join(map(str, prompt)) or "nothing"
                 raise RequestError(f"a prompt needs 'prompt' or 'prompt_token_ids', got {given}")
             text = prompt.get("prompt")
-            prompt = prompt.get("prompt_token_ids", text)
+            prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
         if isinstance(prompt, str):
             text = prompt
             if self.tokenizer is None:
                 raise RequestError("the prompt is text, but skip_tokenizer_init is set; give prompt_token_ids")
             token_ids = self.tokenizer.encode(prompt)
         else:
-            if not isinstance(prompt, Sequence | np.ndarray):
-                raise RequestError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
-            token_ids = [self._check_token(token) for token in prompt]
-        if not token_ids:
+            token_ids = self._checked(prompt)
+        if not len(token_ids):
             raise RequestError("the prompt is empty (0 tokens); it needs at least 1")
         limit = self.scheduler.max_num_tokens - 1
         if len(token_ids) > limit:
@@ -158,10 +157,26 @@ class LLMEngine:
             )
         return text, token_ids
 
-    def _check_token(self, token: Any) -> int:
-        if isinstance(token, bool) or not isinstance(token, int | np.integer) or not 0 <= token < self.vocab_size:
-            raise RequestError(f"token id {token!r} is out of range; the model has ids 0 to {self.vocab_size - 1}")
-        return int(token)
+    def _checked(self, prompt: Any) -> NDArray[np.int64]:
+        """Token ids that the model has; at once, since a prompt may have a million."""
+        if not isinstance(prompt, Sequence | np.ndarray):
+            raise RequestError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
+        if not len(prompt):
+            return np.empty(0, np.int64)
+        try:
+            token_ids = np.asarray(prompt)
+        except ValueError:  # lists within lists
+            token_ids = np.empty(0)
+        if token_ids.dtype.kind not in "iu" or token_ids.ndim != 1:
+            huge = f"token id {prompt[0]!r}"  # integers that no array holds
+            wrong = (t for t in prompt if isinstance(t, bool) or not isinstance(t, int | np.integer))
+            raise RequestError(f"{next(wrong, huge)!r} is not a token id; a prompt is a list of integers from 0")
+        outside = np.flatnonzero((token_ids < 0) | (token_ids >= self.vocab_size))
+        if len(outside):
+            raise RequestError(
+                f"token id {token_ids[outside[0]]} is out of range; the model has ids 0 to {self.vocab_size - 1}"
+            )
+        return token_ids
 
     def _draw_seed(self) -> int:
         """The same requests in the same order draw the same seeds."""

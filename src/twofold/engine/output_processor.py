@@ -92,7 +92,7 @@ class OutputProcessor:
             user.prompt_logprobs[position : position + len(rows)] = rows
 
     def add_token(self, request: Request, token: int, logprobs: TokenLogprobs | None, row: int) -> str | None:
-        """Takes a sampled token, and row `row` of the step's log-probabilities; the stop string it completes, if any."""
+        """Takes a sampled token, and row `row` of the step's log-probabilities; the stop string that it completes."""
         user, sequence = self._sequence_of[request.request_id]
         if user.metrics.first_token_time is None:
             user.metrics.first_token_time = time.time()

@@ -3,12 +3,13 @@
 import contextlib
 import os
 import shutil
+import signal
 import socket
 import struct
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
@@ -53,7 +54,7 @@ class LocalExecutor:
                 conn.send(RankStart(rank=rank, runtime=runtime, folder=self._folder))
             self.reports = self._receive()
         except BaseException:
-            self.shutdown()
+            self._kill()  # ranks that still import PyTorch hear of nothing else
             raise
 
     def _start(self, rank: int, runtime: RuntimeConfig) -> None:
@@ -61,7 +62,7 @@ class LocalExecutor:
         ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
         life_read, life_write = os.pipe()  # the write end closes when this process ends, and the rank sees it
         environment = os.environ | {"OMP_NUM_THREADS": str(runtime.num_threads)}
-        with theirs:
+        with theirs, _no_interrupts():
             process = subprocess.Popen(
                 [*self.command, str(theirs.fileno()), str(life_read)],
                 pass_fds=[theirs.fileno(), life_read],
@@ -172,6 +173,16 @@ class LocalExecutor:
                 process.kill()
                 process.wait()
         shutil.rmtree(self._folder, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def _no_interrupts() -> Iterator[None]:
+    """Holds Ctrl-C back. A process started meanwhile never gets it: it is for the engine, which ends the ranks."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _is_stopped(pid: int) -> bool:

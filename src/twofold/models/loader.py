@@ -25,9 +25,10 @@ class DecoderModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.specs: list[AttentionSpec] = probe(model)
-        self.vocab_size: int = model.get_input_embeddings().num_embeddings
         self.body: torch.nn.Module = model.base_model
         head = model.get_output_embeddings()
+        # Some families embed more ids than they can predict.
+        self.vocab_size: int = min(model.get_input_embeddings().num_embeddings, len(head.weight))
         # The family's own code after the hidden states (scales, soft caps) runs on what this hands it.
         self._given = _Given()
         setattr(model, model.base_model_prefix, self._given)
@@ -57,6 +58,11 @@ class _Given(torch.nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> "_Output":
         return _Output(last_hidden_state=self.hidden_states)
+
+    @property
+    def decoder(self) -> "_Given":
+        """Some families' heads reach past the base model to the decoder within."""
+        return self
 
 
 class _Output(BaseModelOutputWithPast):

@@ -53,6 +53,8 @@ def resolve(config: EngineConfig) -> ModelSource:
             raise ModelError(
                 f"model directory {config.model!r} has no *.safetensors; save the weights there, or use load_format='dummy'"
             )
+    elif not path.exists() and (config.model.startswith(("/", ".", "~")) or config.model.count("/") > 1):
+        raise ModelError(f"there is no directory or file {config.model!r}, and no hub name looks like that")
     return ModelSource(config.model)
 
 

@@ -2,7 +2,8 @@
 
 Twofold leaves a model's code to Transformers and takes over one thing: attention. That is sound only if attention is
 the one place where a token sees another. `refusal` says no by what a configuration declares; `probe` makes sure by
-running the loaded model twice with attention cut off, and reads off what each layer's attention computes.
+running the loaded model with attention cut off, its tokens in another order and in other company, and reads off what
+each layer's attention computes.
 """
 
 import inspect
@@ -50,9 +51,10 @@ def refusal(config: PretrainedConfig) -> str | None:
     cls = causal_lm_class(config.model_type)
     if cls is None:
         return f"Transformers has no causal language model of type {config.model_type!r}"
-    if getattr(cls, "_is_stateful", False):
-        return "it is recurrent or has linear attention: its tokens see each other outside attention"
     layer_types = set(getattr(config, "layer_types", None) or ())
+    # Of families that mix attention with other layers some models have attention only.
+    if getattr(cls, "_is_stateful", False) and not (layer_types and layer_types <= SERVED_LAYER_TYPES):
+        return "it is recurrent or has linear attention: its tokens see each other outside attention"
     if other := sorted(str(t) for t in layer_types - SERVED_LAYER_TYPES):
         return f"it has layers of type {', '.join(other)}; full and sliding-window attention are served"
     if getattr(config, "is_decoder", True) is False and not _is_causal_by_nature(cls):
@@ -65,17 +67,18 @@ def refusal(config: PretrainedConfig) -> str | None:
 
 
 def _is_causal_by_nature(cls: type[PreTrainedModel]) -> bool:
-    """Decoders inherit `is_decoder=False` from the base configuration; encoders are those whose code asks for it."""
-    return "config.is_decoder" not in inspect.getsource(sys.modules[cls.__module__])
+    """Decoders inherit `is_decoder=False` from the base configuration; encoders are those that could see both ways."""
+    return "create_bidirectional_mask" not in inspect.getsource(sys.modules[cls.__module__])
 
 
 class _Recorder:
     """Stands in for attention: passes each token its own value, and notes what it was called with."""
 
-    def __init__(self, max_position: int) -> None:
+    def __init__(self, max_position: int | None) -> None:
         self.modules: list[torch.nn.Module] = []
         self.specs: list[AttentionSpec] = []
-        self._max_position = max_position
+        self._calls: list[tuple[torch.Tensor, torch.Tensor, torch.Tensor]] = []  # query, key, value
+        self._max_position = max_position  # None where masks are not looked at
         self._mask_functions: dict[int, Callable[..., torch.Tensor]] = {}  # id of a mask -> what it was made from
         self._masks: list[torch.Tensor] = []  # kept, so that no id comes twice
 
@@ -88,11 +91,10 @@ class _Recorder:
         self._masks.append(mask)
         return mask
 
-    def _window(self, mask: torch.Tensor, declared: int | None) -> int | None:
+    def _window(self, mask: torch.Tensor, declared: int | None, last: int) -> int | None:
         """The sliding window that a layer's mask amounts to; it must be causal and nothing else beside."""
         if (visible := self._mask_functions.get(id(mask))) is None:
             raise ModelError("it masks attention in a way of its own")
-        last = self._max_position
         zero = torch.zeros(1, dtype=torch.long)
 
         def keys_of(query: int, window: int | None) -> tuple[torch.Tensor, torch.Tensor]:
@@ -120,15 +122,13 @@ class _Recorder:
         **kwargs: Any,
     ) -> tuple[torch.Tensor, None]:
         window = kwargs.get("sliding_window")
-        if attention_mask is not None:
-            window = self._window(attention_mask, window)
+        if attention_mask is not None and self._max_position is not None:
+            window = self._window(attention_mask, window, self._max_position)
         if kwargs.get("is_causal", getattr(module, "is_causal", True)) is False:
             raise ModelError("its attention is not causal")
         for name, given in kwargs.items():
             if given is not None and name not in UNDERSTOOD | HARMLESS:
                 raise ModelError(f"its attention takes {name!r}, which is not known here")
-        if any(module is seen for seen in self.modules):
-            raise ModelError("it runs an attention layer more than once in a forward pass")
         scaling = kwargs.get("scaling")
         self.modules.append(module)
         self.specs.append(
@@ -143,8 +143,13 @@ class _Recorder:
                 sinks=kwargs.get("s_aux"),
             )
         )
+        self._calls.append((query, key, value))
         groups = query.shape[1] // value.shape[1]
         return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous(), None
+
+    def tokens(self) -> list[torch.Tensor]:
+        """What each layer made of each token: its queries, keys and values, each [T, X]."""
+        return [part[0].transpose(0, 1).flatten(1) for call in self._calls for part in call]
 
 
 @torch.inference_mode()
@@ -153,7 +158,8 @@ def probe(model: PreTrainedModel) -> list[AttentionSpec]:
 
     Those that can hand over latents in place of heads do so from now on (`models/latents.py`).
 
-    With attention passing each token its own value, changing one token must change no other token's hidden state.
+    With attention passing each token its own value, all that becomes of a token must follow from its id and position:
+    the same tokens are run in another order, among others, and compared.
 
     Raises:
         ModelError: the model's tokens see each other outside attention, or its attention does what we do not know.
@@ -161,50 +167,65 @@ def probe(model: PreTrainedModel) -> list[AttentionSpec]:
     name = type(model).__name__
     device = next(model.parameters()).device
     vocab_size = model.get_input_embeddings().num_embeddings
-    ids = torch.arange(1, 7, device=device)[None] * 5 % vocab_size
-    changed = ids.clone()
-    changed[0, 2] = (changed[0, 2] + 3) % vocab_size
-    position_ids = torch.arange(6, device=device)[None]
+    ids = (torch.arange(8, device=device) * 5 + 5) % vocab_size
+    positions = torch.arange(8, device=device)
+    shuffled = torch.tensor([5, 0, 3, 7, 1, 2, 6, 4], device=device)  # place in the second run -> position
+    kept = torch.tensor([2, 3, 5], device=device)  # positions of the tokens that are the same in both runs
+    others = torch.where(torch.isin(positions, kept), ids, (ids + 3) % vocab_size)
     max_position = getattr(model.config.get_text_config(), "max_position_embeddings", None) or 8192
-    recorders = [_Recorder(max_position), _Recorder(max_position)]
-    hidden = []
+    first, second = _Recorder(max_position), _Recorder(None)
     try:
-        for recorder, input_ids in zip(recorders, (ids, changed), strict=True):
-            AttentionInterface.register(PROBE_NAME, recorder)
-            AttentionMaskInterface.register(PROBE_NAME, recorder.make_mask)
-            _use_attention(model, PROBE_NAME)
-            out = model.base_model(input_ids=input_ids, position_ids=position_ids, use_cache=False)
-            hidden.append(out[0][0].float())  # [6, hidden_size]
+        # Without positions, as the family numbers them itself; then with those that a rank gives.
+        hidden = _run(model, first, first.make_mask, input_ids=ids[None])
+        mixed = _run(model, second, first.make_mask, input_ids=others[shuffled][None], position_ids=shuffled[None])
     except ModelError as error:
         raise ModelError(f"{name} is not served: {error}") from None
     except Exception as error:
         raise ModelError(f"{name} is not served: its forward pass failed on token ids ({error})") from error
-    specs = recorders[0].specs
+    specs = first.specs
     num_layers = getattr(model.config.get_text_config(), "num_hidden_layers", None)
-    if not specs or (num_layers is not None and len(specs) != num_layers):
+    # Some families run a layer more than once, some attend more than once in a layer.
+    num_attending = len(set(first.modules))
+    if not specs or (num_layers is not None and num_layers not in (len(specs), num_attending)):
         raise ModelError(
-            f"{name} is not served: {len(specs)} of its {num_layers} layers attend through the attention interface"
+            f"{name} is not served: {num_attending} of its {num_layers} layers attend through the attention interface"
         )
-    others = torch.tensor([0, 1, 3, 4, 5], device=device)
-    change = (hidden[0][others] - hidden[1][others]).norm() / hidden[0][others].norm()
-    if not change < 1e-3:
-        raise ModelError(f"{name} is not served: its tokens see each other outside attention (change {change:.1e})")
+    places = shuffled.argsort()[kept]
+    change = max(
+        _change(now[places], then[kept])
+        for now, then in zip([*second.tokens(), mixed], [*first.tokens(), hidden], strict=True)
+    )
+    if not change < (1e-3 if hidden.dtype == torch.float32 else 0.1):
+        raise ModelError(
+            f"{name} is not served: its tokens see each other outside attention, or are numbered in a way of its own "
+            f"(change {change:.1e})"
+        )
     layer_types = getattr(model.config, "layer_types", None)
-    for layer, (module, spec) in enumerate(zip(recorders[0].modules, specs, strict=True)):
+    for layer, (module, spec) in enumerate(zip(first.modules, specs, strict=True)):
         declared = layer_types[layer] if layer_types and len(layer_types) == len(specs) else None
         if declared == "sliding_attention" and spec.sliding_window is None:
             raise ModelError(f"{name} is not served: layer {layer} hides its sliding window from the interface")
         module.twofold_v_head_dim = spec.v_head_dim  # type: ignore[assignment]
 
     def run(attention: Attention) -> torch.Tensor:
-        AttentionInterface.register(PROBE_NAME, attention)
-        out = model.base_model(input_ids=ids, position_ids=position_ids, use_cache=False)
-        hidden_states: torch.Tensor = out[0][0]
-        return hidden_states
+        return _run(model, attention, first.make_mask, input_ids=ids[None], position_ids=positions[None])
 
-    specs = keep_latents(specs, recorders[0].modules, run)
+    specs = keep_latents(specs, first.modules, run)
     _use_attention(model, ATTENTION_NAME)
     return specs
+
+
+def _run(model: PreTrainedModel, attention: Attention, make_mask: Callable[..., torch.Tensor], **inputs: torch.Tensor) -> torch.Tensor:
+    """Hidden states [T, hidden_size] with these functions in the place of attention and its masks."""
+    AttentionInterface.register(PROBE_NAME, attention)
+    AttentionMaskInterface.register(PROBE_NAME, make_mask)
+    _use_attention(model, PROBE_NAME)
+    hidden_states: torch.Tensor = model.base_model(**inputs, use_cache=False)[0][0]
+    return hidden_states
+
+
+def _change(now: torch.Tensor, then: torch.Tensor) -> float:
+    return float((now.float() - then.float()).norm() / then.float().norm().clamp(min=1e-30))
 
 
 def _use_attention(model: PreTrainedModel, name: str) -> None:

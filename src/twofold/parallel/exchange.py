@@ -61,7 +61,7 @@ class AllGatherExchange:
 
     def publish(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
         if self.mesh.size == 1:
-            cache.index_copy_(0, self._plan.slots, rows)
+            self._write(rows, cache)
             return
         self.num_bytes += rows.nbytes * (self.mesh.size - 1)
         if self._stream is None:
@@ -76,7 +76,15 @@ class AllGatherExchange:
     def _gather(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
         gathered = rows.new_empty(self.mesh.size * len(rows), rows.shape[1])
         self.mesh.all_gather(gathered, rows)
-        cache.index_copy_(0, self._plan.slots, gathered)
+        self._write(gathered, cache)
+
+    def _write(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
+        if rows.device.type == "cuda":
+            from twofold.parallel.scatter import scatter_rows  # Triton is on GPU machines only
+
+            scatter_rows(rows, self._plan.slots, cache)
+        else:
+            cache.index_copy_(0, self._plan.slots, rows)
 
     def complete(self) -> None:
         if self._stream is not None:

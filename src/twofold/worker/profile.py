@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = (  # the first that matches a kernel's name
-    ("exchange", re.compile(r"nccl|AllGather|exchange|index_copy|indexFunc", re.I)),
+    ("exchange", re.compile(r"nccl|AllGather|_scatter_kernel|index_copy|indexFunc", re.I)),
     ("attention", re.compile(r"flash|fmha|paged|attention|_split_kernel|_merge_kernel", re.I)),
     ("projections", re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitK|gemv|group_mm|grouped", re.I)),
 )
@@ -28,7 +28,7 @@ class StepProfiler:
     """Records kernels between `start` and `stop`."""
 
     def __init__(self) -> None:
-        self._profile = profile(activities=[ProfilerActivity.CUDA])
+        self._profile = profile(activities=[ProfilerActivity.CUDA], acc_events=True)
 
     def start(self) -> None:
         torch.cuda.synchronize()

@@ -7,6 +7,7 @@ and the log says so once.
 
 import logging
 import os
+import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -147,6 +148,7 @@ def _load_flash_attn() -> Callable[..., Any] | None:
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twofold" / "flash_attn"
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache))
+    warnings.filterwarnings("ignore", message="Argument aux_data")  # of its own compiler, at every kernel
     try:
         from flash_attn.cute import flash_attn_varlen_func
     except ImportError:

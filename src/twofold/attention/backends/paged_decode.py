@@ -173,7 +173,7 @@ def _plan(
     seq_lens: tl.tensor,
     num_rows: tl.tensor,
     budget: tl.tensor,
-    min_run: tl.constexpr,
+    min_run: tl.tensor,
     window: tl.constexpr,
     block_n: tl.constexpr,
     rows_pad: tl.constexpr,
@@ -188,7 +188,7 @@ def _plan(
     return rows, lengths, tl.cdiv(num_keys, run)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_rows", "budget"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["table_stride", "num_rows", "budget", "min_run"])  # type: ignore[untyped-decorator]
 def _attend_run(
     query: tl.tensor,
     pages: tl.tensor,
@@ -206,7 +206,7 @@ def _attend_run(
     seq_lens: tl.tensor,
     num_rows: tl.tensor,
     budget: tl.tensor,
-    min_run: tl.constexpr,
+    min_run: tl.tensor,
     window: tl.constexpr,
     block_n: tl.constexpr,
     rows_pad: tl.constexpr,
@@ -320,7 +320,7 @@ def _attend_run(
         tl.store(partial_lse + indices, peak + tl.log2(total), mask=mine)
 
 
-@triton.jit(do_not_specialize=["num_rows", "budget"])  # type: ignore[untyped-decorator]
+@triton.jit(do_not_specialize=["num_rows", "budget", "min_run"])  # type: ignore[untyped-decorator]
 def _merge_runs(
     partial: tl.tensor,
     partial_lse: tl.tensor,
@@ -329,7 +329,7 @@ def _merge_runs(
     seq_lens: tl.tensor,
     num_rows: tl.tensor,
     budget: tl.tensor,
-    min_run: tl.constexpr,
+    min_run: tl.tensor,
     window: tl.constexpr,
     block_n: tl.constexpr,
     rows_pad: tl.constexpr,

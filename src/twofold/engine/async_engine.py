@@ -1,0 +1,407 @@
+"""The engine on a thread of its own, for many clients of one event loop.
+
+    event loop                                   engine's thread
+    submit ──tokenize (a third thread)──► inbox ──► LLMEngine.add_request
+    Answer.close ───────────────────────► inbox ──► LLMEngine.abort_request
+    Answer.read ◄── Answer.push ◄── call_soon ◄──── LLMEngine.step
+
+Nothing in the engine's thread waits for a client: what a client has not read yet is merged into one output. When ranks
+are lost the engine starts new ones and the requests go on; only one that brings its ranks down twice is given up.
+"""
+
+import asyncio
+import copy
+import logging
+import queue
+import threading
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from enum import StrEnum
+from functools import partial
+from itertools import count
+from typing import Any
+
+from twofold.engine.engine import LLMEngine
+from twofold.errors import EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
+from twofold.outputs import RequestOutput
+from twofold.sampling_params import SamplingParams
+
+CHECK_SECONDS = 1.0  # between looks at idle ranks
+RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0)  # seconds before each try to start new ranks
+GIVEN_UP = "this request made the engine fail twice and was given up; no other request is affected"
+
+Prompt = str | list[int] | dict[str, Any]
+logger = logging.getLogger(__name__)
+
+
+class State(StrEnum):
+    """What /health says. Requests are taken while RUNNING and RECOVERING."""
+
+    STARTING = "starting"
+    RUNNING = "ok"
+    RECOVERING = "recovering"
+    DRAINING = "draining"
+    DEAD = "dead"
+
+
+@dataclass(slots=True, eq=False)
+class Part:
+    """One prompt of an Answer. Times are monotonic, and the engine's thread alone writes them."""
+
+    request_id: str
+    index: int
+    text: str | None
+    token_ids: list[int]
+    answer: "Answer"
+    num_computed_tokens: int = 0  # of the prompt
+    waits: bool = True  # for its first token
+    finished: bool = False
+    num_output_tokens: int = 0
+    first_token_time: float | None = None
+    last_token_time: float | None = None
+
+    @property
+    def num_waiting_tokens(self) -> int:
+        return len(self.token_ids) * self.answer.params.n
+
+
+@dataclass(slots=True, eq=False)
+class Answer:
+    """The way back of one client's request: what is new of its prompts since it last read. Lives in the event loop."""
+
+    params: SamplingParams
+    arrival_time: float
+    engine: "AsyncEngine"
+    parts: list[Part] = field(default_factory=list)
+    _outputs: dict[int, RequestOutput] = field(default_factory=dict)
+    _note: str | None = None
+    _error: TwofoldError | None = None
+    _bell: asyncio.Event = field(default_factory=asyncio.Event)
+
+    async def read(self) -> tuple[int, RequestOutput] | str | None:
+        """A prompt's index and its output since the last time; or a note on how things are going; None at the end.
+
+        Raises:
+            EngineError: the request was given up.
+        """
+        while True:
+            if self._outputs:
+                index = next(iter(self._outputs))
+                return index, self._outputs.pop(index)
+            if self._error is not None:
+                raise self._error
+            if all(part.finished for part in self.parts):
+                return None
+            if self._note is not None:
+                note, self._note = self._note, None
+                return note
+            self._bell.clear()
+            await self._bell.wait()
+
+    async def read_all(self, keep_alive: float) -> AsyncIterator[tuple[int, RequestOutput] | str]:
+        """Everything until the end; a note of each `keep_alive` seconds in which nothing happens."""
+        while True:
+            try:
+                async with asyncio.timeout(keep_alive):
+                    item = await self.read()
+            except TimeoutError:
+                item = "waiting"
+            if item is None:
+                return
+            yield item
+
+    def decode(self, token_ids: list[int]) -> str:
+        tokenizer = self.engine.tokenizer
+        return "" if tokenizer is None else tokenizer.decode(token_ids)
+
+    def close(self) -> None:
+        """The client has gone, or has all it wanted: ends what is not finished."""
+        self.engine._close(self)
+
+    def push(self, part: Part, output: RequestOutput) -> None:
+        if any(completion.finish_reason == "error" for completion in output.outputs):
+            self.fail(EngineError(GIVEN_UP))
+            return
+        part.num_computed_tokens = len(part.token_ids)
+        part.finished = output.finished
+        if (earlier := self._outputs.get(part.index)) is not None:
+            output = merge(earlier, output)
+        self._outputs[part.index] = output
+        self._bell.set()
+
+    def progress(self, part: Part, num_computed_tokens: int) -> None:
+        part.num_computed_tokens = num_computed_tokens
+        done = sum(part.num_computed_tokens for part in self.parts)
+        self.note(f"prefill {done}/{sum(len(part.token_ids) for part in self.parts)}")
+
+    def note(self, note: str) -> None:
+        self._note = note
+        self._bell.set()
+
+    def fail(self, error: TwofoldError) -> None:
+        self._error = error
+        self._bell.set()
+
+
+def merge(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
+    """Two outputs in a row, each what was new, as one."""
+    for before, after in zip(earlier.outputs, later.outputs, strict=True):
+        after.text = before.text + after.text
+        before.token_ids += after.token_ids
+        after.token_ids = before.token_ids
+        if before.logprobs is not None and after.logprobs is not None:
+            before.logprobs += after.logprobs
+            after.logprobs = before.logprobs
+    return later
+
+
+class AsyncEngine:
+    """Takes requests from an event loop.
+
+    At most `max_waiting_requests` prompts, and `max_waiting_tokens` tokens of them, wait for their first token; a
+    single prompt may be longer. `observe` is called in the engine's thread with each output and the part it belongs to.
+    `on_death` is called in the event loop when no ranks could be had any more.
+    """
+
+    def __init__(
+        self,
+        engine: LLMEngine,
+        *,
+        max_waiting_requests: int,
+        max_waiting_tokens: int,
+        observe: Callable[[Part, RequestOutput], None] = lambda part, output: None,
+        on_death: Callable[[], None] = lambda: None,
+    ) -> None:
+        self.engine = engine
+        self.max_waiting_requests, self.max_waiting_tokens = max_waiting_requests, max_waiting_tokens
+        self.observe, self.on_death = observe, on_death
+        self.state = State.STARTING
+        self.num_waiting_requests = self.num_waiting_tokens = 0
+        self._answers: set[Answer] = set()
+        self._ids = count()
+        self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
+        self._parts: dict[str, Part] = {}  # of the engine's thread: request id -> what it knows
+        self._closing = threading.Event()
+        # Its own tokenizer: the engine's thread uses the other one at the same time.
+        self.tokenizer = copy.deepcopy(engine.tokenizer)
+        longest = max(map(len, self.tokenizer.get_vocab())) if self.tokenizer is not None else 0
+        self._max_chars = longest * engine.runtime.max_model_len
+        self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._num_idle_deaths = 0  # in a row
+        self._idle_death_step = -1
+
+    # In the event loop
+
+    def start(self) -> None:
+        """To be called in the event loop that all clients use."""
+        self._loop = asyncio.get_running_loop()
+        self.state = State.RUNNING
+        self._thread.start()
+
+    async def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> Answer:
+        """Queues prompts with the same parameters.
+
+        Raises:
+            RequestError: one of them cannot be served; none is then.
+            OverloadedError: too much waits already.
+            UnavailableError: the server is stopping, or has lost its engine.
+        """
+        self.check()
+        if self.num_waiting_requests + len(prompts) > self.max_waiting_requests:
+            raise self._overloaded(f"{self.num_waiting_requests} prompts wait; at most {self.max_waiting_requests} may")
+        answer = Answer(params, time.monotonic(), self)
+        self.num_waiting_requests += len(prompts)
+        try:
+            texts_and_ids = [await self.in_tokenizer_thread(self._tokenize, prompt) for prompt in prompts]
+            self.check()
+            num_tokens = params.n * sum(len(token_ids) for _, token_ids in texts_and_ids)
+            if self.num_waiting_tokens and self.num_waiting_tokens + num_tokens > self.max_waiting_tokens:
+                raise self._overloaded(
+                    f"{self.num_waiting_tokens} prompt tokens wait; with {num_tokens} more it would be more than "
+                    f"{self.max_waiting_tokens}"
+                )
+        except BaseException:
+            self.num_waiting_requests -= len(prompts)
+            raise
+        for index, (text, token_ids) in enumerate(texts_and_ids):
+            answer.parts.append(Part(f"{next(self._ids)}", index, text, token_ids, answer))
+        self.num_waiting_tokens += num_tokens
+        self._answers.add(answer)
+        for part in answer.parts:
+            self._inbox.put(partial(self._add, part))
+        return answer
+
+    async def in_tokenizer_thread(self, function: Callable[..., Any], *args: Any) -> Any:
+        """Runs what uses `tokenizer`, one call at a time."""
+        return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, partial(function, *args))
+
+    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+        if isinstance(prompt, str) and self.tokenizer is not None:
+            if len(prompt) > self._max_chars:
+                raise RequestError(
+                    f"the prompt has {len(prompt)} characters, more than max_model_len="
+                    f"{self.engine.runtime.max_model_len} tokens can hold; shorten it"
+                )
+            prompt = {"prompt": prompt, "prompt_token_ids": self.tokenizer.encode(prompt)}
+        return self.engine.tokenize(prompt)
+
+    def check(self) -> None:
+        if self.state is State.DEAD:
+            raise UnavailableError("the engine has failed and could not be started again")
+        if self.state not in (State.RUNNING, State.RECOVERING):
+            raise UnavailableError(f"the server is {'starting' if self.state is State.STARTING else 'shutting down'}")
+
+    def _overloaded(self, message: str) -> OverloadedError:
+        rate = self.engine.stats.tokens_per_second
+        seconds = self.num_waiting_tokens / rate if rate else 1.0
+        return OverloadedError(f"the server is overloaded: {message}", retry_after=round(min(max(seconds, 1.0), 60.0)))
+
+    def _deliver(self, outputs: Sequence[tuple[Part, RequestOutput]], progress: Sequence[tuple[Part, int]]) -> None:
+        for part, num_computed_tokens in progress:
+            if part.waits and num_computed_tokens != part.num_computed_tokens:
+                part.answer.progress(part, num_computed_tokens)
+        for part, output in outputs:
+            self._no_longer_waits(part)
+            part.answer.push(part, output)
+
+    def _no_longer_waits(self, part: Part) -> None:
+        if part.waits:
+            part.waits = False
+            self.num_waiting_requests -= 1
+            self.num_waiting_tokens -= part.num_waiting_tokens
+
+    def _close(self, answer: Answer) -> None:
+        if answer not in self._answers:
+            return
+        self._answers.remove(answer)
+        for part in answer.parts:
+            self._no_longer_waits(part)
+            if not part.finished:
+                self._inbox.put(partial(self._abort, part))
+
+    def _notify(self, note: str) -> None:
+        for answer in self._answers:
+            answer.note(note)
+
+    async def drain(self, timeout: float) -> None:
+        """Takes no more requests, and waits for those under way; after `timeout` seconds they are given up."""
+        if self.state is not State.DEAD:
+            self.state = State.DRAINING
+        deadline = time.monotonic() + timeout
+        while self._answers and time.monotonic() < deadline:
+            await asyncio.sleep(0.05)
+        self._fail_all(UnavailableError("the server is shutting down"))
+
+    async def stop(self) -> None:
+        """Ends the engine's thread and its ranks."""
+        if self.state is not State.DEAD:
+            self.state = State.DRAINING
+        self._closing.set()
+        self._inbox.put(lambda: None)
+        if self._thread.is_alive():
+            await asyncio.to_thread(self._thread.join)
+        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+
+    def _fail_all(self, error: TwofoldError) -> None:
+        for answer in self._answers:
+            answer.fail(error)
+
+    def _died(self) -> None:
+        self.state = State.DEAD
+        self._fail_all(UnavailableError("the engine has failed and could not be started again"))
+        self.on_death()
+
+    # In the engine's thread
+
+    def _run(self) -> None:
+        try:
+            while self._take_messages():
+                try:
+                    outputs = self.engine.step()
+                except EngineError as error:
+                    self._recover(error)
+                else:
+                    self._publish(outputs)
+        except BaseException:
+            logger.exception("the engine has failed for good")
+            self._in_loop(self._died)
+        finally:
+            self.engine.shutdown()
+
+    def _take_messages(self) -> bool:
+        """Does what the event loop asked for, and waits for it if there is nothing else to do; False at the end."""
+        scheduler = self.engine.scheduler
+        while not self._closing.is_set():
+            busy = scheduler.has_unfinished or scheduler.num_in_flight
+            try:
+                self._inbox.get(timeout=None if busy else CHECK_SECONDS, block=not busy)()
+            except queue.Empty:
+                if busy:
+                    return True
+                self._check_idle_ranks()
+        return False
+
+    def _check_idle_ranks(self) -> None:
+        try:
+            self.engine.check()
+        except EngineError as error:
+            num_steps = self.engine.stats.num_steps
+            self._num_idle_deaths = self._num_idle_deaths + 1 if num_steps == self._idle_death_step else 0
+            self._idle_death_step = num_steps
+            self._recover(error, delay=min(2.0**self._num_idle_deaths - 1.0, 30.0))
+
+    def _add(self, part: Part) -> None:
+        prompt = {"prompt": part.text, "prompt_token_ids": part.token_ids}
+        try:
+            self.engine.add_request(part.request_id, prompt, part.answer.params, deltas=True)
+        except TwofoldError as error:
+            self._in_loop(part.answer.fail, error)
+        else:
+            self._parts[part.request_id] = part
+
+    def _abort(self, part: Part) -> None:
+        self._parts.pop(part.request_id, None)
+        if (output := self.engine.abort_request(part.request_id)) is not None:
+            self.observe(part, output)
+
+    def _publish(self, outputs: Sequence[RequestOutput]) -> None:
+        delivery = []
+        for output in outputs:
+            part = self._parts[output.request_id]
+            self.observe(part, output)
+            delivery.append((part, output))
+            if output.finished:
+                del self._parts[output.request_id]
+        progress = [(self._parts[name], done) for name, (done, _) in self.engine.prefill_progress().items()]
+        if delivery or progress:
+            self._in_loop(self._deliver, delivery, progress)
+
+    def _recover(self, error: EngineError, delay: float = 0.0) -> None:
+        """New ranks for the old; every request waits for them."""
+        logger.error("%s; starting new ranks", error)
+        self._in_loop(self._set_state, State.RUNNING, State.RECOVERING)
+        self._in_loop(self._notify, "recovering")
+        self._publish(self.engine.rewind())
+        for wait in RESTART_DELAYS:
+            if self._closing.wait(delay + wait):
+                return
+            try:
+                self.engine.restart()
+            except TwofoldError as reason:
+                logger.error("the ranks did not start: %s", reason)
+            else:
+                logger.warning("new ranks after %.1f s", self.engine.stats.restart_seconds)
+                self._in_loop(self._set_state, State.RECOVERING, State.RUNNING)
+                return
+        raise EngineError(f"the ranks did not start in {len(RESTART_DELAYS)} tries")
+
+    def _set_state(self, old: State, new: State) -> None:
+        if self.state is old:
+            self.state = new
+
+    def _in_loop(self, function: Callable[..., None], *args: Any) -> None:
+        if not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(function, *args)

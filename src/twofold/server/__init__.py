@@ -1,0 +1,1 @@
+"""The OpenAI-compatible server: `twofold serve`. Needs the extra `twofold[server]`."""

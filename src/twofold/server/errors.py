@@ -1,0 +1,101 @@
+"""OpenAI's error bodies. What an error says is written for the client: no traces, no paths of this machine."""
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from starlette.exceptions import HTTPException
+
+from twofold.errors import EngineError, OverloadedError, UnavailableError, UserError
+
+MAX_SHOWN = 500  # characters of a message
+INTERNAL = "the server failed to process the request; it is not at fault, and may be tried again"
+
+
+class APIError(Exception):
+    """An answer that is an error."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        kind: str = "invalid_request_error",
+        *,
+        param: str | None = None,
+        code: str | None = None,
+        headers: Mapping[str, str] | None = None,
+    ) -> None:
+        super().__init__(message)
+        self.status, self.headers = status, dict(headers or {})
+        if len(message) > MAX_SHOWN:
+            message = message[:MAX_SHOWN] + " …"
+        self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+    def response(self) -> JSONResponse:
+        return JSONResponse(self.body, self.status, self.headers)
+
+
+def describe(error: Exception) -> APIError:
+    """What a client is told of an error."""
+    if isinstance(error, APIError):
+        return error
+    if isinstance(error, RequestValidationError):
+        return _invalid(error)
+    if isinstance(error, HTTPException):
+        return APIError(error.status_code, str(error.detail), headers=error.headers)
+    if isinstance(error, UserError):
+        message = str(error)
+        name = re.match(r"[a-z_]+", message)
+        return APIError(400, message, param=name[0] if name and "_" in name[0] else _field_of(message))
+    if isinstance(error, OverloadedError):
+        headers = {"Retry-After": str(error.retry_after)}
+        return APIError(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=headers)
+    if isinstance(error, UnavailableError):
+        return APIError(503, str(error), "server_error", code="unavailable", headers={"Retry-After": "5"})
+    if isinstance(error, EngineError):
+        return APIError(500, str(error), "server_error", code="engine_failed")
+    return APIError(500, INTERNAL, "server_error")
+
+
+def install(app: FastAPI) -> None:
+    """Every error of the app's, its own or FastAPI's, goes through `describe`."""
+
+    async def handle(request: Request, error: Exception) -> JSONResponse:
+        return describe(error).response()
+
+    for kind in (APIError, RequestValidationError, HTTPException, UserError, OverloadedError, EngineError, Exception):
+        app.add_exception_handler(kind, handle)
+
+
+def _field_of(message: str) -> str | None:
+    """The field that an error of the engine's is about."""
+    if message.startswith(("the prompt", "a prompt", "token id")):
+        return "prompt"
+    name = re.match(r"(n|seed|stop|temperature|logprobs) ", message)
+    return name[1] if name else None
+
+
+def _invalid(error: RequestValidationError) -> APIError:
+    """The first thing that is wrong with a body."""
+    first: dict[str, Any] = error.errors()[0]
+    place = [part for part in first["loc"] if part != "body"]
+    name = next((part for part in place if isinstance(part, str)), None)
+    if first["type"] == "json_invalid":
+        return APIError(400, f"the body is no JSON: {first['ctx']['error']} at character {place[0] if place else 0}")
+    message = str(first["msg"]).removeprefix("Value error, ")
+    if first["type"] == "extra_forbidden":
+        shown = str(place[-1])[:64]
+        return APIError(400, f"unknown field {shown!r}", param=shown, code="unknown_parameter")
+    if first["type"] == "missing":
+        message = "it is required"
+    if not place:  # about more than one field: the message begins with its name, or there is no body at all
+        name = next((word for word in re.findall(r"[a-z_]+", message)[:1] if "_" in word or word == "tools"), None)
+        return APIError(400, f"the body: {message}" if name is None else message, param=name)
+    where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place if part not in _BRANCHES)
+    return APIError(400, f"{where.lstrip('.')[:128]}: {message}", param=name)
+
+
+_BRANCHES = {"constrained-str", "str", "list[constrained-str]", "list[str]"}  # of unions, which pydantic names

@@ -1,0 +1,67 @@
+"""What stands before every route: the API key, and the size of bodies."""
+
+import contextlib
+import hmac
+
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from twofold.server.errors import APIError
+
+
+class ApiKey:
+    """Lets requests pass that carry one of the keys: `Authorization: Bearer KEY`. /health needs none."""
+
+    def __init__(self, app: ASGIApp, keys: list[str]) -> None:
+        self.app = app
+        self._expected = [f"Bearer {key}".encode() for key in keys]
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "http" and scope["path"] != "/health" and not self._knows(scope):
+            error = APIError(
+                401,
+                "the API key is missing or wrong; send it as 'Authorization: Bearer KEY'",
+                code="invalid_api_key",
+                headers={"WWW-Authenticate": "Bearer"},
+            )
+            await error.response()(scope, receive, send)
+            return
+        await self.app(scope, receive, send)
+
+    def _knows(self, scope: Scope) -> bool:
+        given = b"".join(value for name, value in scope["headers"] if name == b"authorization")
+        return sum(hmac.compare_digest(given, expected) for expected in self._expected) > 0  # all, whatever one says
+
+
+class BodyLimit:
+    """Refuses bodies of more than `max_bytes`, before and while they are read."""
+
+    def __init__(self, app: ASGIApp, max_bytes: int) -> None:
+        self.app, self.max_bytes = app, max_bytes
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        error = APIError(413, f"the body is larger than {self.max_bytes} bytes", headers={"Connection": "close"})
+        length = next((value for name, value in scope["headers"] if name == b"content-length"), b"0")
+        if length.isdigit() and int(length) > self.max_bytes:
+            await error.response()(scope, receive, send)
+            return
+        num_bytes = 0
+
+        async def counted() -> Message:
+            nonlocal num_bytes
+            message = await receive()
+            num_bytes += len(message.get("body", b""))
+            if num_bytes > self.max_bytes:
+                raise error
+            return message
+
+        async def unless_refused(message: Message) -> None:  # frameworks have answers of their own to a broken body
+            if num_bytes <= self.max_bytes:
+                await send(message)
+
+        with contextlib.suppress(APIError):
+            await self.app(scope, counted, unless_refused)
+        if num_bytes > self.max_bytes:
+            await error.response()(scope, receive, send)

@@ -1,0 +1,271 @@
+"""What clients may send. OpenAI's fields, and vLLM's extra sampling parameters; any other is refused by its name.
+
+A field that OpenAI has and Twofold does not is refused with the reason, unless its value asks for nothing.
+"""
+
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal, Self
+
+from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, WithJsonSchema, model_validator
+
+from twofold.sampling_params import SamplingParams
+
+TEXT_ONLY = "answers are text only"
+NO_GRAMMAR = "output cannot be constrained to a format"
+UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> why not, values that ask for nothing
+    "tools": ("tools are not offered to the model", ([],)),
+    "tool_choice": ("tools are not offered to the model", ("none",)),
+    "parallel_tool_calls": ("tools are not offered to the model", (True, False)),
+    "functions": ("functions are not offered to the model", ([],)),
+    "function_call": ("functions are not offered to the model", ("none",)),
+    "response_format": (NO_GRAMMAR, ({"type": "text"},)),
+    "structured_outputs": (NO_GRAMMAR, ()),
+    "guided_json": (NO_GRAMMAR, ()),
+    "guided_regex": (NO_GRAMMAR, ()),
+    "guided_choice": (NO_GRAMMAR, ()),
+    "logit_bias": ("single tokens cannot be biased", ({},)),
+    "best_of": ("use n, and choose among the answers", (1,)),
+    "suffix": ("text is only continued, not filled in", ("",)),
+    "use_beam_search": ("there is no beam search", (False,)),
+    "modalities": (TEXT_ONLY, (["text"],)),
+    "audio": (TEXT_ONLY, ()),
+    "prediction": ("predicted output is not used", ()),
+    "reasoning_effort": ("the effort of a model cannot be chosen; see chat_template_kwargs", ("none",)),
+    "verbosity": ("the verbosity of a model cannot be chosen", ("medium",)),
+    "service_tier": ("there is one tier", ("auto", "default")),
+    "store": ("nothing is stored", (False,)),
+    "metadata": ("nothing is stored", ({},)),
+    "web_search_options": ("the server does not search the web", ()),
+    "tool_calls": ("tools are not offered to the model", ([],)),
+    "tool_call_id": ("tools are not offered to the model", ()),
+    "refusal": ("the model does not refuse in a field of its own", ()),
+    "annotations": (TEXT_ONLY, ([],)),
+    "chat_template": ("the model's own template is used", ()),
+    "prompt_embeds": ("a prompt is text or token ids", ()),
+}
+
+Integer = Annotated[int, Strict()]
+Number = Annotated[float, Strict()]
+Flag = Annotated[bool, Strict()]
+String = Annotated[str, Strict()]
+
+
+class Body(BaseModel):
+    """Refuses what it does not know."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _refuse_unsupported(cls, values: Any) -> Any:
+        if not isinstance(values, dict):
+            return values
+        kept = {}
+        for name, value in values.items():
+            if name in cls.model_fields:
+                kept[name] = value
+            elif value is None:
+                continue
+            elif name in UNSUPPORTED:
+                reason, neutral = UNSUPPORTED[name]
+                if not any(value == other and type(value) is type(other) for other in neutral):
+                    raise ValueError(f"{name} is not supported: {reason}")
+            else:
+                kept[name] = value
+        return kept
+
+
+def _is_ids(value: Any) -> bool:
+    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+
+
+def _check_prompt(value: Any) -> Any:
+    if isinstance(value, str) or _is_ids(value):
+        return value
+    if isinstance(value, list) and value and (all(isinstance(p, str) for p in value) or all(map(_is_ids, value))):
+        return value
+    raise ValueError("it must be a string, a list of token ids, or a list of one of these, and not empty")
+
+
+_IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
+Prompts = Annotated[
+    Any,
+    PlainValidator(_check_prompt),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "string"},
+                _IDS_SCHEMA,
+                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
+            ]
+        }
+    ),
+]
+
+
+def _check_content(value: Any) -> str:
+    """→ text, of its parts joined."""
+    if isinstance(value, str):
+        return value
+    texts = []
+    for part in value if isinstance(value, list) and value else [None]:
+        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
+            raise ValueError("it must be a string or a list of {'type': 'text', 'text': ...}")
+        if part["type"] != "text":
+            raise ValueError(f"parts of type {part['type'][:32]!r} are not supported; prompts are text only")
+        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
+            raise ValueError("a text part has the fields 'type' and 'text', a string, and no others")
+        texts.append(part["text"])
+    return "\n".join(texts)
+
+
+_PART_SCHEMA = {
+    "type": "object",
+    "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
+    "required": ["type", "text"],
+    "additionalProperties": False,
+}
+Content = Annotated[
+    str,
+    PlainValidator(_check_content),
+    WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA, "minItems": 1}]}),
+]
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Content
+    name: String | None = None
+
+    def as_template_has_it(self) -> dict[str, str]:
+        role = "system" if self.role == "developer" else self.role
+        return {"role": role, "content": self.content} | ({"name": self.name} if self.name is not None else {})
+
+
+class StreamOptions(Body):
+    include_usage: Flag = False
+
+
+class Sampling(Body):
+    """What completions and chats have in common."""
+
+    model: String | None = None
+    stream: Flag | None = None
+    stream_options: StreamOptions | None = None
+    user: String | None = None  # says who asks; changes nothing
+    n: Integer | None = Field(None, ge=1, le=128)
+    temperature: Number | None = Field(None, ge=0, le=1e6)
+    top_p: Number | None = Field(None, gt=0, le=1)
+    top_k: Integer | None = Field(None, ge=-1, lt=2**31)
+    min_p: Number | None = Field(None, ge=0, le=1)
+    presence_penalty: Number | None = Field(None, ge=-2, le=2)
+    frequency_penalty: Number | None = Field(None, ge=-2, le=2)
+    repetition_penalty: Number | None = Field(None, ge=1e-6, le=1e6)
+    seed: Integer | None = Field(None, ge=-(2**63), lt=2**64)
+    stop: String | list[String] | None = None
+    stop_token_ids: list[Integer] | None = None
+    ignore_eos: Flag | None = None
+    min_tokens: Integer | None = Field(None, ge=0, lt=2**31)
+    skip_special_tokens: Flag | None = None
+    spaces_between_special_tokens: Flag | None = None
+    include_stop_str_in_output: Flag | None = None
+
+    _passed_on: ClassVar[tuple[str, ...]] = (
+        "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
+        "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens",
+        "spaces_between_special_tokens", "include_stop_str_in_output",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _check_stream_options(self) -> Self:
+        if self.stream_options is not None and not self.stream:
+            raise ValueError("stream_options are for stream=true only")
+        return self
+
+    @property
+    def include_usage(self) -> bool:
+        return self.stream_options is not None and self.stream_options.include_usage
+
+    def _sampling_params(self, own: Mapping[str, Any]) -> SamplingParams:
+        given = {name: value for name in self._passed_on if (value := getattr(self, name)) is not None}
+        return SamplingParams(**given, **own)
+
+
+class CompletionRequest(Sampling):
+    prompt: Prompts
+    max_tokens: Integer | None = Field(None, ge=0, lt=2**31)
+    echo: Flag | None = None
+    logprobs: Integer | None = Field(None, ge=0, le=20)
+
+    @model_validator(mode="after")
+    def _check_max_tokens(self) -> Self:
+        if self.max_tokens == 0 and not self.echo:
+            raise ValueError("max_tokens must be at least 1, or echo be true; got 0")
+        return self
+
+    @property
+    def prompts(self) -> list[str | list[int]]:
+        many = isinstance(self.prompt, list) and not _is_ids(self.prompt)
+        return self.prompt if many else [self.prompt]
+
+    @property
+    def only_echo(self) -> bool:
+        """The prompt's text and log-probabilities are all that is wanted."""
+        return self.max_tokens == 0
+
+    def sampling_params(self) -> SamplingParams:
+        own: dict[str, Any] = {"logprobs": self.logprobs}
+        if self.max_tokens is not None:
+            own["max_tokens"] = max(self.max_tokens, 1)
+        if self.echo and self.logprobs is not None:
+            own["prompt_logprobs"] = self.logprobs
+        return self._sampling_params(own)
+
+
+class ChatRequest(Sampling):
+    messages: list[Message] = Field(min_length=1)
+    max_tokens: Integer | None = Field(None, ge=1, lt=2**31)
+    max_completion_tokens: Integer | None = Field(None, ge=1, lt=2**31)
+    logprobs: Flag | None = None
+    top_logprobs: Integer | None = Field(None, ge=0, le=20)
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_pairs(self) -> Self:
+        if self.top_logprobs is not None and not self.logprobs:
+            raise ValueError("top_logprobs is for logprobs=true only")
+        if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
+            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+        return self
+
+    def sampling_params(self) -> SamplingParams:
+        return self._sampling_params(
+            {
+                "max_tokens": self.max_completion_tokens or self.max_tokens,
+                "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
+            }
+        )
+
+
+class TokenizeRequest(Body):
+    """A prompt, or messages as the chat template writes them."""
+
+    model: String | None = None
+    prompt: String | None = None
+    messages: list[Message] | None = Field(None, min_length=1)
+    add_special_tokens: Flag = True
+    add_generation_prompt: Flag = True
+    return_token_strs: Flag = False
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    @model_validator(mode="after")
+    def _check_one(self) -> Self:
+        if (self.prompt is None) == (self.messages is None):
+            raise ValueError("give either prompt or messages")
+        return self
+
+
+class DetokenizeRequest(Body):
+    model: String | None = None
+    tokens: list[Annotated[int, Strict(), Field(ge=0)]]
