@@ -25,8 +25,11 @@ from twofold.parallel.exchange import AllGatherExchange
 from twofold.runtime import RuntimeConfig
 from twofold.sampling_params import SamplingParams
 from twofold.worker.kv_cache import KVCache, bytes_per_block
-from twofold.worker.model_runner import ModelRunner
+from twofold.worker.model_runner import LaunchedStep, ModelRunner
 from twofold.worker.request_states import RequestStates
+
+
+COLLECT = "collect"  # to a rank: the engine waits for the next answer
 
 
 class ThreadMesh:
@@ -57,10 +60,11 @@ class ThreadExecutor:
         self.models = [DecoderModel(copy.deepcopy(model, memo=dict(weights))) for _ in range(runtime.num_ranks)]
         block_bytes = bytes_per_block(self.models[0].specs, runtime.block_size, runtime.dtype)
         self.reports = [
-            RankReport(rank, num_blocks, block_bytes, model.get_input_embeddings().num_embeddings)
+            RankReport(rank, num_blocks, block_bytes, self.models[0].vocab_size)
             for rank in range(runtime.num_ranks)
         ]
         self.steps: list[Step] = []
+        self.results: list[list[StepResult]] = []  # of each step, by rank
 
     def allocate(self, num_blocks: int) -> None:
         runtime = self.runtime
@@ -82,20 +86,36 @@ class ThreadExecutor:
             )
             for model, mesh in zip(self.models, self.meshes, strict=True)
         ]
-        self._inboxes: list[queue.SimpleQueue[Step | None]] = [queue.SimpleQueue() for _ in range(size)]
+        self._inboxes: list[queue.SimpleQueue[Step | str | None]] = [queue.SimpleQueue() for _ in range(size)]
         self._outboxes: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(size)]
         self._threads = [threading.Thread(target=self._serve, args=(rank,), daemon=True) for rank in range(size)]
         for thread in self._threads:
             thread.start()
 
     def _serve(self, rank: int) -> None:
-        while (step := self._inboxes[rank].get()) is not None:
-            try:
-                self._outboxes[rank].put(self.runners[rank].collect(self.runners[rank].launch(step)))
-            except BaseException as error:
-                self.barrier.abort()
-                self._outboxes[rank].put(error)
-                return
+        """As a worker does: with two steps in flight, the second is launched before the first one's tokens are read."""
+        runner, inbox, outbox = self.runners[rank], self._inboxes[rank], self._outboxes[rank]
+        pending: LaunchedStep | None = None
+        num_due = 0  # answers that the engine waits for
+        try:
+            while (message := inbox.get()) is not None:
+                if isinstance(message, Step):
+                    if pending is not None and runner.needs_tokens_on_cpu(message):
+                        outbox.put(runner.collect(pending))
+                        pending, num_due = None, num_due - 1
+                    launched = runner.launch(message)
+                    if pending is not None:
+                        outbox.put(runner.collect(pending))
+                        num_due -= 1
+                    pending = launched
+                else:
+                    num_due += 1
+                if pending is not None and num_due > 0:
+                    outbox.put(runner.collect(pending))
+                    pending, num_due = None, num_due - 1
+        except BaseException as error:
+            self.barrier.abort()
+            outbox.put(error)
 
     def submit(self, step: Step) -> None:
         self.steps.append(step)
@@ -103,10 +123,13 @@ class ThreadExecutor:
             inbox.put(step)
 
     def collect(self, timeout: float | None = None) -> list[StepResult]:
+        for inbox in self._inboxes:
+            inbox.put(COLLECT)
         results = [outbox.get() for outbox in self._outboxes]
         errors = [result for result in results if isinstance(result, BaseException)]
         for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
             raise error
+        self.results.append(results)
         return results
 
     def check(self) -> None:
@@ -184,6 +207,8 @@ def prompt_logprobs(engine: LLMEngine, prompts: Sequence[Sequence[int]]) -> list
 @torch.no_grad()
 def reference_logprobs(model: PreTrainedModel, prompt: Sequence[int]) -> np.ndarray:
     """The same from Transformers' own forward of the whole prompt."""
-    logits = model(torch.tensor([list(prompt)]), use_cache=False).logits[0].float()
+    ids = torch.tensor([list(prompt)])
+    # Without this mask the eager code of some families sees both ways; `generate` always gives it.
+    logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
     chosen = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(list(prompt[1:]))[:, None])
     return chosen[:, 0].numpy()

@@ -4,7 +4,7 @@ import copy
 from typing import Any
 
 import torch
-from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
+from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB_SIZE = 97
@@ -34,6 +34,17 @@ SMALL: dict[str, Any] = {
 }  # fmt: skip
 LAYER_TYPES = ["sliding_attention", "full_attention", "sliding_attention", "full_attention"]
 
+# Parts without which some version of Transformers makes no configuration, not even a default one.
+MUSICGEN = {"text_encoder": "t5", "audio_encoder": "encodec", "decoder": "musicgen_decoder"}
+PARTS: dict[str, dict[str, Any]] = {
+    "gemma4_assistant": {
+        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
+    },
+    "musicgen": {part: {"model_type": model_type} for part, model_type in MUSICGEN.items()},
+    "musicgen_melody": {
+        part: {"model_type": model_type.replace("musicgen", "musicgen_melody")} for part, model_type in MUSICGEN.items()
+    },
+}
 # Where a family's defaults fit no model, or would leave a feature of it untried.
 PECULIAR: dict[str, dict[str, Any]] = {
     "blt": {
@@ -49,7 +60,9 @@ PECULIAR: dict[str, dict[str, Any]] = {
     },
     "cohere_compass_text": {
         "layer_types": LAYER_TYPES,
-        "rope_parameters": dict.fromkeys(LAYER_TYPES, {"rope_type": "default", "rope_theta": 10000.0}),
+        "rope_parameters": dict.fromkeys(
+            LAYER_TYPES, {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+        ),
     },
     "ctrl": {"dff": 64},
     "dbrx": {
@@ -57,9 +70,6 @@ PECULIAR: dict[str, dict[str, Any]] = {
         "ffn_config": {"ffn_hidden_size": 32, "moe_top_k": 2},
     },
     "dots1": {"n_shared_experts": 1, "layer_types": LAYER_TYPES},
-    "gemma4_assistant": {
-        "text_config": {"model_type": "gemma4_text", "hidden_size_per_layer_input": 0, "vocab_size_per_layer_input": 0}
-    },
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
     "lfm2_moe": {"layer_types": ["full_attention"] * 4, "num_dense_layers": 1},
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 24, "num_layers": 2, "num_hidden_layers": 4},
@@ -75,10 +85,14 @@ def causal_model_types() -> list[str]:
     return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
+def default_config(model_type: str) -> PretrainedConfig:
+    """What is made of the type's name alone."""
+    return CONFIG_MAPPING[model_type](**copy.deepcopy(PARTS.get(model_type, {})))
+
+
 def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     """A configuration of a model of four layers that takes milliseconds to run."""
-    peculiar = PECULIAR.get(model_type, {})
-    defaults = CONFIG_MAPPING[model_type](**{k: v for k, v in peculiar.items() if k.endswith("_config")}).to_dict()
+    defaults = default_config(model_type).to_dict()
     values = {name: value for name, value in SMALL.items() if name in defaults}
     if "qk_rope_head_dim" in defaults:  # latent attention: head_dim is something of its own, and all heads have keys
         values.pop("head_dim", None)
@@ -86,7 +100,8 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
     for name in ("pad_token_id", "bos_token_id", "eos_token_id"):
         if isinstance(defaults.get(name), int) and defaults[name] >= VOCAB_SIZE:
             values[name] = {"p": 0, "b": 1, "e": 2}[name[0]]
-    return AutoConfig.for_model(model_type, **(values | peculiar | overrides))
+    values |= PARTS.get(model_type, {}) | PECULIAR.get(model_type, {}) | overrides
+    return CONFIG_MAPPING[model_type](**copy.deepcopy(values))
 
 
 def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:

@@ -9,7 +9,7 @@ DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn")
-EXCHANGES = ("auto", "all_gather")
+EXCHANGES = ("auto", "all_gather", "push")
 
 
 @dataclass(frozen=True, kw_only=True)

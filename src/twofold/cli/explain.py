@@ -166,7 +166,7 @@ def _bar(rank: int | None, cells: int, num_ranks: int, console: Console) -> Text
         return Text(f"{shown:^{cells}}", style=f"bold black on {colour(rank, num_ranks)}")
     if cells >= len(label) + 2:
         return Text(f"├{label:─^{cells - 2}}┤")
-    return Text(f"{label:^{cells}}" if len(label) <= cells else "#" * cells)
+    return Text(f"{label:─<{cells}}" if len(label) <= cells else "#" * cells)
 
 
 def _draw_ranks(part: Partition, console: Console) -> None:

@@ -123,10 +123,12 @@ def _load(config: EngineConfig, quiet: bool) -> "LLM":
         status.update(f"loading {config.model} on {ranks}")
         llm = LLM(**vars(config))
     runtime, seconds = llm.engine.runtime, time.perf_counter() - start
-    weights = max(report.seconds.get("weights", 0.0) for report in llm.engine.executor.reports)
+    reports = llm.engine.executor.reports
+    phases = {name: max(report.seconds.get(name, 0.0) for report in reports) for name in reports[0].seconds}
     console.print(
         f"{config.model} is ready on {ranks} ({runtime.device}, {str(runtime.dtype).removeprefix('torch.')}) after "
-        f"{seconds:.1f} s: imports {imports:.1f} s, ranks {seconds - imports:.1f} s, of that weights {weights:.1f} s"
+        f"{seconds:.1f} s: imports {imports:.1f}, starting {seconds - imports:.1f}"
+        + (f" (of that {', '.join(f'{name} {phases[name]:.1f}' for name in phases)})" if phases else "")
     )
     return llm
 

@@ -91,9 +91,11 @@ def _show(verdicts: list[Verdict], version: str | None) -> None:
     width = max(len(verdict.model_type) for verdict in verdicts)
     for verdict in sorted(verdicts, key=lambda verdict: (not verdict.served, verdict.served is None)):
         word, style = WORDS[verdict.served]
-        line = Text(f"{word:8}", style=style).append(f"{verdict.model_type:{width}}", style="default")
-        reason = f"  {verdict.reason}" if verdict.reason else ""
-        console.print(line.append(reason, style="dim"))
+        line = Text(f"{word:8}", style=style).append(verdict.model_type, style="default")
+        if verdict.reason is not None:
+            line.pad_right(width - len(verdict.model_type) + 2)
+            line.append(verdict.reason, style="dim")
+        console.print(line)
     console.print()
     if version is not None:
         num_served = sum(verdict.served is True for verdict in verdicts)

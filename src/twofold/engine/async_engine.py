@@ -201,8 +201,10 @@ class AsyncEngine:
         self.state = State.RUNNING
         self._thread.start()
 
-    async def submit(self, prompts: Sequence[Prompt], params: SamplingParams) -> Answer:
-        """Queues prompts with the same parameters.
+    async def submit(
+        self, prompts: Sequence[Prompt], params: SamplingParams, *, num_asked: int | None = None
+    ) -> Answer:
+        """Queues prompts with the same parameters. There must be room for `num_asked` tokens of an answer.
 
         Raises:
             RequestError: one of them cannot be served; none is then.
@@ -217,6 +219,13 @@ class AsyncEngine:
         try:
             texts_and_ids = [await self.in_tokenizer_thread(self._tokenize, prompt) for prompt in prompts]
             self.check()
+            limit = self.engine.runtime.max_model_len
+            for _, token_ids in texts_and_ids:
+                if num_asked is not None and len(token_ids) + num_asked > limit:
+                    raise RequestError(
+                        f"max_tokens={num_asked} and the prompt's {len(token_ids)} tokens are more than max_model_len="
+                        f"{limit}; ask for at most {limit - len(token_ids)}"
+                    )
             num_tokens = params.n * sum(len(token_ids) for _, token_ids in texts_and_ids)
             if self.num_waiting_tokens and self.num_waiting_tokens + num_tokens > self.max_waiting_tokens:
                 raise self._overloaded(

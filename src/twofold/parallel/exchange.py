@@ -15,7 +15,7 @@ from typing import Protocol
 
 import torch
 
-from twofold.parallel.mesh import Mesh
+from twofold.parallel.mesh import Mesh, ProcessMesh
 
 
 @dataclass(slots=True)
@@ -52,16 +52,15 @@ class AllGatherExchange:
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         self.mesh = mesh
-        self.num_bytes = 0
-        self.num_seconds = 0.0
-        self._stream = torch.cuda.Stream(device) if device.type == "cuda" and mesh.size > 1 else None
+        self.num_bytes, self.num_seconds = 0, 0.0
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and mesh.size > 1 else None
 
     def begin(self, plan: ExchangePlan) -> None:
         self._plan = plan
 
     def publish(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
         if self.mesh.size == 1:
-            self._write(rows, cache)
+            write_rows(rows, self._plan.slots, cache)
             return
         self.num_bytes += rows.nbytes * (self.mesh.size - 1)
         if self._stream is None:
@@ -76,16 +75,63 @@ class AllGatherExchange:
     def _gather(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
         gathered = rows.new_empty(self.mesh.size * len(rows), rows.shape[1])
         self.mesh.all_gather(gathered, rows)
-        self._write(gathered, cache)
-
-    def _write(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
-        if rows.device.type == "cuda":
-            from twofold.parallel.scatter import scatter_rows  # Triton is on GPU machines only
-
-            scatter_rows(rows, self._plan.slots, cache)
-        else:
-            cache.index_copy_(0, self._plan.slots, rows)
+        write_rows(gathered, self._plan.slots, cache)
 
     def complete(self) -> None:
         if self._stream is not None:
             torch.cuda.current_stream().wait_stream(self._stream)
+
+
+class PushExchange(AllGatherExchange):
+    """Each rank copies its rows straight into buffers of its peers, by the GPUs' copy engines.
+
+    Copies take no multiprocessor from the projections that run meanwhile, as a collective's kernel does:
+
+        publish   my rows ──copy──► my part of the buffer on every rank, barrier, buffer ──► pages
+
+    There are two buffers, used in turn. A rank that fills one for layer l + 2 has passed the barrier of layer l + 1,
+    which its peers reached after they had emptied it of layer l.
+    """
+
+    def __init__(self, mesh: ProcessMesh, device: torch.device, max_num_bytes: int) -> None:
+        """`max_num_bytes` of rows from all ranks, in a layer; larger steps go through the all-gather."""
+        super().__init__(mesh, device)
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._handles = []
+        for _ in range(2):
+            buffer = symmetric_memory.empty(max_num_bytes, dtype=torch.uint8, device=device)
+            self._handles.append(symmetric_memory.rendezvous(buffer, mesh.group_name))
+        self._max_num_bytes, self._turn = max_num_bytes, 0
+
+    def _gather(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
+        rank, size, num_rows = self.mesh.rank, self.mesh.size, len(rows)
+        if rows.nbytes * size > self._max_num_bytes:
+            super()._gather(rows, cache)
+            return
+        handle, self._turn = self._handles[self._turn], 1 - self._turn
+        for distance in range(size):  # no two ranks copy to the same peer at the same time
+            peer = (rank + distance) % size
+            handle.get_buffer(peer, rows.shape, rows.dtype, rank * rows.numel()).copy_(rows)
+        handle.barrier(channel=0)
+        write_rows(handle.get_buffer(rank, (size * num_rows, rows.shape[1]), rows.dtype), self._plan.slots, cache)
+
+
+def write_rows(rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
+    """cache[slots[i]] = rows[i]. rows [n, row_width], slots [n], cache [num_slots, row_width]."""
+    if rows.device.type == "cuda":
+        from twofold.parallel.scatter import scatter_rows  # Triton is on GPU machines only
+
+        scatter_rows(rows, slots, cache)
+    else:
+        cache.index_copy_(0, slots, rows)
+
+
+def make_exchange(name: str, mesh: Mesh, device: torch.device, max_num_bytes: int) -> AllGatherExchange:
+    """The exchange that `name` asks for; "auto" pushes where GPUs reach each other's memory."""
+    if name == "all_gather" or not isinstance(mesh, ProcessMesh) or device.type != "cuda":
+        return AllGatherExchange(mesh, device)
+    reachable = all(
+        torch.cuda.can_device_access_peer(device, peer) for peer in range(mesh.size) if peer != device.index
+    )
+    return PushExchange(mesh, device, max_num_bytes) if reachable else AllGatherExchange(mesh, device)

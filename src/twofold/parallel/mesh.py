@@ -42,7 +42,7 @@ class ProcessMesh:
             os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
         else:
             # NVLink multicast shares state with every program on the host: never use it.
-            os.environ["NCCL_NVLS_ENABLE"] = "0"
+            os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
         dist.init_process_group(
             backend="gloo" if device.type == "cpu" else "nccl",
             store=dist.FileStore(store, size),
@@ -51,6 +51,12 @@ class ProcessMesh:
             timeout=timedelta(days=1),  # the engine watches the ranks, and ends them when one is lost
             device_id=None if device.type == "cpu" else device,
         )
+
+    @property
+    def group_name(self) -> str:
+        """What symmetric memory knows the ranks by."""
+        name: str = dist.group.WORLD.group_name
+        return name
 
     def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> None:
         # The public name of this collective differs between versions of PyTorch.

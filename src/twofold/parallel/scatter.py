@@ -9,7 +9,7 @@ ROWS = 4
 
 
 @triton.jit
-def _scatter_kernel(rows, slots, cache, num_rows, row_width, row_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]
+def _scatter_kernel(rows, slots, cache, num_rows, row_width, row_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)
     inside = (row < num_rows)[:, None] & (column < row_width)[None, :]

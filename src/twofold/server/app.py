@@ -48,7 +48,7 @@ def make_app(
 
     def check_model(name: str | None) -> str:
         if name is not None and name not in model_names:
-            message = f"the model {name[:100]!r} does not exist; there is {', '.join(model_names)}"
+            message = f"the model {name[:100]!r} does not exist; /v1/models lists what there is"
             raise APIError(404, message, param="model", code="model_not_found")
         return name or model_names[0]
 
@@ -73,11 +73,11 @@ def make_app(
                 add_generation_prompt=add_generation_prompt,
                 **kwargs,
             )
+            return list(template.encode(text, add_special_tokens=False))
         except Exception as error:  # templates raise what they like
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             message = f"the model's chat template refuses the messages: {reason}"
             raise APIError(400, message, param="messages") from error
-        return list(template.encode(text, add_special_tokens=False))
 
     async def answer(body: Sampling, request: Request, writer: Writer) -> Response:
         if body.stream:
@@ -92,7 +92,7 @@ def make_app(
     @app.post("/v1/completions")
     async def completions(body: CompletionRequest, request: Request) -> Response:
         name, params = check_model(body.model), body.sampling_params()
-        got = await engine.submit(body.prompts, params)
+        got = await engine.submit(body.prompts, params, num_asked=body.num_asked)
         try:
             echoed = None
             if body.echo:
@@ -110,7 +110,7 @@ def make_app(
         name, params = check_model(body.model), body.sampling_params()
         engine.check()
         token_ids = await engine.in_tokenizer_thread(render, body.messages, True, body.chat_template_kwargs or {})
-        got = await engine.submit([token_ids], params)
+        got = await engine.submit([token_ids], params, num_asked=body.num_asked)
         return await answer(body, request, ChatWriter(got, name, body))
 
     @app.get("/v1/models")

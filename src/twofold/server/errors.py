@@ -10,8 +10,10 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from twofold.errors import EngineError, OverloadedError, UnavailableError, UserError
+from twofold.sampling_params import SamplingParams
 
 MAX_SHOWN = 500  # characters of a message
+UNREADABLE = "the body cannot be read as JSON: it is no UTF-8, too deep, or has numbers of thousands of digits"
 INTERNAL = "the server failed to process the request; it is not at fault, and may be tried again"
 
 
@@ -45,11 +47,10 @@ def describe(error: Exception) -> APIError:
     if isinstance(error, RequestValidationError):
         return _invalid(error)
     if isinstance(error, HTTPException):
-        return APIError(error.status_code, str(error.detail), headers=error.headers)
+        message = UNREADABLE if error.status_code == 400 else str(error.detail)
+        return APIError(error.status_code, message, headers=error.headers)
     if isinstance(error, UserError):
-        message = str(error)
-        name = re.match(r"[a-z_]+", message)
-        return APIError(400, message, param=name[0] if name and "_" in name[0] else _field_of(message))
+        return APIError(400, str(error), param=_field_of(str(error)))
     if isinstance(error, OverloadedError):
         headers = {"Retry-After": str(error.retry_after)}
         return APIError(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=headers)
@@ -71,11 +72,11 @@ def install(app: FastAPI) -> None:
 
 
 def _field_of(message: str) -> str | None:
-    """The field that an error of the engine's is about."""
-    if message.startswith(("the prompt", "a prompt", "token id")):
+    """The field that an error of the engine's is about: it is named first."""
+    words = re.findall(r"[a-z_]+", message)[:4]
+    if words[:2] == ["token", "id"]:
         return "prompt"
-    name = re.match(r"(n|seed|stop|temperature|logprobs) ", message)
-    return name[1] if name else None
+    return next((word for word in words if word == "prompt" or word in SamplingParams.__dataclass_fields__), None)
 
 
 def _invalid(error: RequestValidationError) -> APIError:
@@ -91,6 +92,8 @@ def _invalid(error: RequestValidationError) -> APIError:
         return APIError(400, f"unknown field {shown!r}", param=shown, code="unknown_parameter")
     if first["type"] == "missing":
         message = "it is required"
+    if not place and first["type"] == "missing":
+        return APIError(400, "the request has no body; send JSON")
     if not place:  # about more than one field: the message begins with its name, or there is no body at all
         name = next((word for word in re.findall(r"[a-z_]+", message)[:1] if "_" in word or word == "tools"), None)
         return APIError(400, f"the body: {message}" if name is None else message, param=name)

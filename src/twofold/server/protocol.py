@@ -79,10 +79,22 @@ def _is_ids(value: Any) -> bool:
     return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
 
 
+def _check_text(text: str) -> str:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise ValueError("it has a lone surrogate (\\ud800 to \\udfff), which is no character") from None
+    return text
+
+
 def _check_prompt(value: Any) -> Any:
-    if isinstance(value, str) or _is_ids(value):
+    if isinstance(value, str):
+        return _check_text(value)
+    if _is_ids(value):
         return value
-    if isinstance(value, list) and value and (all(isinstance(p, str) for p in value) or all(map(_is_ids, value))):
+    if isinstance(value, list) and value and all(isinstance(prompt, str) for prompt in value):
+        return [_check_text(prompt) for prompt in value]
+    if isinstance(value, list) and value and all(map(_is_ids, value)):
         return value
     raise ValueError("it must be a string, a list of token ids, or a list of one of these, and not empty")
 
@@ -107,7 +119,7 @@ Prompts = Annotated[
 def _check_content(value: Any) -> str:
     """→ text, of its parts joined."""
     if isinstance(value, str):
-        return value
+        return _check_text(value)
     texts = []
     for part in value if isinstance(value, list) and value else [None]:
         if not isinstance(part, dict) or not isinstance(part.get("type"), str):
@@ -116,7 +128,7 @@ def _check_content(value: Any) -> str:
             raise ValueError(f"parts of type {part['type'][:32]!r} are not supported; prompts are text only")
         if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
             raise ValueError("a text part has the fields 'type' and 'text', a string, and no others")
-        texts.append(part["text"])
+        texts.append(_check_text(part["text"]))
     return "\n".join(texts)
 
 
@@ -210,6 +222,10 @@ class CompletionRequest(Sampling):
         return self.prompt if many else [self.prompt]
 
     @property
+    def num_asked(self) -> int | None:
+        return self.max_tokens
+
+    @property
     def only_echo(self) -> bool:
         """The prompt's text and log-probabilities are all that is wanted."""
         return self.max_tokens == 0
@@ -239,10 +255,14 @@ class ChatRequest(Sampling):
             raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
         return self
 
+    @property
+    def num_asked(self) -> int | None:
+        return self.max_completion_tokens or self.max_tokens
+
     def sampling_params(self) -> SamplingParams:
         return self._sampling_params(
             {
-                "max_tokens": self.max_completion_tokens or self.max_tokens,
+                "max_tokens": self.num_asked,
                 "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
             }
         )

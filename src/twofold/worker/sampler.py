@@ -1,9 +1,12 @@
 """From logits to token ids, for the rows that a rank owns.
 
-Each row's randomness is one number, a hash of (request seed, position), so a token depends neither on its batch nor on
-its rank nor on what was drawn before. That number is looked up in the row's cumulative distribution. With the
-vocabulary in descending order every filter keeps a prefix of it, so top-k, top-p and min-p are three bounds on a count
-and no mask is built. Cumulative sums are float64: the order in which a device adds then moves no boundary noticeably.
+Each token's randomness is one number, a hash of (request seed, position, token), so what is drawn depends neither on
+the batch nor on the rank nor on what was drawn before. The number becomes Gumbel noise on the token's logit, and the
+largest sum wins. So rounding, which differs between a prefill and a decode of the same tokens, changes a draw about as
+rarely as a greedy choice; in a cumulative distribution it would move every boundary, and one draw in a thousand.
+
+With the vocabulary in descending order every filter keeps a prefix of it, so top-k, top-p and min-p are three bounds on
+a count.
 """
 
 from collections.abc import Sequence
@@ -96,7 +99,6 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, Lo
     drawn = batch.temperature > 0
     token_ids = logits.new_empty(len(batch), dtype=torch.int64) if drawn.all() else scores.argmax(dim=-1)
     filtered = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
-    # Which way a row goes depends on the row alone: the two ways draw different tokens from the same number.
     for rows, way in ((drawn & ~filtered, _draw), (drawn & filtered, _draw_filtered)):
         if rows.any():
             row_idx = np.flatnonzero(rows)
@@ -125,11 +127,27 @@ def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs
     )
 
 
-def uniforms(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.float64]:
-    """A number in [0, 1) for each (seed, position): element `position` of the SplitMix64 stream that `seed` begins."""
-    bits = _mix(_mix(seeds + _GOLDEN) + positions.astype(np.uint64) * _GOLDEN)
-    u: NDArray[np.float64] = np.multiply(bits >> np.uint64(11), 2.0**-53, dtype=np.float64)
-    return u
+def row_keys(seeds: NDArray[np.uint64], positions: NDArray[np.int64]) -> NDArray[np.uint64]:
+    """64 random bits for each (seed, position): element `position` of the SplitMix64 stream that `seed` begins."""
+    return _mix(_mix(seeds + _GOLDEN) + positions.astype(np.uint64) * _GOLDEN)
+
+
+def gumbel(keys: NDArray[np.uint64], token_ids: torch.Tensor) -> torch.Tensor:
+    """Gumbel noise float32 [D, W] for `token_ids` [D, W] or [W] of rows with `keys` [D]; the same on every device.
+
+    A 32-bit hash of multiplications and shifts ("lowbias32") with one half of the key before it and one within.
+    """
+    before, within = _to(keys.view(np.int32).reshape(-1, 2).T, token_ids)[..., None]  # each [D, 1]
+    x = token_ids.int() * -0x61C88647 ^ before
+    x ^= (x >> 16) & 0xFFFF
+    x *= 0x7FEB352D
+    x ^= (x >> 15) & 0x1FFFF
+    x += within
+    x *= 0x846CA68B - 2**32
+    x ^= (x >> 16) & 0xFFFF
+    # An exponential variate is precise where it is small: there the race is decided.
+    u = (x & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    return u.neg_().log1p_().neg_().log_().neg_()
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
@@ -141,8 +159,9 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
 
 def _draw(scaled: torch.Tensor, batch: SamplingBatch, row_idx: NDArray[np.int64]) -> torch.Tensor:
     """A token of each row [D] from all of `scaled` [D, V]; needs no order, so none is made."""
-    mass = torch.cumsum((scaled - scaled.amax(dim=-1, keepdim=True)).exp(), dim=-1, dtype=torch.float64)
-    return _look_up(mass, mass.shape[-1], batch, row_idx)[:, 0]
+    keys = row_keys(batch.seeds[row_idx], batch.positions[row_idx])
+    token_ids: torch.Tensor = (scaled + gumbel(keys, torch.arange(scaled.shape[-1], device=scaled.device))).argmax(-1)
+    return token_ids
 
 
 def _draw_filtered(scaled: torch.Tensor, batch: SamplingBatch, row_idx: NDArray[np.int64]) -> torch.Tensor:
@@ -165,16 +184,9 @@ def _draw_filtered(scaled: torch.Tensor, batch: SamplingBatch, row_idx: NDArray[
     if (top_p < 1).any():  # a token stays while the mass before it falls short of top_p
         enough = mass.gather(-1, num_kept - 1) * _to(top_p, scaled)[:, None]
         num_kept = num_kept.minimum(torch.searchsorted(mass, enough) + 1)
-    return ids.gather(-1, _look_up(mass, num_kept, batch, row_idx))[:, 0]
-
-
-def _look_up(
-    mass: torch.Tensor, num_kept: torch.Tensor | int, batch: SamplingBatch, row_idx: NDArray[np.int64]
-) -> torch.Tensor:
-    """Column [D, 1] of the cumulative `mass` [D, W] on which each row's number falls, among the first `num_kept`."""
-    last = torch.as_tensor(num_kept, device=mass.device).expand(len(row_idx), 1) - 1
-    u = _to(uniforms(batch.seeds[row_idx], batch.positions[row_idx]), mass)[:, None]
-    return torch.searchsorted(mass, u * mass.gather(-1, last), right=True).minimum(last)
+    scores = scaled + gumbel(row_keys(batch.seeds[row_idx], batch.positions[row_idx]), ids)
+    scores.masked_fill_(torch.arange(width, device=scaled.device) >= num_kept, -torch.inf)
+    return ids.gather(-1, scores.argmax(dim=-1, keepdim=True))[:, 0]
 
 
 def _sort_keys(x: torch.Tensor) -> torch.Tensor:

@@ -21,10 +21,11 @@ from twofold.engine.step import NewRequest, ScheduledBatch, Step
 from twofold.errors import ModelError
 from twofold.executor.base import RankReport
 from twofold.models.loader import DecoderModel, empty_model, fix_rope, load_model, share_weights
-from twofold.parallel.exchange import AllGatherExchange
+from twofold.parallel.exchange import make_exchange
 from twofold.parallel.mesh import Mesh, make_mesh
 from twofold.runtime import CPU_CACHE_BYTES, RuntimeConfig
 from twofold.sampling_params import SamplingParams
+from twofold.worker.cuda_graphs import PREFILL_ROUNDING
 from twofold.worker.kv_cache import KVCache, bytes_per_block
 from twofold.worker.messages import Failure, Profile, RankStart
 from twofold.worker.model_runner import LaunchedStep, ModelRunner
@@ -56,12 +57,19 @@ class Worker:
                 runtime.engine.max_num_seqs, runtime.max_model_len, runtime.block_size, self.device
             ),
             mesh=self.mesh,
-            exchange=AllGatherExchange(self.mesh, self.device),
+            exchange=make_exchange(runtime.engine.exchange, self.mesh, self.device, self._max_exchange_bytes()),
             backend=make_backend(runtime.attention_backend),
             policy=runtime.engine.partition_policy,
             eos_token_ids=runtime.eos_token_ids,
             device=self.device,
         )
+
+    def _max_exchange_bytes(self) -> int:
+        """Rows of the largest step, in the layer with the widest rows."""
+        runtime = self.runtime
+        # Each rank's part is padded to the longest, by no more than a token a request and a graph's rounding.
+        num_rows = runtime.max_num_batched_tokens + runtime.num_ranks * (runtime.engine.max_num_seqs + PREFILL_ROUNDING)
+        return num_rows * max(spec.row_width for spec in self.model.specs) * runtime.dtype.itemsize
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:
