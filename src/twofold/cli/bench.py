@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from importlib import import_module
 
-BENCHMARKS = ("ttft",)
+BENCHMARKS = ("ttft", "latency", "throughput")
 
 
 def configure(parser: ArgumentParser) -> None:

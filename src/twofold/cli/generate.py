@@ -163,8 +163,6 @@ class _Answers:
         self._json, self._quiet = as_json, quiet
         self._done: dict[int, RequestOutput | RequestError] = {}
         self._num_printed = 0
-        if hasattr(sys.stdout, "reconfigure"):  # whatever the locale says; a model may write anything
-            sys.stdout.reconfigure(encoding="utf-8", errors="replace")
 
     @property
     def num_refused(self) -> int:

@@ -8,6 +8,7 @@ import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from io import TextIOWrapper
 from typing import NoReturn
 
 from twofold import EngineError, UserError, __version__
@@ -53,6 +54,8 @@ def make_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line; the exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):  # whatever the locale says: models may write anything
+        sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
         args = make_parser().parse_args(argv)
         code: int = args.run(args)

@@ -94,14 +94,20 @@ def load_model(
             model = empty_model(model_config, dtype, device, config.trust_remote_code)
             fill_randomly(model, config.seed)
         else:
-            model = AutoModelForCausalLM.from_pretrained(
+            model, found = AutoModelForCausalLM.from_pretrained(
                 source.path,
                 config=None if source.gguf_file else model_config,
                 dtype=dtype,
                 device_map=None if device.type == "cpu" else {"": device},
                 trust_remote_code=config.trust_remote_code,
+                output_loading_info=True,
                 **source.arguments,
             )
+            if missing := sorted(found["missing_keys"]):  # Transformers would draw them at random
+                raise ModelError(
+                    f"the weights of model {source.path!r} lack {len(missing)} tensors, {missing[0]} among them; "
+                    "save the model anew"
+                )
     except ModelError:
         raise
     except Exception as error:

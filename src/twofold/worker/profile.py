@@ -7,7 +7,7 @@ import torch
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = (  # the first that matches a kernel's name
-    ("exchange", re.compile(r"nccl|AllGather|_scatter_kernel|index_copy|indexFunc", re.I)),
+    ("exchange", re.compile(r"nccl|AllGather|_scatter_kernel|index_copy|indexFunc|Memcpy PtoP|barrier", re.I)),
     ("attention", re.compile(r"flash|fmha|paged|attention|_split_kernel|_merge_kernel", re.I)),
     ("projections", re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitK|gemv|group_mm|grouped", re.I)),
 )
@@ -16,10 +16,10 @@ Interval = tuple[float, float]
 
 @dataclass(frozen=True, slots=True)
 class Breakdown:
-    """Milliseconds of one or more steps. The kinds overlap where streams do; `exposed` is exchange that nothing hides."""
+    """Milliseconds of one or more steps, as one rank saw them. The kinds overlap where streams do."""
 
     kinds: dict[str, float]  # projections, attention, exchange, rest: time in which a kernel of the kind ran
-    exposed_exchange: float
+    exposed_exchange: float  # time in which nothing else ran, waits for slower ranks included
     busy: float  # time in which any kernel ran
     kernels: list[tuple[str, float, int]]  # the longest: name, total time, launches
 

@@ -146,7 +146,7 @@ def gumbel(keys: NDArray[np.uint64], token_ids: torch.Tensor) -> torch.Tensor:
     x *= 0x846CA68B - 2**32
     x ^= (x >> 16) & 0xFFFF
     # An exponential variate is precise where it is small: there the race is decided.
-    u = (x & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
+    u: torch.Tensor = (x & 0x7FFFFFFF).float().add_(0.5).mul_(2.0**-31).clamp_(max=1 - 2.0**-24)
     return u.neg_().log1p_().neg_().log_().neg_()
 
 

@@ -1,0 +1,49 @@
+"""Pictures of benchmark rows."""
+
+from pathlib import Path
+from typing import Any
+
+PARTS = {"projections": "#4c78a8", "attention": "#f58518", "rest": "#bab0ac", "exposed_exchange": "#e45756"}
+
+
+def draw_ttft(rows: list[dict[str, Any]], path: Path) -> None:
+    """Time against length, speed-up against ranks, and where the time goes, side by side."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lens = sorted({row["prompt_len"] for row in rows})
+    sizes = sorted({row["pcp"] for row in rows})
+    of = {(row["prompt_len"], row["pcp"]): row for row in rows}
+    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    for size in sizes:
+        known = [length for length in lens if (length, size) in of]
+        times = [of[length, size]["median_ms"] for length in known]
+        left.plot(known, times, marker="o", label=f"{size} rank{'s' * (size > 1)}")
+    left.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="time to first token, ms")
+    left.set_title("Time to first token")
+    left.legend()
+    for length in lens:
+        known_sizes = [size for size in sizes if (length, size) in of]
+        if 1 in known_sizes and len(known_sizes) > 1:
+            base = of[length, 1]["median_ms"]
+            middle.plot(known_sizes, [base / of[length, size]["median_ms"] for size in known_sizes], "o-", label=length)
+    middle.plot(sizes, sizes, color="#cccccc", linestyle="--", label="linear")
+    middle.set(xlabel="ranks", ylabel="speed-up")
+    middle.set_title("Speed-up")
+    middle.legend(title="tokens")
+    parted = [row for row in rows if "breakdown_ms" in row]
+    names = [f"{row['prompt_len']} / {row['pcp']}" for row in parted]
+    bottom = [0.0] * len(parted)
+    for part, color in PARTS.items():
+        shares = [100 * row["breakdown_ms"][part] / row["breakdown_ms"]["busy"] for row in parted]
+        right.bar(names, shares, bottom=bottom, color=color, label=part.replace("_", " "))
+        bottom = [below + share for below, share in zip(bottom, shares, strict=True)]
+    right.set(xlabel="tokens / ranks", ylabel="% of busy time")
+    right.tick_params(axis="x", rotation=60)
+    right.set_title("Where the time goes")
+    if parted:
+        right.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)

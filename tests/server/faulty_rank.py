@@ -1,0 +1,49 @@
+"""A rank that fails when a test wants it to: run in place of `twofold.worker.worker`.
+
+Before each step it looks for files in $TWOFOLD_FAULTS, of which the one for it is taken away and done:
+`oom-RANK` raises as CUDA does when memory runs out, `hang-RANK` never returns. `poison` holds a token id, and stays:
+a step that has a new request with that token kills the rank. `slow` holds the seconds that are added to each step.
+"""
+
+import os
+import signal
+import time
+from pathlib import Path
+
+import torch
+
+from twofold.engine.step import Step
+from twofold.worker import worker
+from twofold.worker.model_runner import LaunchedStep, ModelRunner
+
+FOLDER = Path(os.environ["TWOFOLD_FAULTS"])
+launch = ModelRunner.launch
+
+
+def launch_or_fail(self: ModelRunner, step: Step) -> LaunchedStep:
+    rank = self.mesh.rank
+    if _take(f"oom-{rank}"):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total of ...")
+    if _take(f"hang-{rank}"):
+        time.sleep(1e6)
+    slow = FOLDER / "slow"
+    if slow.exists():
+        time.sleep(float(slow.read_text()))
+    poison = FOLDER / "poison"
+    if poison.exists() and any(int(poison.read_text()) in new.token_ids for new in step.new):
+        os.kill(os.getpid(), signal.SIGKILL)
+    return launch(self, step)
+
+
+def _take(name: str) -> bool:
+    try:
+        (FOLDER / name).unlink()
+    except FileNotFoundError:
+        return False
+    return True
+
+
+ModelRunner.launch = launch_or_fail  # type: ignore[method-assign]
+
+if __name__ == "__main__":
+    worker.main()
