@@ -22,7 +22,9 @@ def main() -> None:
     prompts = [torch.randint(0, 49152, (n,), generator=torch.Generator().manual_seed(n)).tolist() for n in (1, 7, 500)]
     with torch.inference_mode():
         expected = [
-            model.generate(torch.tensor([p]).cuda(), do_sample=False, max_new_tokens=16, eos_token_id=None)[0, len(p) :].tolist()
+            model.generate(torch.tensor([p]).cuda(), do_sample=False, max_new_tokens=16, eos_token_id=None)[
+                0, len(p) :
+            ].tolist()
             for p in prompts
         ]
     sizes = [int(size) for size in sys.argv[1].split(",")]
@@ -40,7 +42,10 @@ def main() -> None:
                         SamplingParams(temperature=0, max_tokens=16, ignore_eos=True), use_tqdm=False,
                     )  # fmt: skip
                     same = [o.outputs[0].token_ids == e for o, e in zip(outs, expected, strict=True)]
-                    print(f"P={size} eager={eager} {dtype}: ready {ready:.1f}s equal to Transformers float32: {same}", flush=True)
+                    print(
+                        f"P={size} eager={eager} {dtype}: ready {ready:.1f}s equal to Transformers float32: {same}",
+                        flush=True,
+                    )
 
 
 if __name__ == "__main__":

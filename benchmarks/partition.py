@@ -1,6 +1,6 @@
 """How long it takes to plan a step: the partition of 256 requests over 8 ranks, the budget being one millisecond.
 
-    python benchmarks/partition.py [--requests 256] [--ranks 8] [--json results/partition.json]
+python benchmarks/partition.py [--requests 256] [--ranks 8] [--json results/partition.json]
 """
 
 import argparse

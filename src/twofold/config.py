@@ -73,7 +73,9 @@ def _check(ok: bool, name: str, value: object, limit: str) -> None:
 
 
 def _check_count(name: str, value: object) -> None:
-    _check(isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, value, "an integer of at least 1")
+    _check(
+        isinstance(value, int) and not isinstance(value, bool) and value >= 1, name, value, "an integer of at least 1"
+    )
 
 
 def _check_choice(name: str, value: object, choices: tuple[str, ...]) -> None:

@@ -85,7 +85,9 @@ class LLM:
         """A conversation as the model's chat template writes it, as token ids."""
         tokenizer = self.engine.tokenizer
         if tokenizer is None or tokenizer.chat_template is None:
-            raise UserError(f"model {self.engine.runtime.engine.model!r} has no chat template; use generate() with a plain prompt")
+            raise UserError(
+                f"model {self.engine.runtime.engine.model!r} has no chat template; use generate() with a plain prompt"
+            )
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 

@@ -1,5 +1,6 @@
 """What the engine arguments come to on this machine, with this model: every `None` and `auto` settled, once."""
 
+import contextlib
 import os
 from dataclasses import dataclass, field
 
@@ -125,10 +126,8 @@ def _eos_token_ids(
     found: set[int] = set()
     says = [getattr(model_config.get_text_config(), "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
     if source.gguf_file is None and config.load_format != "dummy":
-        try:
+        with contextlib.suppress(OSError):  # most models have none
             says.append(GenerationConfig.from_pretrained(source.path).eos_token_id)
-        except OSError:
-            pass  # most models have none
     for said in says:
         found.update([said] if isinstance(said, int) else said or ())
     return frozenset(found)

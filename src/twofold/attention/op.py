@@ -76,9 +76,7 @@ def _publish(rows: torch.Tensor) -> torch.Tensor:
     return rows.new_empty(0)
 
 
-def _attend(
-    query: torch.Tensor, rows: torch.Tensor, published: torch.Tensor, v_head_dim: int
-) -> torch.Tensor:
+def _attend(query: torch.Tensor, rows: torch.Tensor, published: torch.Tensor, v_head_dim: int) -> torch.Tensor:
     """query [N, H, D] → [N, H, Dv], once everyone's rows have arrived.
 
     It takes `rows` and `published` only so that a compiler keeps the order, and the memory that is being sent.

@@ -25,9 +25,7 @@ class AttentionSpec:
 
     def split_row(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of rows [..., row_width] as keys [..., Hk, D] and values [..., Hk, Dv]."""
-        keys, values = rows.split(
-            [self.num_kv_heads * self.qk_head_dim, self.num_kv_heads * self.v_head_dim], dim=-1
-        )
+        keys, values = rows.split([self.num_kv_heads * self.qk_head_dim, self.num_kv_heads * self.v_head_dim], dim=-1)
         return (
             keys.unflatten(-1, (self.num_kv_heads, self.qk_head_dim)),
             values.unflatten(-1, (self.num_kv_heads, self.v_head_dim)),

@@ -53,7 +53,7 @@ def run(args: Namespace) -> int:
             "output_tokens_per_second": args.output_len * len(outputs) / elapsed,
         }
     print(
-        f"Throughput: {result['requests_per_second']:.2f} requests/s, {result['tokens_per_second']:.2f} total tokens/s, "
+        f"Throughput: {result['requests_per_second']:.2f} requests/s, {result['tokens_per_second']:.2f} tokens/s, "
         f"{result['output_tokens_per_second']:.2f} output tokens/s"
     )
     if args.output_json:

@@ -41,7 +41,18 @@ def run(args: Namespace) -> int:
     for size in sizes:
         rows += measure(lens, args.repeats, arguments | {"prefill_context_parallel_size": size})
     print_table(
-        ["prompt", "ranks", "median ms", "min ms", "speed-up", "busy", "projections", "attention", "exchange", "exposed"],
+        [
+            "prompt",
+            "ranks",
+            "median ms",
+            "min ms",
+            "speed-up",
+            "busy",
+            "projections",
+            "attention",
+            "exchange",
+            "exposed",
+        ],
         [_cells(row, rows) for row in rows],
     )
     if args.output_json:

@@ -120,9 +120,7 @@ class LLMEngine:
         for index in range(params.n):
             seed = self._draw_seed() if params.seed is None else params.seed + index
             child_id = request_id if params.n == 1 else f"{request_id}#{index}"
-            requests.append(
-                Request(child_id, token_ids, params, seed=seed, eos_token_ids=self.runtime.eos_token_ids)
-            )
+            requests.append(Request(child_id, token_ids, params, seed=seed, eos_token_ids=self.runtime.eos_token_ids))
         for request in requests:
             self.scheduler.add(request)
         self.outputs.add(request_id, text, params, requests, deltas)

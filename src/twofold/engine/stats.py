@@ -21,9 +21,7 @@ class EngineStats:
     restart_seconds: float = 0.0  # the last restart took
     _ranks: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank -> exchanged bytes, seconds at last
 
-    def take_step(
-        self, batch: ScheduledBatch, results: Sequence[StepResult], seconds: float, policy: str
-    ) -> None:
+    def take_step(self, batch: ScheduledBatch, results: Sequence[StepResult], seconds: float, policy: str) -> None:
         num_tokens = int(batch.num_scheduled_tokens.sum())
         self.num_steps += 1
         self.num_tokens += num_tokens

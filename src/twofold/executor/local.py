@@ -100,6 +100,7 @@ class LocalExecutor:
         return self._receive()
 
     def _send(self, message: Any) -> None:
+        self._check_open()
         for rank, conn in enumerate(self._connections):
             try:
                 conn.send(message)
@@ -108,6 +109,7 @@ class LocalExecutor:
 
     def _receive(self, timeout: float | None = None) -> list[Any]:
         """One message from every rank; the first failure ends the wait, since the others may wait for that rank."""
+        self._check_open()
         num_looks = 0  # not a clock: it must not run while this process is stopped itself
         answers: list[Any] = [None] * len(self._connections)
         waiting = dict(zip(self._connections, range(len(self._connections)), strict=True))
@@ -131,6 +133,10 @@ class LocalExecutor:
                         raise ModelError(failure.message)
                     raise RankFailedError(f"rank {rank} failed: {failure.message}")
         return answers
+
+    def _check_open(self) -> None:
+        if not self._connections:
+            raise RankDiedError("the ranks of this engine have ended; make a new one")
 
     def _look_at(self, ranks: Iterable[int]) -> None:
         """Raises if one of the ranks has ended, or is stopped for good: it would hold up the others without an end."""

@@ -47,7 +47,9 @@ class DecoderModel:
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [S, hidden_size] → [S, vocab_size]."""
         self._given.hidden_states = hidden_states[None]
-        logits: torch.Tensor = self.model(input_ids=hidden_states.new_zeros(1, len(hidden_states), dtype=torch.long)).logits
+        logits: torch.Tensor = self.model(
+            input_ids=hidden_states.new_zeros(1, len(hidden_states), dtype=torch.long)
+        ).logits
         return logits[0]
 
 
@@ -65,7 +67,7 @@ class _Given(torch.nn.Module):
         return self
 
 
-class _Output(BaseModelOutputWithPast):
+class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
     """Families pass on what else their layers put out; here that is nothing."""
 
     def __getattr__(self, name: str) -> None:
@@ -122,7 +124,7 @@ def load_model(
 def empty_model(
     model_config: PretrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The modules with memory that nothing was written to; buffers (rope frequencies) are as Transformers makes them."""
+    """The modules in memory that nothing was written to; buffers (rope frequencies) are as Transformers makes them."""
     with no_init_weights(), device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             model_config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -171,13 +173,15 @@ def share_weights(model: PreTrainedModel, folder: Path, is_writer: bool, barrier
     for tensor in tensors:
         offsets.append(total)
         total += -(-tensor.nbytes // 64) * 64
+    storage: Any = None
     if is_writer:
         storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=total)
     barrier()
     if not is_writer:
         storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=total)
     for tensor, offset in zip(tensors, offsets, strict=True):
-        shared = torch.empty(0, dtype=tensor.dtype).set_(storage, offset // tensor.itemsize, tensor.shape)
+        shared = torch.empty(0, dtype=tensor.dtype)
+        shared.set_(storage, offset // tensor.itemsize, tensor.shape, tensor.stride())
         if is_writer:
             shared.copy_(tensor)
         tensor.data = shared

@@ -47,11 +47,13 @@ def resolve(config: EngineConfig) -> ModelSource:
         if not (path / "config.json").is_file():
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             if len(ggufs) != 1:
-                raise ModelError(f"model directory {config.model!r} has no config.json; give one that Transformers saved")
+                raise ModelError(
+                    f"model directory {config.model!r} has no config.json; give one that Transformers saved"
+                )
             return ModelSource(config.model, ggufs[0])
         if config.load_format != "dummy" and not list(path.glob("*.safetensors")):
             raise ModelError(
-                f"model directory {config.model!r} has no *.safetensors; save the weights there, or use load_format='dummy'"
+                f"model directory {config.model!r} has no *.safetensors; save weights there, or use load_format='dummy'"
             )
     elif not path.exists() and (config.model.startswith(("/", ".", "~")) or config.model.count("/") > 1):
         raise ModelError(f"there is no directory or file {config.model!r}, and no hub name looks like that")

@@ -215,7 +215,9 @@ def probe(model: PreTrainedModel) -> list[AttentionSpec]:
     return specs
 
 
-def _run(model: PreTrainedModel, attention: Attention, make_mask: Callable[..., torch.Tensor], **inputs: torch.Tensor) -> torch.Tensor:
+def _run(
+    model: PreTrainedModel, attention: Attention, make_mask: Callable[..., torch.Tensor], **inputs: torch.Tensor
+) -> torch.Tensor:
     """Hidden states [T, hidden_size] with these functions in the place of attention and its masks."""
     AttentionInterface.register(PROBE_NAME, attention)
     AttentionMaskInterface.register(PROBE_NAME, make_mask)

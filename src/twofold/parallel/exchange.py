@@ -101,7 +101,7 @@ class PushExchange(AllGatherExchange):
         self._handles = []
         for _ in range(2):
             buffer = symmetric_memory.empty(max_num_bytes, dtype=torch.uint8, device=device)
-            self._handles.append(symmetric_memory.rendezvous(buffer, mesh.group_name))
+            self._handles.append(symmetric_memory.rendezvous(buffer, mesh.group))
         self._max_num_bytes, self._turn = max_num_bytes, 0
 
     def _gather(self, rows: torch.Tensor, cache: torch.Tensor) -> None:

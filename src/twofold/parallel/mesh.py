@@ -45,7 +45,7 @@ class ProcessMesh:
             os.environ |= {"NCCL_NVLS_ENABLE": "0", "TORCH_SYMM_MEM_DISABLE_MULTICAST": "1"}
         dist.init_process_group(
             backend="gloo" if device.type == "cpu" else "nccl",
-            store=dist.FileStore(store, size),
+            store=torch._C._distributed_c10d.FileStore(store, size),
             rank=rank,
             world_size=size,
             timeout=timedelta(days=1),  # the engine watches the ranks, and ends them when one is lost
@@ -53,14 +53,15 @@ class ProcessMesh:
         )
 
     @property
-    def group_name(self) -> str:
-        """What symmetric memory knows the ranks by."""
-        name: str = dist.group.WORLD.group_name
-        return name
+    def group(self) -> dist.ProcessGroup:
+        """All ranks, as PyTorch knows them."""
+        group = dist.group.WORLD
+        assert group is not None
+        return group
 
     def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> None:
         # The public name of this collective differs between versions of PyTorch.
-        dist.group.WORLD._allgather_base(gathered, mine).wait()
+        self.group._allgather_base(gathered, mine).wait()
 
     def close(self) -> None:
         dist.destroy_process_group()

@@ -8,7 +8,7 @@ BLOCK = 1024  # numbers that a program moves
 ROWS = 4
 
 
-@triton.jit
+@triton.jit  # type: ignore[untyped-decorator]
 def _scatter_kernel(rows, slots, cache, num_rows, row_width, row_stride, WIDTH: tl.constexpr, ROWS: tl.constexpr):  # type: ignore[no-untyped-def]  # noqa: N803
     row = tl.program_id(0) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1) * WIDTH + tl.arange(0, WIDTH)

@@ -1,7 +1,7 @@
 """Whole forward passes as CUDA graphs, for steps so short that launching them takes longer than running them.
 
-A graph is recorded for a *shape*: N tokens on every rank, all of them decodes or at most a few rows of prompts. The step
-is padded to the nearest shape and its inputs are copied to where the graph reads them. The shape follows from the
+A graph is recorded for a *shape*: N tokens on every rank, all of them decodes or in at most a few rows. The step is
+padded to the nearest shape and its inputs are copied to where the graph reads them. The shape follows from the
 scheduled batch alone, so all ranks replay the same graph, collectives included, however many tokens each of them has.
 """
 

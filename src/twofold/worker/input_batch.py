@@ -34,7 +34,7 @@ class InputBatch:
     is_decode: bool  # all rows of all ranks are of one token each
 
     def fits_prefill_graph(self, max_num_rows: int) -> bool:
-        """Whether every rank has room for its rows, and one of padding, in a graph of so many; the same on all ranks."""
+        """Whether every rank's rows, and one of padding, fit into a graph of so many; the same on all ranks."""
         return int(np.diff(self.partition.row_ptr).max()) < max_num_rows
 
 
@@ -98,9 +98,9 @@ def prepare(
     counts = np.diff(bounds)
     max_sampled = int(counts.max())
     all_sampled = np.full(num_ranks * max_sampled, -1, np.int64)
-    all_sampled[
-        np.arange(len(sampled_row)) + np.repeat(np.arange(num_ranks) * max_sampled - bounds[:-1], counts)
-    ] = part.request_idx[sampled_row]
+    all_sampled[np.arange(len(sampled_row)) + np.repeat(np.arange(num_ranks) * max_sampled - bounds[:-1], counts)] = (
+        part.request_idx[sampled_row]
+    )
     my_sampled_row = sampled_row[bounds[rank] : bounds[rank + 1]]
 
     rows = part.rows_of(rank)

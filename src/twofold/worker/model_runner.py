@@ -181,7 +181,8 @@ class ModelRunner:
         for row in asking:
             line, start = int(lines[row]), int(batch.row_start[row])
             params = states.params[line]
-            assert params is not None and params.prompt_logprobs is not None
+            assert params is not None
+            assert params.prompt_logprobs is not None
             count = min(int(bounds[row + 1] - bounds[row]), int(states.num_prompt_tokens[line]) - 1 - start)
             for first in range(0, count, PROMPT_LOGPROB_ROWS):
                 size = min(PROMPT_LOGPROB_ROWS, count - first)
@@ -225,5 +226,3 @@ class ModelRunner:
 
 def _counts_tokens(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
-
-

@@ -4,6 +4,7 @@ import re
 from dataclasses import dataclass
 
 import torch
+from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
 
 KINDS = (  # the first that matches a kernel's name
@@ -37,10 +38,10 @@ class StepProfiler:
     def stop(self) -> Breakdown:
         torch.cuda.synchronize()
         self._profile.stop()
-        intervals: dict[str, list[Interval]] = {name: [] for name, _ in KINDS} | {"rest": []}
+        intervals: dict[str, list[Interval]] = {name: [] for name in [*(name for name, _ in KINDS), "rest"]}
         totals: dict[str, tuple[float, int]] = {}
         for event in self._profile.events() or ():
-            if event.device_type != torch.autograd.DeviceType.CUDA:
+            if event.device_type != DeviceType.CUDA:
                 continue
             kind = next((name for name, pattern in KINDS if pattern.search(event.name)), "rest")
             span = event.time_range

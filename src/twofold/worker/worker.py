@@ -53,9 +53,7 @@ class Worker:
         self.runner = ModelRunner(
             model=self.model,
             cache=KVCache(self.model.specs, 1, runtime.block_size, runtime.dtype, self.device),  # until `allocate`
-            states=RequestStates(
-                runtime.engine.max_num_seqs, runtime.max_model_len, runtime.block_size, self.device
-            ),
+            states=RequestStates(runtime.engine.max_num_seqs, runtime.max_model_len, runtime.block_size, self.device),
             mesh=self.mesh,
             exchange=make_exchange(runtime.engine.exchange, self.mesh, self.device, self._max_exchange_bytes()),
             backend=make_backend(runtime.attention_backend),
@@ -131,7 +129,7 @@ class Worker:
         return self.seconds
 
     def serve(self, conn: "Connection[Any, Any]") -> None:
-        """Steps until the engine closes the connection. With a step in flight the next is launched before it is read."""
+        """Steps until the engine closes the connection; the next is launched while one is in flight."""
         pending: LaunchedStep | None = None
         while True:
             if pending is not None and not self._wait_for_step(conn, pending):
@@ -150,7 +148,6 @@ class Worker:
                 conn.send(self.runner.collect(pending))
             pending = launched
 
-
     def _note_kernels(self, start: bool) -> Breakdown | None:
         if start:
             self._profiler = StepProfiler()
@@ -166,9 +163,7 @@ class Worker:
         return True
 
 
-def _load(
-    runtime: RuntimeConfig, mesh: Mesh, device: torch.device, folder: Path
-) -> transformers.PreTrainedModel:
+def _load(runtime: RuntimeConfig, mesh: Mesh, device: torch.device, folder: Path) -> transformers.PreTrainedModel:
     config, source, model_config = runtime.engine, runtime.source, runtime.model_config
     arguments = (config, source, model_config, runtime.dtype, device, runtime.max_model_len)
     if device.type != "cpu" or mesh.size == 1:
