@@ -2,7 +2,7 @@
 
 Before each step it looks for files in $TWOFOLD_FAULTS, of which the one for it is taken away and done:
 `oom-RANK` raises as CUDA does when memory runs out, `hang-RANK` never returns. `poison` holds a token id, and stays:
-a step that has a new request with that token kills the rank. `slow` holds the seconds that are added to each step.
+a step that has a new request whose prompt begins with it kills the rank. `slow` holds the seconds that are added to each step.
 """
 
 import os
@@ -30,7 +30,7 @@ def launch_or_fail(self: ModelRunner, step: Step) -> LaunchedStep:
     if slow.exists():
         time.sleep(float(slow.read_text()))
     poison = FOLDER / "poison"
-    if poison.exists() and any(int(poison.read_text()) in new.token_ids for new in step.new):
+    if poison.exists() and int(poison.read_text()) in [new.token_ids[0] for new in step.new]:
         os.kill(os.getpid(), signal.SIGKILL)
     return launch(self, step)
 

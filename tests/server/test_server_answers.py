@@ -44,7 +44,9 @@ def test_completions_are_those_of_generate(server: Server, llm: LLM, params: dic
 
 def test_chats_are_those_of_chat(server: Server, llm: LLM) -> None:
     """Guards the chat template and n, with the asynchronous client, all at once."""
-    conversations = [[{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{i} foxes"}] for i in "abc"]
+    conversations = [
+        [{"role": "system", "content": "Be brief."}, {"role": "user", "content": f"{i} foxes"}] for i in "abc"
+    ]
     params = {"temperature": 0.8, "seed": 11, "max_tokens": 20, "n": 2}
     expected = [llm.chat(one, SamplingParams(**params), use_tqdm=False)[0].outputs for one in conversations]
 
@@ -188,7 +190,12 @@ def test_models_and_tokens(server: Server, llm: LLM) -> None:
 
 def test_metrics_count(server: Server) -> None:
     """Guards the metrics that dashboards of vLLM read, and Twofold's own."""
-    names = ("prompt_tokens_total", "generation_tokens_total", "request_success_total", "time_to_first_token_seconds_count")
+    names = (
+        "prompt_tokens_total",
+        "generation_tokens_total",
+        "request_success_total",
+        "time_to_first_token_seconds_count",
+    )
     before = {name: server.metric(name) for name in names}
     exchanged = server.metric("exchange_bytes_total")
     with server.client() as client:

@@ -133,7 +133,11 @@ def _check_overload(server: Server) -> None:
     """Beyond the queue there is a 429 that says when to come back; the queue itself is answered."""
     (server.faults / "slow").write_text("0.05")
     client = server.client()
-    body: dict[str, Any] = {"model": server.http.get("/v1/models").json()["data"][0]["id"], "prompt": "x", "max_tokens": 40}
+    body: dict[str, Any] = {
+        "model": server.http.get("/v1/models").json()["data"][0]["id"],
+        "prompt": "x",
+        "max_tokens": 40,
+    }
     streams = [client.completions.create(**body, stream=True, temperature=0)]
     next(iter(streams[0]))  # it runs; those that follow wait
     waiting = [_post_and_leave_open(server, body | {"max_tokens": 2}) for _ in range(4)]
@@ -153,8 +157,14 @@ def _check_overload(server: Server) -> None:
 def _check_drain(server: Server) -> None:
     """SIGTERM: what runs is answered in full, what comes is refused, and the process ends with 0."""
     (server.faults / "slow").write_text("0.02")
-    body: dict[str, Any] = {"model": server.http.get("/v1/models").json()["data"][0]["id"], "prompt": "x", "max_tokens": 60}
-    stream = iter(server.client().completions.create(**body, stream=True, temperature=0, extra_body={"ignore_eos": True}))
+    body: dict[str, Any] = {
+        "model": server.http.get("/v1/models").json()["data"][0]["id"],
+        "prompt": "x",
+        "max_tokens": 60,
+    }
+    stream = iter(
+        server.client().completions.create(**body, stream=True, temperature=0, extra_body={"ignore_eos": True})
+    )
     chunks = [next(stream)]
     server.process.send_signal(signal.SIGTERM)
     server.wait_for(lambda: server.health() == (503, "draining"))
@@ -210,7 +220,9 @@ def test_a_taken_port_is_told_before_the_model_is_loaded(server: Server) -> None
     """Guards the quick end: one line, exit code 2."""
     port = server.url.rpartition(":")[2]
     done = subprocess.run(
-        [sys.executable, "-m", "twofold.cli.main", "serve", "no-such-model", "--port", port], capture_output=True, text=True
+        [sys.executable, "-m", "twofold.cli.main", "serve", "no-such-model", "--port", port],
+        capture_output=True,
+        text=True,
     )
     assert done.returncode == 2
     assert done.stderr == f"error: cannot listen on 127.0.0.1:{port}: Address already in use\n"

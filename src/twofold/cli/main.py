@@ -12,9 +12,9 @@ from io import TextIOWrapper
 from typing import NoReturn
 
 from twofold import EngineError, UserError, __version__
-from twofold.cli import bench, explain, generate, models, serve
+from twofold.cli import bench, chat, explain, generate, models, serve
 
-COMMANDS = {"generate": generate, "serve": serve, "explain": explain, "models": models, "bench": bench}
+COMMANDS = {"generate": generate, "serve": serve, "chat": chat, "explain": explain, "models": models, "bench": bench}
 EXIT_CODES = """\
 exit codes: 0 all was done; 1 a prompt was refused or the engine failed;
             2 wrong arguments, configuration or model; 130 interrupted (Ctrl-C)"""

@@ -50,7 +50,8 @@ def describe(error: Exception) -> APIError:
         message = UNREADABLE if error.status_code == 400 else str(error.detail)
         return APIError(error.status_code, message, headers=error.headers)
     if isinstance(error, UserError):
-        return APIError(400, str(error), param=_field_of(str(error)))
+        message, field = str(error), _field_of(str(error))
+        return APIError(400, message if field is None or field in message else f"{field}: {message}", param=field)
     if isinstance(error, OverloadedError):
         headers = {"Retry-After": str(error.retry_after)}
         return APIError(429, str(error), "rate_limit_error", code="rate_limit_exceeded", headers=headers)
@@ -94,9 +95,9 @@ def _invalid(error: RequestValidationError) -> APIError:
         message = "it is required"
     if not place and first["type"] == "missing":
         return APIError(400, "the request has no body; send JSON")
-    if not place:  # about more than one field: the message begins with its name, or there is no body at all
-        name = next((word for word in re.findall(r"[a-z_]+", message)[:1] if "_" in word or word == "tools"), None)
-        return APIError(400, f"the body: {message}" if name is None else message, param=name)
+    if not place:
+        name = first.get("ctx", {}).get("field")
+        return APIError(400, message if name else f"the body: {message}", param=name)
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place if part not in _BRANCHES)
     return APIError(400, f"{where.lstrip('.')[:128]}: {message}", param=name)
 

@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, WithJsonSchema, model_validator
+from pydantic_core import PydanticCustomError
 
 from twofold.sampling_params import SamplingParams
 
@@ -50,6 +51,11 @@ Flag = Annotated[bool, Strict()]
 String = Annotated[str, Strict()]
 
 
+def _wrong(field: str, message: str) -> PydanticCustomError:
+    """An error about more than one field, or one that does not exist."""
+    return PydanticCustomError("wrong", "{message}", {"message": message, "field": field})
+
+
 class Body(BaseModel):
     """Refuses what it does not know."""
 
@@ -69,7 +75,7 @@ class Body(BaseModel):
             elif name in UNSUPPORTED:
                 reason, neutral = UNSUPPORTED[name]
                 if not any(value == other and type(value) is type(other) for other in neutral):
-                    raise ValueError(f"{name} is not supported: {reason}")
+                    raise _wrong(name, f"{name} is not supported: {reason}")
             else:
                 kept[name] = value
         return kept
@@ -192,7 +198,7 @@ class Sampling(Body):
     @model_validator(mode="after")
     def _check_stream_options(self) -> Self:
         if self.stream_options is not None and not self.stream:
-            raise ValueError("stream_options are for stream=true only")
+            raise _wrong("stream_options", "stream_options are for stream=true only")
         return self
 
     @property
@@ -213,7 +219,7 @@ class CompletionRequest(Sampling):
     @model_validator(mode="after")
     def _check_max_tokens(self) -> Self:
         if self.max_tokens == 0 and not self.echo:
-            raise ValueError("max_tokens must be at least 1, or echo be true; got 0")
+            raise _wrong("max_tokens", "max_tokens must be at least 1, or echo be true; got 0")
         return self
 
     @property
@@ -250,9 +256,9 @@ class ChatRequest(Sampling):
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
         if self.top_logprobs is not None and not self.logprobs:
-            raise ValueError("top_logprobs is for logprobs=true only")
+            raise _wrong("top_logprobs", "top_logprobs is for logprobs=true only")
         if None not in (self.max_tokens, self.max_completion_tokens) and self.max_tokens != self.max_completion_tokens:
-            raise ValueError("max_tokens and max_completion_tokens differ; give one of them")
+            raise _wrong("max_tokens", "max_tokens and max_completion_tokens differ; give one of them")
         return self
 
     @property
@@ -282,7 +288,7 @@ class TokenizeRequest(Body):
     @model_validator(mode="after")
     def _check_one(self) -> Self:
         if (self.prompt is None) == (self.messages is None):
-            raise ValueError("give either prompt or messages")
+            raise _wrong("prompt", "give either prompt or messages")
         return self
 
 

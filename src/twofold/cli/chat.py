@@ -1,0 +1,180 @@
+"""talk to a running server, and see how far it is with a long prompt
+
+Type a message and press Enter. /file PATH puts a file's text before the next message, /new forgets the conversation,
+/quit or Ctrl-D ends; Ctrl-C stops an answer. With MESSAGE there is one answer on stdout and the end.
+"""
+
+import json
+import os
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from rich.console import Console
+
+from twofold.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    import httpx
+
+BAR_WIDTH = 30
+
+
+def configure(parser: ArgumentParser) -> None:
+    parser.add_argument("message", nargs="?", metavar="MESSAGE", help="ask this, print the answer, and end")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
+    parser.add_argument("--api-key", default=None, help="what it asks for (default: $OPENAI_API_KEY)")
+    parser.add_argument("--model", default=None, help="what it calls the model (default: the first it lists)")
+    parser.add_argument("--system", default=None, metavar="TEXT", help="what the model is told first")
+    parser.add_argument("--file", action="append", default=[], metavar="FILE", help="text to put before the message")
+    parser.add_argument("--temperature", type=float, default=None, metavar="X")
+    parser.add_argument("--max-tokens", type=int, default=None, metavar="N")
+    parser.add_argument("--seed", type=int, default=None, metavar="N")
+
+
+def run(args: Namespace) -> int:
+    try:
+        import httpx
+    except ModuleNotFoundError:
+        raise ConfigError("httpx is not installed; run: pip install 'twofold[server]'") from None
+    key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
+    timeout = httpx.Timeout(None, connect=10)
+    with httpx.Client(base_url=args.url, headers={"Authorization": f"Bearer {key}"}, timeout=timeout) as client:
+        chat = Chat(client, args)
+        files = [_read(path) for path in args.file]
+        if args.message is not None:
+            chat.ask("\n\n".join([*files, args.message]))
+            return 0
+        return _talk(chat, files)
+
+
+def _talk(chat: "Chat", files: list[str]) -> int:
+    """Messages from the terminal until it ends."""
+    chat.console.print(f"{chat.model}. /file PATH, /new, /quit", style="dim")
+    while True:
+        try:
+            line = input("> ").strip()
+        except EOFError:
+            return 0
+        command, _, rest = line.partition(" ")
+        try:
+            if command == "/quit":
+                return 0
+            if command == "/new":
+                chat.forget()
+            elif command == "/file":
+                files.append(_read(rest.strip()))
+                chat.console.print(f"{len(files[-1])} characters", style="dim")
+            elif line:
+                chat.ask("\n\n".join([*files, line]))
+                files.clear()
+        except (ConfigError, EngineError) as error:
+            chat.console.print(f"error: {error}", style="red")
+        except KeyboardInterrupt:
+            chat.console.print("stopped", style="dim")
+
+
+def _read(path: str) -> str:
+    try:
+        return Path(path).expanduser().read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        raise ConfigError(f"cannot read {path!r}: {reason}") from None
+
+
+class Chat:
+    """A conversation with a server."""
+
+    def __init__(self, client: "httpx.Client", args: Namespace) -> None:
+        self.client, self._system = client, args.system
+        self.console = Console(stderr=True, highlight=False)
+        with self._connected():
+            models = self._checked(client.get("/v1/models")).json()["data"]
+        self.model = args.model or models[0]["id"]
+        given = {"temperature": args.temperature, "max_tokens": args.max_tokens, "seed": args.seed}
+        self._sampling = {name: value for name, value in given.items() if value is not None}
+        self.forget()
+
+    def forget(self) -> None:
+        self.messages = [{"role": "system", "content": self._system}] if self._system else []
+
+    def ask(self, message: str) -> None:
+        """Prints the answer as it comes, and keeps both if it is whole."""
+        asked = [*self.messages, {"role": "user", "content": message}]
+        body = {
+            "model": self.model,
+            "messages": asked,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+            **self._sampling,
+        }
+        start = time.perf_counter()
+        first, text, usage = None, "", {}
+        with self._connected(), self.client.stream("POST", "/v1/chat/completions", json=body) as response:
+            self._checked(response)
+            for event in self._events(response):
+                usage = event.get("usage") or usage
+                for choice in event["choices"]:
+                    piece = choice["delta"].get("content")
+                    if piece:
+                        first = first or time.perf_counter()
+                        text += piece
+                        print(piece, end="", flush=True)
+        print(flush=True)
+        self.messages = [*asked, {"role": "assistant", "content": text}]
+        if first is not None and usage:
+            self._tell_times(usage, first - start, time.perf_counter() - first)
+
+    def _tell_times(self, usage: dict[str, Any], waited: float, wrote: float) -> None:
+        cached, written = usage["prompt_tokens_details"]["cached_tokens"], usage["completion_tokens"]
+        speed = f", {(written - 1) / wrote:.1f} tokens/s" if written > 1 and wrote > 0 else ""
+        self.console.print(
+            f"{usage['prompt_tokens']} tokens ({cached} cached), first after {waited:.2f} s; {written} tokens{speed}",
+            style="dim",
+        )
+
+    def _events(self, response: "httpx.Response") -> Iterator[dict[str, Any]]:
+        """The stream's events; its comments are shown on the terminal's last line meanwhile."""
+        shown = False
+        for line in response.iter_lines():
+            if line.startswith(": ") and self.console.is_terminal:
+                self.console.print(f"\r\x1b[K{_as_bar(line[2:])}", end="", style="dim")
+                shown = True
+            elif line.startswith("data: ") and line != "data: [DONE]":
+                if shown:
+                    self.console.print("\r\x1b[K", end="")
+                    shown = False
+                event = json.loads(line.removeprefix("data: "))
+                if "error" in event:
+                    raise EngineError(event["error"]["message"])
+                yield event
+
+    @contextmanager
+    def _connected(self) -> Iterator[None]:
+        import httpx
+
+        try:
+            yield
+        except httpx.HTTPError as error:
+            raise EngineError(f"no answer from {self.client.base_url}: {error}") from None
+
+    def _checked(self, response: "httpx.Response") -> "httpx.Response":
+        if response.is_error:
+            try:
+                message = json.loads(response.read())["error"]["message"]
+            except (ValueError, KeyError, TypeError):
+                message = f"the server answered {response.status_code}"
+            raise EngineError(message)
+        return response
+
+
+def _as_bar(note: str) -> str:
+    """`prefill 4096/8192` as a bar; other notes as they are."""
+    done, _, total = note.removeprefix("prefill ").partition("/")
+    if not (done.isdigit() and total.isdigit() and int(total)):
+        return note
+    width = BAR_WIDTH * int(done) // int(total)
+    return f"prefill {'█' * width}{'░' * (BAR_WIDTH - width)} {int(done):,} of {int(total):,} tokens"

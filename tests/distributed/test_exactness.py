@@ -1,0 +1,132 @@
+"""SmolLM2 in float32 answers as Transformers' `generate` does, token by token, however the work is split.
+
+What is said of any number of ranks, any chunk and any length together is in `benchmarks/exactness.py`; it takes ten
+minutes. Here every dimension is tried, but not every combination.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+from harness import ThreadExecutor, generate, make_engine, prompt_logprobs, reference_logprobs
+from transformers import AutoTokenizer, PreTrainedModel
+
+from twofold import LLM, SamplingParams
+from twofold.executor.local import LocalExecutor
+from twofold.outputs import RequestOutput
+
+TEXT = Path(__file__).parents[2] / "examples" / "alice.txt"
+PROMPT_LENS = (1, 2, 3, 7, 31, 500)
+LONG = 4000
+NUM_NEW_TOKENS = 64
+GREEDY = SamplingParams(temperature=0, max_tokens=NUM_NEW_TOKENS)
+Answers = list[tuple[list[int], list[int]]]  # prompt, Transformers' answer
+
+
+@pytest.fixture(scope="module")
+def text(demo_model_directory: Path) -> list[int]:
+    """Token ids of English prose; it is repeated where it is not long enough."""
+    ids: list[int] = AutoTokenizer.from_pretrained(demo_model_directory).encode(TEXT.read_text())
+    return ids + ids
+
+
+def answer_of(model: PreTrainedModel, prompt: list[int]) -> list[int]:
+    ids = torch.tensor([prompt])
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    out = model.generate(
+        ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW_TOKENS, eos_token_id=2
+    )
+    torch.set_num_threads(threads)
+    tokens: list[int] = out[0, len(prompt) :].tolist()
+    return tokens
+
+
+@pytest.fixture(scope="module")
+def answers(smollm2: PreTrainedModel, text: list[int]) -> Answers:
+    """Prompts from different places, so that none is the beginning of another."""
+    prompts = [text[100 * n : 100 * n + length] for n, length in enumerate(PROMPT_LENS)]
+    return [(prompt, answer_of(smollm2, prompt)) for prompt in prompts]
+
+
+def assert_answers(outputs: list[RequestOutput], answers: Answers, num_tokens: int = NUM_NEW_TOKENS) -> None:
+    for output, (prompt, tokens) in zip(outputs, answers, strict=True):
+        assert output.outputs[0].token_ids == tokens[:num_tokens], f"prompt of {len(prompt)} tokens"
+
+
+EOS = frozenset({2})
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 4])
+def test_all_prompts_in_one_batch(smollm2: PreTrainedModel, answers: Answers, num_ranks: int) -> None:
+    """Whole prompts, 64 new tokens each, on threads; and the log-probabilities of every prompt token."""
+    engine = make_engine(smollm2, num_ranks, max_model_len=1024, eos_token_ids=EOS)
+    prompts = [prompt for prompt, _ in answers]
+    assert_answers(generate(engine, prompts, GREEDY), answers)
+    for prompt, found in zip(prompts, prompt_logprobs(engine, prompts), strict=True):
+        np.testing.assert_allclose(found, reference_logprobs(smollm2, prompt), rtol=0, atol=1e-4)
+    engine.shutdown()
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_chunks_and_cached_prefixes(smollm2: PreTrainedModel, answers: Answers, num_ranks: int) -> None:
+    """Chunks of 64 tokens beside decodes; a second pass finds most of each prompt in the cache."""
+    engine = make_engine(smollm2, num_ranks, max_model_len=1024, max_num_batched_tokens=64, eos_token_ids=EOS)
+    params = SamplingParams(temperature=0, max_tokens=16)
+    for num_cached in (0, 496):
+        outputs = generate(engine, [prompt for prompt, _ in answers], params)
+        assert_answers(outputs, answers, 16)
+        assert outputs[-1].num_cached_tokens == num_cached
+    engine.shutdown()
+
+
+def test_preemption(smollm2: PreTrainedModel, answers: Answers) -> None:
+    """A pool that holds the longest prompt and its answer, and not much beside."""
+    engine = make_engine(smollm2, 2, max_model_len=565, num_blocks=37, max_num_batched_tokens=300, eos_token_ids=EOS)
+    order = answers[::-1]  # the longest first: it grows at the cost of the others
+    assert_answers(generate(engine, [prompt for prompt, _ in order], GREEDY), order)
+    assert isinstance(engine.executor, ThreadExecutor)
+    starts = Counter(new.request_id for step in engine.executor.steps for new in step.new)
+    assert max(starts.values()) > 1
+    engine.shutdown()
+
+
+@pytest.mark.parametrize(("num_ranks", "number"), [(4, 2), (2, 4), (3, 3)])
+def test_a_prompt_alone(smollm2: PreTrainedModel, answers: Answers, num_ranks: int, number: int) -> None:
+    """Most ranks have nothing to do in every step but the first."""
+    engine = make_engine(smollm2, num_ranks, max_model_len=256, eos_token_ids=EOS)
+    prompt, tokens = answers[number]
+    params = SamplingParams(temperature=0, max_tokens=24)
+    assert_answers(generate(engine, [prompt], params), [(prompt, tokens)], 24)
+    engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def llm() -> Iterator[LLM]:
+    with LLM("demo", prefill_context_parallel_size=2, dtype="float32", max_num_batched_tokens=8192) as llm:
+        yield llm
+
+
+def test_a_long_prompt_on_processes(llm: LLM, smollm2: PreTrainedModel, answers: Answers, text: list[int]) -> None:
+    """4,000 tokens and all the short prompts in one batch of two processes; then again, out of the cache."""
+    prompt = text[10 : 10 + LONG]
+    everything = [(prompt, answer_of(smollm2, prompt)), *answers]
+    for num_cached in (0, LONG - 16):
+        prompts = [{"prompt_token_ids": prompt} for prompt, _ in everything]
+        outputs = llm.generate(prompts, GREEDY, use_tqdm=False)
+        assert_answers(outputs, everything)
+        assert outputs[0].num_cached_tokens == num_cached
+    assert llm.engine.is_idle
+
+
+def test_processes_do_not_copy_the_weights(llm: LLM, smollm2: PreTrainedModel) -> None:
+    """Half a gigabyte of weights once a machine: both ranks together need less than twice that."""
+    assert isinstance(llm.engine.executor, LocalExecutor)
+    size = sum(parameter.nbytes for parameter in smollm2.parameters())
+    memory = sum(psutil.Process(pid).memory_full_info().pss for pid in llm.engine.executor.pids)
+    cache = sum(report.bytes_per_block * -(-5000 // 16) for report in llm.engine.executor.reports)  # as much as was used
+    assert size < memory < 2 * size + cache
