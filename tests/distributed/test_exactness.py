@@ -36,12 +36,9 @@ def text(demo_model_directory: Path) -> list[int]:
 
 def answer_of(model: PreTrainedModel, prompt: list[int]) -> list[int]:
     ids = torch.tensor([prompt])
-    threads = torch.get_num_threads()
-    torch.set_num_threads(2)
     out = model.generate(
         ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=NUM_NEW_TOKENS, eos_token_id=2
     )
-    torch.set_num_threads(threads)
     tokens: list[int] = out[0, len(prompt) :].tolist()
     return tokens
 
@@ -111,6 +108,15 @@ def llm() -> Iterator[LLM]:
         yield llm
 
 
+def test_processes_do_not_copy_the_weights(llm: LLM, smollm2: PreTrainedModel) -> None:
+    """Half a gigabyte of weights once a machine: before their first step both ranks together need less than twice that."""
+    assert isinstance(llm.engine.executor, LocalExecutor)
+    size = sum(parameter.nbytes for parameter in smollm2.parameters())
+    memory = sum(psutil.Process(pid).memory_full_info().pss for pid in llm.engine.executor.pids)
+    print(size, memory)
+    assert size < memory < 2 * size
+
+
 def test_a_long_prompt_on_processes(llm: LLM, smollm2: PreTrainedModel, answers: Answers, text: list[int]) -> None:
     """4,000 tokens and all the short prompts in one batch of two processes; then again, out of the cache."""
     prompt = text[10 : 10 + LONG]
@@ -121,12 +127,3 @@ def test_a_long_prompt_on_processes(llm: LLM, smollm2: PreTrainedModel, answers:
         assert_answers(outputs, everything)
         assert outputs[0].num_cached_tokens == num_cached
     assert llm.engine.is_idle
-
-
-def test_processes_do_not_copy_the_weights(llm: LLM, smollm2: PreTrainedModel) -> None:
-    """Half a gigabyte of weights once a machine: both ranks together need less than twice that."""
-    assert isinstance(llm.engine.executor, LocalExecutor)
-    size = sum(parameter.nbytes for parameter in smollm2.parameters())
-    memory = sum(psutil.Process(pid).memory_full_info().pss for pid in llm.engine.executor.pids)
-    cache = sum(report.bytes_per_block * -(-5000 // 16) for report in llm.engine.executor.reports)  # as much as was used
-    assert size < memory < 2 * size + cache

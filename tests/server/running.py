@@ -27,10 +27,14 @@ class Server:
         self.http = httpx.Client(base_url=url, timeout=60, headers={"Authorization": f"Bearer {key}"})
 
     def client(self, **options: Any) -> openai.OpenAI:
-        return openai.OpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60, **options)
+        return openai.OpenAI(
+            base_url=f"{self.url}/v1", api_key=self.key, **({"max_retries": 0, "timeout": 60} | options)
+        )
 
     def async_client(self, **options: Any) -> openai.AsyncOpenAI:
-        return openai.AsyncOpenAI(base_url=f"{self.url}/v1", api_key=self.key, max_retries=0, timeout=60, **options)
+        return openai.AsyncOpenAI(
+            base_url=f"{self.url}/v1", api_key=self.key, **({"max_retries": 0, "timeout": 60} | options)
+        )
 
     def ranks(self) -> list[psutil.Process]:
         """The processes of the ranks, in their order."""

@@ -8,12 +8,16 @@ import statistics
 import time
 from argparse import ArgumentParser, Namespace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from twofold.bench.report import environment
 from twofold.cli.arguments import add_engine_arguments, chosen
 from twofold.config import EngineConfig
+
+if TYPE_CHECKING:
+    from twofold import LLM
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -53,6 +57,9 @@ def run(args: Namespace) -> int:
                 durations = np.diff(ends) * 1e3
                 full = [number for number, count in enumerate(changed) if count == args.batch_size]
                 steps += [float(durations[number]) for number in full[2:-1]]
+        busy = None
+        if engine.runtime.device == "cuda":
+            busy = profile_decode(llm, args.batch_size, args.input_len)
         result = environment() | {
             "model": args.model,
             "dtype": str(engine.runtime.dtype).removeprefix("torch."),
@@ -63,10 +70,39 @@ def run(args: Namespace) -> int:
             "avg_latency": statistics.mean(latencies),
             "latencies": latencies,
             "decode_ms_per_step": statistics.median(steps) if steps else None,
+            "decode_busy_ms_per_step": busy,
         }
+    if busy is not None:
+        print(f"GPU busy: {busy:.3f} ms a decode step")
     print(f"Avg latency: {result['avg_latency']:.4f} s")
     if steps:
         print(f"decode: {result['decode_ms_per_step']:.3f} ms a step, batch {args.batch_size}, {result['pcp']} ranks")
     if args.output_json:
         Path(args.output_json).write_text(json.dumps(result, indent=1))
     return 0
+
+
+def profile_decode(llm: "LLM", batch_size: int, input_len: int) -> float:
+    """Milliseconds a decode step in which any kernel of the first rank runs; prints the longest."""
+    from twofold import SamplingParams
+    from twofold.executor.local import LocalExecutor
+
+    engine, executor, num_steps = llm.engine, llm.engine.executor, 16
+    assert isinstance(executor, LocalExecutor)
+    rng = np.random.default_rng(1)
+    params = SamplingParams(temperature=0, max_tokens=num_steps + 8, ignore_eos=True)
+    for number in range(batch_size):
+        engine.add_request(f"profile {number}", rng.integers(0, engine.vocab_size, input_len).tolist(), params)
+    while len(engine.step()) < batch_size:  # the last prompt's first token
+        pass
+    executor.profile(True)
+    for _ in range(num_steps):
+        engine.step()
+    breakdown = executor.profile(False)[0]
+    assert breakdown is not None
+    while engine.has_unfinished_requests or engine.scheduler.num_in_flight:
+        engine.step()
+    launches = max(1, num_steps + engine.max_steps_in_flight - 1)
+    for name, total, count in breakdown.kernels[:12]:
+        print(f"  {total / launches:8.3f} ms  {count / launches:6.1f} x  {name[:100]}")
+    return breakdown.busy / launches

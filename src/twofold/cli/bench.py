@@ -3,7 +3,7 @@
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from importlib import import_module
 
-BENCHMARKS = ("ttft", "latency", "throughput")
+BENCHMARKS = ("ttft", "latency", "throughput", "serve")
 
 
 def configure(parser: ArgumentParser) -> None:

@@ -4,12 +4,12 @@ Type a message and press Enter. /file PATH puts a file's text before the next me
 /quit or Ctrl-D ends; Ctrl-C stops an answer. With MESSAGE there is one answer on stdout and the end.
 """
 
+import contextlib
 import json
 import os
 import time
 from argparse import ArgumentParser, Namespace
 from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -42,7 +42,8 @@ def run(args: Namespace) -> int:
         raise ConfigError("httpx is not installed; run: pip install 'twofold[server]'") from None
     key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
     timeout = httpx.Timeout(None, connect=10)
-    with httpx.Client(base_url=args.url, headers={"Authorization": f"Bearer {key}"}, timeout=timeout) as client:
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    with httpx.Client(base_url=args.url, headers=headers, timeout=timeout) as client:
         chat = Chat(client, args)
         files = [_read(path) for path in args.file]
         if args.message is not None:
@@ -53,6 +54,8 @@ def run(args: Namespace) -> int:
 
 def _talk(chat: "Chat", files: list[str]) -> int:
     """Messages from the terminal until it ends."""
+    with contextlib.suppress(ImportError):
+        import readline  # noqa: F401 - lines can be edited, and called up again
     chat.console.print(f"{chat.model}. /file PATH, /new, /quit", style="dim")
     while True:
         try:
@@ -112,7 +115,8 @@ class Chat:
             **self._sampling,
         }
         start = time.perf_counter()
-        first, text, usage = None, "", {}
+        first, text = None, ""
+        usage: dict[str, Any] = {}
         with self._connected(), self.client.stream("POST", "/v1/chat/completions", json=body) as response:
             self._checked(response)
             for event in self._events(response):
@@ -152,7 +156,7 @@ class Chat:
                     raise EngineError(event["error"]["message"])
                 yield event
 
-    @contextmanager
+    @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:
         import httpx
 

@@ -110,11 +110,16 @@ class PushExchange(AllGatherExchange):
             super()._gather(rows, cache)
             return
         handle, self._turn = self._handles[self._turn], 1 - self._turn
-        for distance in range(size):  # no two ranks copy to the same peer at the same time
+        for distance in range(1, size):  # no two ranks copy to the same peer at the same time
             peer = (rank + distance) % size
             handle.get_buffer(peer, rows.shape, rows.dtype, rank * rows.numel()).copy_(rows)
+        slots, begin, end = self._plan.slots, rank * num_rows, (rank + 1) * num_rows
+        write_rows(rows, slots[begin:end], cache)  # mine never go through the buffer
         handle.barrier(channel=0)
-        write_rows(handle.get_buffer(rank, (size * num_rows, rows.shape[1]), rows.dtype), self._plan.slots, cache)
+        gathered = handle.get_buffer(rank, (size * num_rows, rows.shape[1]), rows.dtype)
+        for part in (slice(begin), slice(end, size * num_rows)):
+            if len(gathered[part]):
+                write_rows(gathered[part], slots[part], cache)
 
 
 def write_rows(rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:

@@ -1,0 +1,85 @@
+"""What the server's benchmarks share: requests of mixed lengths, their answers alone, and a server's memory."""
+
+import asyncio
+import json
+import random
+import sys
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+import openai
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "server"))
+
+from running import Server, serve
+
+from twofold.bench.report import environment
+
+__all__ = ["Server", "alone", "arguments", "memory_mib", "requests", "serve", "stream", "write"]
+
+TEXT = (Path(__file__).parents[1] / "src" / "twofold" / "engine" / "scheduler.py").read_text()
+
+
+def arguments(description: str | None) -> ArgumentParser:
+    parser = ArgumentParser(description=description)
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("-pcp", type=int, default=2)
+    parser.add_argument("--engine", default="", help="further flags of twofold serve, in one string")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--longest", type=int, default=3000, help="characters of a prompt")
+    parser.add_argument("--output-json")
+    return parser
+
+
+def flags(args: Namespace) -> list[str]:
+    return ["-pcp", str(args.pcp), "--served-model-name", "model", *args.engine.split()]
+
+
+def requests(args: Namespace, count: int, most: int = 96) -> list[dict[str, Any]]:
+    """Prompts of a few characters and of many, answers of up to `most` tokens, greedy and drawn."""
+    rng = random.Random(args.seed)
+    bodies = []
+    for index in range(count):
+        length = int(10 * (args.longest / 10) ** rng.random())
+        start = rng.randrange(len(TEXT) - length)
+        sampling = {"temperature": 0.0} if index % 2 else {"temperature": 0.8, "top_p": 0.95, "seed": index}
+        body = {"model": "model", "prompt": TEXT[start : start + length], "max_tokens": rng.randint(4, most)}
+        bodies.append(body | sampling | {"extra_body": {"ignore_eos": index % 4 == 0}})
+    return bodies
+
+
+def alone(server: Server, bodies: list[dict[str, Any]]) -> list[str]:
+    """Each answer when nothing else runs."""
+    with server.client() as client:
+        return [client.completions.create(**body).choices[0].text for body in bodies]
+
+
+async def stream(client: openai.AsyncOpenAI, body: dict[str, Any]) -> tuple[str, int, float]:
+    """→ the streamed text, its tokens, and the longest time between two chunks."""
+    loop = asyncio.get_running_loop()
+    text, num_tokens, longest, last = "", 0, 0.0, None
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    async for chunk in await client.completions.create(**body, **options):
+        now = loop.time()
+        longest = max(longest, 0.0 if last is None else now - last)
+        last = now
+        if chunk.choices:
+            text += chunk.choices[0].text
+        if chunk.usage is not None:
+            num_tokens = chunk.usage.completion_tokens
+    return text, num_tokens, longest
+
+
+def memory_mib(server: Server) -> dict[str, float]:
+    """Memory that is the process's own: of the server, and of all its ranks."""
+    own = {"server": psutil.Process(server.process.pid).memory_full_info().uss}
+    own["ranks"] = sum(rank.memory_full_info().uss for rank in server.ranks())
+    return {name: round(size / 2**20, 1) for name, size in own.items()}
+
+
+def write(args: Namespace, result: dict[str, Any]) -> None:
+    print(json.dumps(result, indent=1))
+    if args.output_json:
+        Path(args.output_json).write_text(json.dumps(environment() | {"model": args.model, **result}, indent=1) + "\n")

@@ -1,0 +1,86 @@
+"""Clients that leave at random moments, in every way there is: does anything of them stay behind?
+
+python benchmarks/server_disconnects.py --model demo -pcp 2 --clients 1000 --output-json F
+"""
+
+import asyncio
+import json
+import random
+import socket
+import struct
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import psutil
+from server_common import Server, arguments, flags, memory_mib, requests, serve, write
+
+
+async def visit(server: Server, body: dict[str, Any], rng: random.Random, patience: float) -> str:
+    """Sends a request, or a part of one, reads or does not, and leaves: politely or not."""
+    host, port = server.url.removeprefix("http://").split(":")
+    reader, writer = await asyncio.open_connection(host, int(port))
+    content = json.dumps(body).encode()
+    head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
+    whole = "\r\n".join([*head, f"Content-Length: {len(content)}", "", ""]).encode() + content
+    cut = rng.random() < 0.1
+    writer.write(whole[: rng.randrange(len(whole))] if cut else whole)
+    stay = rng.expovariate(1 / patience)
+    try:
+        async with asyncio.timeout(stay):
+            while rng.random() < 0.98 and await reader.read(512):
+                pass
+    except TimeoutError:
+        pass
+    if rng.random() < 0.3:  # a reset in place of an orderly end
+        writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+    writer.close()
+    return "in the middle of the request" if cut else "later"
+
+
+async def visit_all(server: Server, args: Any) -> dict[str, int]:
+    rng = random.Random(args.seed)
+    bodies = requests(args, 64)
+    gate = asyncio.Semaphore(args.at_once)
+    left: dict[str, int] = {}
+
+    async def one() -> None:
+        async with gate:
+            body = {**rng.choice(bodies), "stream": rng.random() < 0.7}
+            body |= body.pop("extra_body")
+            when = await visit(server, body, rng, args.patience)
+            left[when] = left.get(when, 0) + 1
+
+    await asyncio.gather(*(one() for _ in range(args.clients)))
+    return left
+
+
+def state(server: Server) -> dict[str, Any]:
+    process = psutil.Process(server.process.pid)
+    return {"fds": process.num_fds(), "threads": process.num_threads(), "memory_mib": memory_mib(server)}
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--at-once", type=int, default=100)
+    parser.add_argument("--patience", type=float, default=1.0, help="seconds that a client stays, on average")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder, serve(args.model, Path(folder), *flags(args), faulty=False) as server:
+        warm_up = args.clients
+        args.clients = max(warm_up // 10, 10)
+        asyncio.run(visit_all(server, args))
+        server.assert_idle()
+        before, args.clients = state(server), warm_up
+        left = asyncio.run(visit_all(server, args))
+        server.assert_idle()
+        after = state(server)
+        with server.client() as client:
+            client.completions.create(model="model", prompt="Still there?", max_tokens=4)
+    write(args, {"clients": args.clients, "left": left, "before": before, "after": after})
+    return 0 if after["fds"] <= before["fds"] + 2 and after["threads"] <= before["threads"] else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

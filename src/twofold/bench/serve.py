@@ -1,0 +1,439 @@
+"""a running server under load: throughput, time to first token, time per token
+
+Flags, report and JSON are those of `vllm bench serve`, and any OpenAI-compatible server can be measured. Prompts are
+random token ids (text for chats), or come from a file: --dataset-name custom takes JSON lines with a "prompt" each,
+sharegpt the JSON of that data set.
+"""
+
+import asyncio
+import json
+import math
+import sys
+import time
+from argparse import ArgumentParser, Namespace
+from collections.abc import AsyncIterator, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from tqdm import tqdm
+
+from twofold.errors import ConfigError, EngineError
+
+if TYPE_CHECKING:
+    import httpx
+    from transformers import PreTrainedTokenizerBase
+
+ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
+METRICS = {
+    "ttft": "Time to First Token",
+    "tpot": "Time per Output Token (excl. 1st token)",
+    "itl": "Inter-token Latency",
+    "e2el": "End-to-end Latency",
+}
+
+
+@dataclass(slots=True)
+class Prompt:
+    content: str | list[int]
+    num_tokens: int
+    max_tokens: int
+
+
+@dataclass(slots=True)
+class Outcome:
+    """One request. Times are in seconds."""
+
+    prompt_len: int
+    start: float = 0.0  # on the clock of the run
+    success: bool = False
+    ttft: float = 0.0
+    latency: float = 0.0
+    itl: list[float] = field(default_factory=list)
+    num_tokens: int = 0
+    text: str = ""
+    error: str = ""
+
+    @property
+    def tpot(self) -> float:
+        return (self.latency - self.ttft) / (self.num_tokens - 1) if self.num_tokens > 1 else 0.0
+
+
+def configure(parser: ArgumentParser) -> None:
+    server = parser.add_argument_group("server")
+    server.add_argument("--backend", default="openai", choices=ENDPOINTS, help="kind of requests (default: openai)")
+    server.add_argument("--base-url", help="in place of --host and --port")
+    server.add_argument("--host", default="127.0.0.1")
+    server.add_argument("--port", type=int, default=8000)
+    server.add_argument("--endpoint", help="path (default: that of the backend)")
+    server.add_argument("--api-key", help="what the server asks for")
+    server.add_argument("--model", help="what the server calls the model (default: the first it lists)")
+    server.add_argument("--tokenizer", help="directory or hub name (default: the model)")
+    data = parser.add_argument_group("prompts")
+    data.add_argument("--dataset-name", default="random", choices=("random", "custom", "sharegpt"))
+    data.add_argument("--dataset-path", metavar="FILE")
+    data.add_argument("--num-prompts", type=int, default=1000, metavar="N")
+    data.add_argument("--random-input-len", type=int, default=1024, metavar="N")
+    data.add_argument("--random-output-len", type=int, default=128, metavar="N")
+    data.add_argument(
+        "--random-range-ratio", type=float, default=0.0, metavar="X", help="lengths vary by this part of them, 0 to 1"
+    )
+    data.add_argument(
+        "--random-prefix-len", type=int, default=0, metavar="N", help="tokens that all prompts begin with"
+    )
+    data.add_argument("--custom-output-len", type=int, default=256, metavar="N")
+    data.add_argument("--sharegpt-output-len", type=int, metavar="N", help="(default: that of the data set's answer)")
+    load = parser.add_argument_group("load")
+    load.add_argument(
+        "--request-rate", type=float, default=math.inf, metavar="X", help="requests/s (default: all at once)"
+    )
+    load.add_argument(
+        "--burstiness", type=float, default=1.0, metavar="X", help="1 is Poisson; below it comes in bursts"
+    )
+    load.add_argument("--max-concurrency", type=int, metavar="N", help="requests under way at once")
+    load.add_argument("--ignore-eos", action="store_true", help="answers are as long as they may be")
+    load.add_argument("--temperature", type=float, default=0.0, metavar="X")
+    load.add_argument("--seed", type=int, default=0, metavar="N")
+    load.add_argument("--num-warmups", type=int, default=0, metavar="N", help="requests before the clock starts")
+    result = parser.add_argument_group("result")
+    result.add_argument("--percentile-metrics", default="ttft,tpot,itl", help=f"of {','.join(METRICS)}")
+    result.add_argument("--metric-percentiles", default="99", help="with commas between them (default: 99)")
+    result.add_argument(
+        "--goodput", nargs="*", default=[], metavar="METRIC:MS", help="what a good request must keep to"
+    )
+    result.add_argument("--save-result", action="store_true", help="write a JSON file")
+    result.add_argument("--save-detailed", action="store_true", help="with the figures of each request")
+    result.add_argument("--result-dir", default=".", metavar="DIR")
+    result.add_argument("--result-filename", metavar="FILE")
+    result.add_argument("--label")
+    result.add_argument("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="for the JSON file")
+    result.add_argument("--disable-tqdm", action="store_true")
+
+
+def run(args: Namespace) -> int:
+    try:
+        import httpx
+    except ModuleNotFoundError:
+        raise ConfigError("httpx is not installed; run: pip install 'twofold[server]'") from None
+    percentiles = _numbers("--metric-percentiles", args.metric_percentiles)
+    shown = [name for name in args.percentile_metrics.split(",") if name]
+    if wrong := [name for name in shown if name not in METRICS]:
+        raise ConfigError(f"--percentile-metrics must be of {', '.join(METRICS)}, got {wrong[0]!r}")
+    goals = _goals(args.goodput)
+    if args.num_prompts < 1 or not args.request_rate > 0 or not args.burstiness > 0:
+        raise ConfigError("--num-prompts, --request-rate and --burstiness must be above 0")
+    if args.max_concurrency is not None and args.max_concurrency < 1:
+        raise ConfigError(f"--max-concurrency must be at least 1, got {args.max_concurrency}")
+    url = (args.base_url or f"http://{args.host}:{args.port}").rstrip("/")
+    headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
+    if args.model is None:
+        try:
+            args.model = httpx.get(f"{url}/v1/models", headers=headers).json()["data"][0]["id"]
+        except (httpx.HTTPError, ValueError, KeyError, LookupError) as error:
+            raise EngineError(f"no models are listed at {url}: {error}") from None
+    args.tokenizer = args.tokenizer or args.model
+    prompts = make_prompts(args, _load_tokenizer(args.tokenizer))
+    bench = Bench(args, url + (args.endpoint or ENDPOINTS[args.backend]), headers)
+    outcomes, duration = asyncio.run(bench.run(prompts))
+    result = summarise(outcomes, duration, percentiles, goals)
+    _print(result, args, shown, percentiles)
+    if args.save_result or args.save_detailed or args.result_filename:
+        _save(result, args)
+    return 0 if result["completed"] else 1
+
+
+# Prompts
+
+
+def make_prompts(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
+    """The same for the same seed."""
+    if args.dataset_name == "random":
+        return _random_prompts(args, tokenizer)
+    if args.dataset_path is None:
+        raise ConfigError(f"--dataset-name {args.dataset_name} needs --dataset-path")
+    try:
+        text = Path(args.dataset_path).read_text(encoding="utf-8")
+        pairs = _custom(text, args) if args.dataset_name == "custom" else _sharegpt(text, args, tokenizer)
+    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"cannot read prompts from {args.dataset_path!r}: {error}") from None
+    if not pairs:
+        raise ConfigError(f"{args.dataset_path!r} has no prompts")
+    order = np.random.default_rng(args.seed).permutation(len(pairs))
+    chosen = [pairs[order[i % len(pairs)]] for i in range(args.num_prompts)]
+    return [Prompt(text, len(tokenizer.encode(text)), length) for text, length in chosen]
+
+
+def _random_prompts(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
+    rng = np.random.default_rng(args.seed)
+    special = set(tokenizer.all_special_ids)
+    ids = np.array([token for token in range(len(tokenizer)) if token not in special])
+    prefix = rng.choice(ids, args.random_prefix_len)
+
+    def length(mean: int) -> int:
+        low, high = mean * (1 - args.random_range_ratio), mean * (1 + args.random_range_ratio)
+        return max(int(rng.integers(math.floor(low), math.ceil(high) + 1)), 1)
+
+    prompts = []
+    for _ in range(args.num_prompts):
+        num_in, num_out = length(args.random_input_len), length(args.random_output_len)
+        tokens = np.concatenate([prefix, rng.choice(ids, num_in)]).tolist()
+        if args.backend == "openai-chat":
+            text = tokenizer.decode(tokens)
+            prompts.append(Prompt(text, len(tokenizer.encode(text)), num_out))
+        else:
+            prompts.append(Prompt(tokens, len(tokens), num_out))
+    return prompts
+
+
+def _custom(text: str, args: Namespace) -> list[tuple[str, int]]:
+    return [(str(json.loads(line)["prompt"]), args.custom_output_len) for line in text.splitlines() if line.strip()]
+
+
+def _sharegpt(text: str, args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, int]]:
+    pairs = []
+    for one in json.loads(text):
+        turns = one["conversations"]
+        if len(turns) >= 2:
+            length = args.sharegpt_output_len or max(len(tokenizer.encode(turns[1]["value"])), 1)
+            pairs.append((turns[0]["value"], length))
+    return pairs
+
+
+def _load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
+    from twofold.config import EngineConfig
+    from twofold.models.source import load_tokenizer, resolve
+
+    # Without weights there is nothing to miss: only the tokenizer is read.
+    return load_tokenizer(None, resolve(EngineConfig(model=name, load_format="dummy")))
+
+
+# Load
+
+
+class Bench:
+    """Sends prompts at their times and watches the answers come."""
+
+    def __init__(self, args: Namespace, url: str, headers: dict[str, str]) -> None:
+        self.args, self.url, self.headers = args, url, headers
+        self.max_concurrent = 0
+        self._num_running = 0
+
+    async def run(self, prompts: Sequence[Prompt]) -> tuple[list[Outcome], float]:
+        """→ every request's outcome, and the seconds from the first to the end of the last."""
+        import httpx
+
+        args = self.args
+        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
+        async with httpx.AsyncClient(timeout=None, limits=limits, headers=self.headers) as client:
+            for _ in range(1 + args.num_warmups):
+                outcome = await self._ask(client, prompts[0], time.perf_counter())
+                if not outcome.success:
+                    raise EngineError(f"the first request failed: {outcome.error}")
+            gate = asyncio.Semaphore(args.max_concurrency or len(prompts))
+            with tqdm(total=len(prompts), disable=args.disable_tqdm) as bar:
+                begin = time.perf_counter()
+
+                async def one(prompt: Prompt) -> Outcome:
+                    async with gate:
+                        outcome = await self._ask(client, prompt, begin)
+                    bar.update()
+                    return outcome
+
+                tasks = [asyncio.create_task(one(prompt)) async for prompt in self._arrivals(prompts)]
+                outcomes = await asyncio.gather(*tasks)
+                return outcomes, time.perf_counter() - begin
+
+    async def _arrivals(self, prompts: Sequence[Prompt]) -> AsyncIterator[Prompt]:
+        """Each prompt at its time: gaps are gamma distributed, exponentially with a burstiness of 1."""
+        rate, shape = self.args.request_rate, self.args.burstiness
+        rng = np.random.default_rng(self.args.seed + 1)
+        due = time.perf_counter()
+        for prompt in prompts:
+            yield prompt
+            if rate < math.inf:
+                due += rng.gamma(shape, 1 / (rate * shape))
+                await asyncio.sleep(max(due - time.perf_counter(), 0))
+
+    async def _ask(self, client: "httpx.AsyncClient", prompt: Prompt, begin: float) -> Outcome:
+        import httpx
+
+        outcome = Outcome(prompt.num_tokens)
+        self._num_running += 1
+        self.max_concurrent = max(self.max_concurrent, self._num_running)
+        start = last = time.perf_counter()
+        outcome.start = start - begin
+        try:
+            async with client.stream("POST", self.url, json=self._body(prompt)) as response:
+                if response.status_code != 200:
+                    outcome.error = f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:500]}"
+                    return outcome
+                async for line in response.aiter_lines():
+                    if not line.startswith("data: ") or line == "data: [DONE]":
+                        continue
+                    event = json.loads(line.removeprefix("data: "))
+                    if "error" in event:
+                        outcome.error = str(event["error"])
+                        return outcome
+                    now = time.perf_counter()
+                    if usage := event.get("usage"):
+                        outcome.num_tokens = usage["completion_tokens"]
+                        outcome.prompt_len = usage["prompt_tokens"]
+                    if event["choices"]:
+                        if outcome.ttft:
+                            outcome.itl.append(now - last)
+                        else:
+                            outcome.ttft = now - start
+                        last = now
+                        choice = event["choices"][0]
+                        outcome.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
+                outcome.latency, outcome.success = last - start, outcome.ttft > 0
+        except (httpx.HTTPError, ValueError, KeyError) as error:
+            outcome.error = f"{type(error).__name__}: {error}"
+        finally:
+            self._num_running -= 1
+        return outcome
+
+    def _body(self, prompt: Prompt) -> dict[str, Any]:
+        args = self.args
+        body: dict[str, Any] = {
+            "model": args.model,
+            "temperature": args.temperature,
+            "stream": True,
+            "stream_options": {"include_usage": True},
+        }
+        if args.ignore_eos:
+            body["ignore_eos"] = True
+        if args.backend == "openai-chat":
+            message = {"role": "user", "content": prompt.content}
+            return body | {"messages": [message], "max_completion_tokens": prompt.max_tokens}
+        return body | {"prompt": prompt.content, "max_tokens": prompt.max_tokens}
+
+
+# Result
+
+
+def summarise(
+    outcomes: Sequence[Outcome], duration: float, percentiles: Sequence[float], goals: dict[str, float]
+) -> dict[str, Any]:
+    """vLLM's fields."""
+    good = [outcome for outcome in outcomes if outcome.success]
+    num_in, num_out = sum(one.prompt_len for one in good), sum(one.num_tokens for one in good)
+    result: dict[str, Any] = {
+        "duration": duration,
+        "completed": len(good),
+        "failed": len(outcomes) - len(good),
+        "total_input_tokens": num_in,
+        "total_output_tokens": num_out,
+        "request_throughput": len(good) / duration,
+        "request_goodput": sum(_keeps(one, goals) for one in good) / duration if goals else None,
+        "output_throughput": num_out / duration,
+        "total_token_throughput": (num_in + num_out) / duration,
+        "max_concurrent_requests": _most_at_once(good),
+        "input_lens": [one.prompt_len for one in outcomes],
+        "output_lens": [one.num_tokens for one in outcomes],
+        "ttfts": [one.ttft for one in outcomes],
+        "itls": [one.itl for one in outcomes],
+        "start_times": [one.start for one in outcomes],
+        "generated_texts": [one.text for one in outcomes],
+        "errors": [one.error for one in outcomes],
+    }
+    values = {
+        "ttft": [one.ttft for one in good],
+        "tpot": [one.tpot for one in good if one.num_tokens > 1],
+        "itl": [gap for one in good for gap in one.itl],
+        "e2el": [one.latency for one in good],
+    }
+    for name, seconds in values.items():
+        ms = np.array(seconds or [0.0]) * 1000
+        result[f"mean_{name}_ms"] = float(ms.mean())
+        result[f"median_{name}_ms"] = float(np.median(ms))
+        result[f"std_{name}_ms"] = float(ms.std())
+        for percentile in percentiles:
+            result[f"p{percentile:g}_{name}_ms"] = float(np.percentile(ms, percentile))
+    return result
+
+
+def _most_at_once(outcomes: Sequence[Outcome]) -> int:
+    changes = sorted([(one.start, 1) for one in outcomes] + [(one.start + one.latency, -1) for one in outcomes])
+    return int(np.cumsum([change for _, change in changes] or [0]).max())
+
+
+def _keeps(outcome: Outcome, goals: dict[str, float]) -> bool:
+    measured = {"ttft": outcome.ttft, "tpot": outcome.tpot, "e2el": outcome.latency}
+    return all(measured[name] * 1000 <= limit for name, limit in goals.items())
+
+
+def _goals(given: Sequence[str]) -> dict[str, float]:
+    goals = {}
+    for one in given:
+        name, _, limit = one.partition(":")
+        if name not in ("ttft", "tpot", "e2el"):
+            raise ConfigError(f"--goodput must be like ttft:200, of ttft, tpot and e2el, got {one!r}")
+        goals[name] = _numbers("--goodput", limit)[0]
+    return goals
+
+
+def _numbers(flag: str, text: str) -> list[float]:
+    try:
+        return [float(number) for number in text.split(",")]
+    except ValueError:
+        raise ConfigError(f"{flag} must be numbers with commas between them, got {text!r}") from None
+
+
+def _print(result: dict[str, Any], args: Namespace, shown: Sequence[str], percentiles: Sequence[float]) -> None:
+    def line(name: str, value: Any) -> None:
+        print(f"{name + ':':<40} {value:<10.2f}" if isinstance(value, float) else f"{name + ':':<40} {value:<10}")
+
+    print(f"{' Serving Benchmark Result ':=^50}")
+    line("Successful requests", result["completed"])
+    line("Failed requests", result["failed"])
+    if args.max_concurrency is not None:
+        line("Maximum request concurrency", args.max_concurrency)
+    if args.request_rate < math.inf:
+        line("Request rate configured (RPS)", args.request_rate)
+    line("Benchmark duration (s)", result["duration"])
+    line("Total input tokens", result["total_input_tokens"])
+    line("Total generated tokens", result["total_output_tokens"])
+    line("Request throughput (req/s)", result["request_throughput"])
+    if result["request_goodput"] is not None:
+        line("Request goodput (req/s)", result["request_goodput"])
+    line("Output token throughput (tok/s)", result["output_throughput"])
+    line("Peak concurrent requests", result["max_concurrent_requests"])
+    line("Total token throughput (tok/s)", result["total_token_throughput"])
+    for name in shown:
+        print(f"{METRICS[name]:-^50}")
+        for how in ("mean", "median", *(f"p{percentile:g}" for percentile in percentiles)):
+            line(f"{how.capitalize()} {name.upper()} (ms)", result[f"{how}_{name}_ms"])
+    print("=" * 50)
+    for error in sorted({error for error in result["errors"] if error})[:3]:
+        print(f"failed: {error}", file=sys.stderr)
+
+
+def _save(result: dict[str, Any], args: Namespace) -> None:
+    now = datetime.now().strftime("%Y%m%d-%H%M%S")
+    rate = args.request_rate if args.request_rate < math.inf else "inf"
+    whole: dict[str, Any] = {
+        "date": now,
+        "endpoint_type": args.backend,
+        "backend": args.backend,
+        "label": args.label,
+        "model_id": args.model,
+        "tokenizer_id": args.tokenizer,
+        "num_prompts": args.num_prompts,
+        **dict(pair.partition("=")[::2] for pair in args.metadata),
+        "request_rate": rate,
+        "burstiness": args.burstiness,
+        "max_concurrency": args.max_concurrency,
+        **result,
+    }
+    if not args.save_detailed:
+        for name in ("input_lens", "output_lens", "ttfts", "itls", "start_times", "generated_texts", "errors"):
+            del whole[name]
+    at_once = f"-concurrency{args.max_concurrency}" if args.max_concurrency is not None else ""
+    name = f"{args.label or args.backend}-{rate}qps{at_once}-{Path(args.model).name}-{now}.json"
+    path = Path(args.result_dir) / (args.result_filename or name)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(whole))
+    print(f"written to {path}", file=sys.stderr)
