@@ -172,4 +172,12 @@ def make_app(
     async def show_metrics() -> Response:
         return Response(metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
+    _name_models(app, model_names)
     return app
+
+
+def _name_models(app: FastAPI, names: Sequence[str]) -> None:
+    """Has the OpenAPI schema say which models there are."""
+    for schema in app.openapi()["components"]["schemas"].values():
+        if "model" in schema.get("properties", {}):
+            schema["properties"]["model"] = {"title": "Model", "enum": [*names, None]}

@@ -24,6 +24,9 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Asks a rank to start noting its kernels, or to stop and answer with a `Breakdown`; the answer comes before that of a step in flight."""
+    """Asks a rank to start noting its kernels, or to stop and answer with a `Breakdown`.
+
+    The answer comes before that of a step in flight.
+    """
 
     start: bool

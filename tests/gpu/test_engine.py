@@ -1,0 +1,102 @@
+"""The engine on GPUs against Transformers: eager and compiled, with graphs, on one rank and on two."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+
+from twofold import LLM, SamplingParams
+
+pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+
+PROMPT_LENS = (1, 2, 3, 7, 31, 500, 2500)
+RANKS = [1] + [2] * (torch.cuda.device_count() > 1) + [4] * (torch.cuda.device_count() > 3)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded random model of SmolLM2's shape."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        hidden_size=576,
+        intermediate_size=1536,
+        num_hidden_layers=30,
+        num_attention_heads=9,
+        num_key_value_heads=3,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+        head_dim=64,
+        tie_word_embeddings=True,
+    )
+    path = tmp_path_factory.mktemp("model")
+    AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def prompts() -> list[list[int]]:
+    rng = np.random.default_rng(0)
+    return [rng.integers(0, 49152, length).tolist() for length in PROMPT_LENS]
+
+
+def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).cuda().eval()
+
+
+def engine(folder: Path, **arguments: object) -> LLM:
+    return LLM(
+        str(folder), skip_tokenizer_init=True, gpu_memory_utilization=0.3, max_num_seqs=32, **arguments
+    )  # fmt: skip
+
+
+@torch.inference_mode()
+def logprobs_of(model: PreTrainedModel, prompt: list[int]) -> torch.Tensor:
+    ids = torch.tensor([prompt], device="cuda")
+    logits = model(ids, use_cache=False).logits[0, :-1].float()
+    return logits.log_softmax(-1).gather(-1, ids[0, 1:, None])[:, 0].cpu()
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_float32_tokens_are_those_of_transformers(
+    folder: Path, prompts: list[list[int]], num_ranks: int, enforce_eager: bool
+) -> None:
+    """Compiled layers, graphs and exchange change no token; chunks of 1000 tokens mix prefills with decodes."""
+    model = load(folder, torch.float32)
+    expected = []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device="cuda")
+        answer = model.generate(ids, do_sample=False, max_new_tokens=24, eos_token_id=None)
+        expected.append(answer[0, len(prompt) :].tolist())
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with engine(
+        folder,
+        dtype="float32",
+        prefill_context_parallel_size=num_ranks,
+        enforce_eager=enforce_eager,
+        max_num_batched_tokens=1000,
+    ) as llm:
+        for _ in range(2):  # the second time from the prefix cache
+            outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+            assert [output.outputs[0].token_ids for output in outputs] == expected
+        assert llm.engine.is_idle
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_bfloat16_is_as_close_to_float32_as_transformers(
+    folder: Path, prompts: list[list[int]], num_ranks: int
+) -> None:
+    """FlashAttention-4 over pages, graphs of padded prefills: rounding, and nothing but rounding."""
+    prompts = [prompt for prompt in prompts if len(prompt) > 2]
+    exact = [logprobs_of(load(folder, torch.float32), prompt) for prompt in prompts]
+    theirs = [logprobs_of(load(folder, torch.bfloat16), prompt) for prompt in prompts]
+    params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
+    with engine(folder, dtype="bfloat16", prefill_context_parallel_size=num_ranks) as llm:
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    for prompt, output, right, other in zip(prompts, outputs, exact, theirs, strict=True):
+        entries = output.prompt_logprobs or []
+        ours = torch.tensor([e[t].logprob for e, t in zip(entries[1:], prompt[1:], strict=True) if e is not None])
+        assert len(ours) == len(prompt) - 1
+        assert (ours - right).norm() <= 1.5 * (other - right).norm() + 1e-3 * right.norm() ** 0.5, len(prompt)
