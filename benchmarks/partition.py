@@ -1,17 +1,17 @@
 """How long it takes to plan a step: the partition of 256 requests over 8 ranks, the budget being one millisecond.
 
-python benchmarks/partition.py [--requests 256] [--ranks 8] [--json results/partition.json]
+python benchmarks/partition.py [--requests 256] [--ranks 8] [--output-json FILE]
 """
 
 import argparse
 import json
-import platform
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 
+from twofold.bench.report import environment
 from twofold.engine.step import ScheduledBatch
 from twofold.parallel.partition import partition
 
@@ -42,16 +42,15 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--requests", type=int, default=256)
     parser.add_argument("--ranks", type=int, default=8)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+    parser.add_argument("--output-json")
+    args = parser.parse_args()
     results = {}
-    for name, num_prefills in (("decodes", 0), ("mixed", arguments.requests // 8), ("prefills", arguments.requests)):
-        results[name] = microseconds(mixed_batch(arguments.requests, num_prefills), arguments.ranks)
+    for name, num_prefills in (("decodes", 0), ("mixed", args.requests // 8), ("prefills", args.requests)):
+        results[name] = microseconds(mixed_batch(args.requests, num_prefills), args.ranks)
         print(f"{name:9s} median {results[name]['median']:6.0f} µs   p99 {results[name]['p99']:6.0f} µs")
-    if arguments.json is not None:
-        versions = {"python": platform.python_version(), "numpy": np.__version__, "machine": platform.machine()}
-        record = {"benchmark": "partition", "requests": arguments.requests, "ranks": arguments.ranks}
-        arguments.json.write_text(json.dumps(record | {"versions": versions, "microseconds": results}, indent=1) + "\n")
+    if args.output_json:
+        record = environment() | {"requests": args.requests, "ranks": args.ranks, "microseconds": results}
+        Path(args.output_json).write_text(json.dumps(record, indent=1) + "\n")
     sys.exit(0 if results["mixed"]["median"] < 1000 else 1)
 
 

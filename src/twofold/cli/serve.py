@@ -4,6 +4,8 @@ Without --api-key anyone who reaches the port may use it: by default only this m
 answers under way finish; a second signal does not. Progress of a long prefill is in comments of the event stream.
 """
 
+import os
+import sys
 from argparse import ArgumentParser, Namespace
 
 from twofold.cli.arguments import add_engine_arguments, add_fields, chosen
@@ -14,7 +16,7 @@ from twofold.server.config import ServerConfig, bind
 SERVER_HELP = {
     "host": "address to listen on; 0.0.0.0 is every one",
     "port": "0 takes a free one",
-    "api_key": "clients must send it; may be given more than once",
+    "api_key": "clients must send it; may be given more than once (default: $TWOFOLD_API_KEY)",
     "served_model_name": "what clients call the model; may be given more than once (default: MODEL)",
     "max_waiting_requests": "prompts that wait for their first token, at most; more are refused with 429",
     "max_waiting_tokens": "tokens of prompts that wait, at most (default: 4 x max_model_len, at least 1000000)",
@@ -31,7 +33,12 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     # What can be wrong without a model is told before PyTorch is imported, and before minutes of loading.
-    server, config = ServerConfig(**chosen(args, ServerConfig)), EngineConfig(**chosen(args, EngineConfig))
+    given = chosen(args, ServerConfig)
+    if key := os.environ.get("TWOFOLD_API_KEY"):
+        given.setdefault("api_key", [key])
+    server, config = ServerConfig(**given), EngineConfig(**chosen(args, EngineConfig))
+    if not server.api_key and server.host not in ("127.0.0.1", "::1", "localhost"):
+        print(f"warning: no --api-key: whoever reaches {server.host}:{server.port} may use it", file=sys.stderr)
     with bind(server) as listener:
         try:
             from twofold.server.run import load, serve

@@ -75,7 +75,7 @@ class Request:
         self.num_placeholders = 0  # tokens that steps in flight will sample
         self.num_cached_tokens = 0  # found in the prefix cache when first scheduled
         self.num_preemptions = 0
-        self.is_suspect = False  # was in a step that failed, and has not had a token since
+        self.suspect_until = 0  # computed tokens at which a step with it failed; 0: none has, or it is past that point
         self.block_ids: list[int] = []
         self.num_shared_blocks = 0  # the first of `block_ids`, those offered to the prefix cache or found there
         self.block_hashes: list[bytes] = []
@@ -105,6 +105,11 @@ class Request:
     @property
     def num_output_tokens(self) -> int:
         return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def is_suspect(self) -> bool:
+        """Whether it may be what made a step fail."""
+        return self.suspect_until > 0
 
     @property
     def finished(self) -> bool:

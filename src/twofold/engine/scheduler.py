@@ -9,8 +9,9 @@ A step may be scheduled before the tokens of the one before it are known: its sa
 writes it is scheduled.
 
 When a step fails, the ranks and their caches are lost, but nothing that users sent or got: `restart` makes every
-request wait again, in its place. Those that were in the step are suspects until their next token, and no step has two
-of them. So a suspect whose step fails again has brought the ranks down twice, and of no other can that be said.
+request wait again, in its place. Those that were in the step are suspects until they are past the point at which it
+failed, and no step has two of them. So a suspect whose step fails again has brought the ranks down twice, and of no
+other can that be said.
 """
 
 from collections import deque
@@ -32,6 +33,7 @@ class StepInFlight:
 
     step_id: int
     requests: list[Request]
+    num_computed_tokens: list[int]  # of each of them, with this step
     sampled: list[Request]  # those of `requests` that get a token
 
 
@@ -183,18 +185,21 @@ class Scheduler:
         if not self._in_flight or self._in_flight[0].step_id != step_id:
             oldest = self._in_flight[0].step_id if self._in_flight else "none"
             raise EngineError(f"step {step_id} was answered, but the oldest step in flight is {oldest}")
-        sampled = [request for request in self._in_flight[0].sampled if not request.finished]
+        step = self._in_flight[0]
+        sampled = [request for request in step.sampled if not request.finished]
         missing = [request.request_id for request in sampled if request.request_id not in tokens]
         if missing:
             raise EngineError(f"step {step_id} came back without a token for {', '.join(missing)}")
         self._in_flight.popleft()
+        for request, num_computed in zip(step.requests, step.num_computed_tokens, strict=True):
+            if num_computed >= request.suspect_until:
+                request.suspect_until = 0
 
         accepted = []
         for request in sampled:
             token = int(tokens[request.request_id])
             status = request.append_token(token)
             request.num_placeholders -= 1
-            request.is_suspect = False
             self._share_full_blocks(request)
             if status is not None:
                 self.finish(request, status)
@@ -207,10 +212,10 @@ class Scheduler:
         The steps in flight are dropped. Of their requests those that were suspects already finish with an error, and
         are returned; the others become suspects.
         """
-        failed = {
-            request.request_id: request
+        failed = {  # the last step decides where
+            request.request_id: (request, num_computed)
             for step in self._in_flight
-            for request in step.requests
+            for request, num_computed in zip(step.requests, step.num_computed_tokens, strict=True)
             if self._requests.get(request.request_id) is request
         }
         self._in_flight.clear()
@@ -222,9 +227,9 @@ class Scheduler:
         self._running.clear()
         for request in self._waiting:
             request.num_placeholders = 0
-        guilty = [request for request in failed.values() if request.is_suspect]
-        for request in failed.values():
-            request.is_suspect = True
+        guilty = [request for request, _ in failed.values() if request.is_suspect]
+        for request, num_computed in failed.values():
+            request.suspect_until = num_computed
         for request in guilty:
             self.finish(request, RequestStatus.FINISHED_ERROR)
         return guilty
@@ -328,7 +333,8 @@ class Scheduler:
             request.num_placeholders += does_sample
             self._share_full_blocks(request)
         sampled = [request for request, does_sample in zip(requests, samples, strict=True) if does_sample]
-        self._in_flight.append(StepInFlight(step.step_id, requests, sampled))
+        ends = (num_computed + num_scheduled).tolist()
+        self._in_flight.append(StepInFlight(step.step_id, requests, ends, sampled))
         return step
 
     def _share_full_blocks(self, request: Request) -> None:

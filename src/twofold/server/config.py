@@ -1,7 +1,7 @@
 """What `twofold serve` takes beside the engine's arguments."""
 
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from twofold.errors import ConfigError
 
@@ -12,7 +12,7 @@ class ServerConfig:
 
     host: str = "127.0.0.1"
     port: int = 8000
-    api_key: list[str] | None = None
+    api_key: list[str] | None = field(default=None, repr=False)
     served_model_name: list[str] | None = None
     max_waiting_requests: int = 1024
     max_waiting_tokens: int | None = None

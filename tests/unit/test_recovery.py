@@ -1,0 +1,175 @@
+"""Losing the ranks: what the scheduler takes back, whom it blames, and when a step counts as hung."""
+
+import threading
+from typing import Any, ClassVar
+
+import numpy as np
+import pytest
+from harness import ThreadExecutor, make_engine
+from tiny_models import tiny_config, tiny_model
+
+from twofold.engine.block_pool import BlockPool
+from twofold.engine.request import Request, RequestStatus
+from twofold.engine.scheduler import Scheduler
+from twofold.engine.step import ScheduledBatch, Step
+from twofold.engine.watchdog import SLACK, Watchdog
+from twofold.errors import EngineError
+from twofold.sampling_params import SamplingParams
+
+
+def make_scheduler(names: str, prompt: int = 8, seqs: int = 8) -> Scheduler:
+    scheduler = Scheduler(BlockPool(100, 4), seqs, 64, 1000)
+    for name in names:
+        scheduler.add(Request(name, np.arange(prompt), SamplingParams(max_tokens=9), seed=0))
+    return scheduler
+
+
+def next_names(scheduler: Scheduler, answer: bool = True) -> str:
+    """Runs a step; the requests in it."""
+    step = scheduler.schedule()
+    assert step is not None
+    if answer:
+        sampled = [name for name, does in zip(step.batch.request_ids, step.batch.samples, strict=True) if does]
+        scheduler.update(step.step_id, dict.fromkeys(sampled, 1))
+    return "".join(step.batch.request_ids)
+
+
+def fail(scheduler: Scheduler) -> str:
+    """A step that never comes back; the requests that are blamed for it."""
+    next_names(scheduler, answer=False)
+    return "".join(request.request_id for request in scheduler.restart(BlockPool(100, 4)))
+
+
+def test_suspects_run_one_at_a_time_and_nobody_is_overtaken() -> None:
+    """Guards isolation: of those that were in the failed step a step has one at most, until it is past it."""
+    scheduler = make_scheduler("abcd", seqs=3)
+    assert next_names(scheduler) == "abc"
+    assert fail(scheduler) == ""
+    assert scheduler.num_in_flight == 0
+    assert scheduler.block_pool.is_idle()
+    assert [next_names(scheduler) for _ in range(4)] == ["a", "ab", "abc", "abc"]  # d was not there, and still waits
+
+
+def test_the_one_that_fails_twice_is_blamed_alone() -> None:
+    """Guards the others, which were in both failed steps, too, but have had a token since the first."""
+    scheduler = make_scheduler("abc")
+    assert fail(scheduler) == ""
+    assert next_names(scheduler) == "a"
+    assert fail(scheduler) == "b"
+    assert [next_names(scheduler) for _ in range(3)] == ["a", "ac", "ac"]
+
+
+def test_a_suspect_that_is_past_the_point_is_one_no_more() -> None:
+    """Guards long prompts: twice lost at different points of a prefill is bad luck."""
+    scheduler = make_scheduler("ab", prompt=200)
+    assert fail(scheduler) == ""
+    assert [next_names(scheduler) for _ in range(2)] == ["a", "a"]
+    assert fail(scheduler) == ""
+    assert next_names(scheduler) == "a"
+    assert fail(scheduler) == "a"
+
+
+def test_an_aborted_request_is_not_blamed() -> None:
+    """Guards requests that were gone before the step failed."""
+    scheduler = make_scheduler("a")
+    assert fail(scheduler) == ""
+    next_names(scheduler, answer=False)
+    scheduler.abort("a")
+    assert scheduler.restart(BlockPool(100, 4)) == []
+    assert scheduler.is_idle
+
+
+def test_a_lost_step_loses_no_token() -> None:
+    """Guards steps in flight: their placeholders are taken back, known tokens stay."""
+    scheduler = make_scheduler("a")
+    request = scheduler._waiting[0]
+    next_names(scheduler)
+    next_names(scheduler, answer=False)
+    next_names(scheduler, answer=False)
+    assert request.num_placeholders == 2
+    scheduler.restart(BlockPool(100, 4))
+    assert (request.num_placeholders, request.num_tokens, request.num_computed_tokens) == (0, 9, 0)
+    step = scheduler.schedule()
+    assert step is not None
+    assert step.removed == ()
+    assert len(step.new[0].token_ids) == 9
+
+
+class FailingExecutor(ThreadExecutor):
+    """Loses its ranks at the steps of these numbers."""
+
+    fail_at: ClassVar[set[int]] = set()
+    count = 0
+
+    def submit(self, step: Step) -> None:
+        cls = type(self)
+        cls.count += 1
+        if cls.count in cls.fail_at:
+            raise EngineError("a rank is lost")
+        super().submit(step)
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2])
+@pytest.mark.parametrize("in_flight", [1, 2])
+def test_answers_do_not_depend_on_losses(num_ranks: int, in_flight: int) -> None:
+    """Guards recovery of the engine by itself: greedy and drawn, with penalties and log-probabilities, deltas too."""
+    model = tiny_model(tiny_config("llama"))
+    prompts = [list(range(1, 40)), [5, 6, 7], list(range(20, 90))]
+    params = [
+        SamplingParams(temperature=0, max_tokens=12, frequency_penalty=0.5),
+        SamplingParams(seed=3, max_tokens=20, logprobs=2),
+        SamplingParams(temperature=0, max_tokens=5),
+    ]
+
+    def run(fail_at: set[int]) -> dict[str, Any]:
+        engine = make_engine(model, num_ranks, max_num_batched_tokens=24, steps_in_flight=in_flight)
+        runtime, num_blocks = engine.runtime, engine.block_pool.num_blocks
+        FailingExecutor.fail_at, FailingExecutor.count = fail_at, 0
+        engine._make_executor = lambda: FailingExecutor(model, runtime, num_blocks)
+        engine.recover()
+        for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
+            engine.add_request(str(number), prompt, one, deltas=True)
+        tokens: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
+        while engine.has_unfinished_requests or engine.scheduler.num_in_flight:
+            try:
+                outputs = engine.step()
+            except EngineError:
+                outputs = engine.recover()
+            for output in outputs:
+                tokens[output.request_id] += output.outputs[0].token_ids
+        assert engine.is_idle
+        assert engine.stats.num_restarts == 1 + len(fail_at)
+        engine.shutdown()
+        return tokens
+
+    expected = run(set())
+    assert [len(expected[name]) for name in expected] == [12, 20, 5]
+    for fail_at in ({1}, {3}, {7}, {4, 18, 32}):
+        assert run(fail_at) == expected
+    assert threading.active_count() < 20
+
+
+def test_the_limit_of_a_step_grows_with_its_work() -> None:
+    """Guards long prompts from the watchdog, and short steps from waiting for long."""
+
+    def batch(computed: int, scheduled: int) -> ScheduledBatch:
+        return ScheduledBatch(("a",), np.array([computed]), np.array([scheduled]), np.array([True]))
+
+    watchdog = Watchdog(5.0)
+    assert watchdog.limit(batch(0, 10_000)) is None
+    watchdog.observe(batch(0, 1000), 2.0)
+    small, large, late = (watchdog.limit(batch(*work)) for work in ((100, 1), (0, 10_000), (100_000, 10_000)))
+    assert small is not None
+    assert large is not None
+    assert late is not None
+    assert 5 < small < 8
+    assert large > SLACK * 20
+    assert late > 10 * large
+    for _ in range(500):  # a slow step of long ago counts no more
+        watchdog.observe(batch(100, 1), 0.01)
+    assert watchdog.limit(batch(100, 1)) < 5.2
+
+
+def test_statuses() -> None:
+    """Guards the reason that users see."""
+    assert RequestStatus.FINISHED_ERROR.finish_reason == "error"
