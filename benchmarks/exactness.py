@@ -4,9 +4,9 @@
                                    [--new-tokens 64] [--output-json FILE]
 
 For each number of ranks and each chunk (max_num_batched_tokens):
-    prefix caching off   all prompts in one batch; their log-probabilities; with whole prompts also each prompt alone
-    prefix caching on    each prompt alone that is longer than the chunk, then all in one batch, twice: the second time
-                         out of the cache
+    prefix caching off   all prompts in one batch, and the log-probabilities of all their tokens
+    prefix caching on    each prompt alone (with chunks: those that are longer than a chunk); then all in one batch, and
+                         what ran before comes out of the cache
 And for each number of ranks a pool so small that requests are preempted. Prompts are English prose. Exits with 1 if any
 token differs, or any log-probability by more than 1e-4, or nothing was cached or preempted where it should have been.
 """
@@ -16,7 +16,8 @@ import json
 import os
 import sys
 import time
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ WHOLE = 8192  # tokens a step: more than all prompts have
 TOLERANCE = 1e-4  # of log-probabilities
 
 
-@dataclass
+@dataclass(eq=False)
 class Case:
     """A prompt, and what Transformers makes of it."""
 
@@ -50,8 +51,8 @@ class Row:
     chunk: str
     caching: bool
     prompts: str
-    equal: int
-    total: int
+    equal: int = 0
+    total: int = 0
     logprob_error: float | None = None
     cached_tokens: int = 0
     preemptions: int = 0
@@ -85,7 +86,7 @@ def main() -> None:
     problems = [row for row in rows if row.problem]
     equal, total = sum(row.equal for row in rows), sum(row.total for row in rows)
     seconds = round(time.monotonic() - start)
-    print(f"\n{equal} of {total} answers are those of Transformers, token by token; {len(problems)} problems; {seconds} s")
+    print(f"\n{equal} of {total} answers are those of Transformers; {len(problems)} problems; {seconds} s")
     if args.output_json:
         record = environment() | {
             "lens": args.lens, "new_tokens": args.new_tokens, "equal": equal, "total": total, "seconds": seconds,
@@ -142,29 +143,25 @@ class Matrix:
 
     def without_cache(self, num_ranks: int, chunk: str) -> None:
         with self.engine(num_ranks, chunk, enable_prefix_caching=False) as llm:
-            self.note(llm, Row(num_ranks, chunk, False, "in one batch", 0, 0), [self.cases])
-            self.note_logprobs(llm)
-            if chunk == "whole":
-                self.note(llm, Row(num_ranks, chunk, False, "each alone", 0, 0), [[case] for case in self.cases])
+            self.note(llm, Row(num_ranks, chunk, False, "in one batch"), [self.cases], with_logprobs=True)
 
     def with_cache(self, num_ranks: int, chunk: str) -> None:
         with self.engine(num_ranks, chunk) as llm:
-            longer = [[case] for case in self.cases if len(case.prompt) > tokens_of(chunk)]
-            if longer:
-                self.note(llm, Row(num_ranks, chunk, True, "each alone", 0, 0), longer)
-            else:
-                self.note(llm, Row(num_ranks, chunk, True, "in one batch", 0, 0), [self.cases])
-            self.note(llm, Row(num_ranks, chunk, True, "again, in one batch", 0, 0), [self.cases], must_hit=True)
+            some = [case for case in self.cases if chunk == "whole" or len(case.prompt) > tokens_of(chunk)]
+            self.note(llm, Row(num_ranks, chunk, True, "each alone"), [[case] for case in some])
+            self.note(llm, Row(num_ranks, chunk, True, "in one batch"), [self.cases], cached=some)
 
     def with_a_small_pool(self, num_ranks: int) -> None:
         """One that holds the longest request, and nothing beside it when it ends."""
         num_blocks = -(-self.max_model_len // BLOCK_SIZE) + 1
         with self.engine(num_ranks, "1000", enable_prefix_caching=False, num_blocks=num_blocks) as llm:
-            row = Row(num_ranks, "1000", False, "in a small pool", 0, 0)
-            self.note(llm, row, [self.cases[::-1]])  # the longest first: it grows at the cost of the others
+            row = Row(num_ranks, "1000", False, "in a small pool")
+            # The longest first: when it grows, the others must go.
+            longest, *others = sorted(self.cases, key=lambda case: len(case.prompt), reverse=True)
+            self.note(llm, row, [[longest, *reversed(others)]])
             row.preemptions = llm.engine.scheduler.num_preemptions
             if not row.preemptions:
-                row.problem += " nothing was preempted"
+                row.problem += " nothing was preempted;"
 
     def engine(self, num_ranks: int, chunk: str, num_blocks: int | None = None, **arguments: Any) -> LLM:
         if num_blocks is not None:
@@ -181,37 +178,40 @@ class Matrix:
             **arguments,
         )
 
-    def note(self, llm: LLM, row: Row, batches: list[list[Case]], must_hit: bool = False) -> None:
+    def note(
+        self, llm: LLM, row: Row, batches: list[list[Case]], cached: Sequence[Case] = (), with_logprobs: bool = False
+    ) -> None:
+        """Runs batches one after the other. `cached` ran before on the same engine."""
+        params = self.greedy
+        if with_logprobs:
+            params = replace(params, prompt_logprobs=0)
+            row.logprob_error = 0.0
         start = time.monotonic()
         for batch in batches:
-            for case, output in zip(batch, self.run(llm, batch, self.greedy), strict=True):
+            for case, output in zip(batch, self.run(llm, batch, params), strict=True):
                 tokens = output.outputs[0].token_ids
                 row.total += 1
                 row.equal += tokens == case.tokens
                 row.cached_tokens += output.num_cached_tokens
                 if tokens != case.tokens:
-                    same = os.path.commonprefix([tokens, case.tokens])
-                    row.problem += f" {len(case.prompt)} tokens: the answer differs from token {len(same)} on;"
-                if must_hit and output.num_cached_tokens != (len(case.prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE:
-                    row.problem += f" {len(case.prompt)} tokens: {output.num_cached_tokens} were cached;"
+                    same = [one == other for one, other in zip(tokens, case.tokens, strict=False)]
+                    first = [*same, False].index(False)
+                    row.problem += f" {len(case.prompt)} tokens: the answer differs from token {first} on;"
+                due = (len(case.prompt) - 1) // BLOCK_SIZE * BLOCK_SIZE if case in cached else 0
+                if output.num_cached_tokens != due:
+                    row.problem += f" {len(case.prompt)} tokens: {output.num_cached_tokens} were cached, not {due};"
+                if row.logprob_error is not None:
+                    entries = zip(output.prompt_logprobs or [], case.prompt, strict=True)
+                    found = [entry[token].logprob for entry, token in entries if entry]
+                    error = np.abs(np.array(found) - case.logprobs).max(initial=0)
+                    row.logprob_error = max(row.logprob_error, float(error))
         row.seconds = round(time.monotonic() - start, 1)
+        if row.logprob_error is not None and not row.logprob_error <= TOLERANCE:
+            row.problem += f" log-probabilities differ by {row.logprob_error:.1e};"
         if not llm.engine.is_idle:
             row.problem += " the engine is not idle afterwards;"
         self.rows.append(row)
         print("  ".join(str(cell) for cell in cells(row)), flush=True)
-
-    def note_logprobs(self, llm: LLM) -> None:
-        """Into the last row."""
-        row = self.rows[-1]
-        outputs = self.run(llm, self.cases, SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0))
-        errors = [0.0]
-        for case, output in zip(self.cases, outputs, strict=True):
-            entries = zip(output.prompt_logprobs or [], case.prompt, strict=True)
-            found = [entry[token].logprob for entry, token in entries if entry]
-            errors += np.abs(np.array(found) - case.logprobs).tolist()
-        row.logprob_error = max(errors)
-        if not row.logprob_error <= TOLERANCE:
-            row.problem += f" log-probabilities differ by {row.logprob_error:.1e};"
 
     def run(self, llm: LLM, batch: list[Case], params: SamplingParams) -> list[RequestOutput]:
         return llm.generate([{"prompt_token_ids": case.prompt} for case in batch], params, use_tqdm=False)

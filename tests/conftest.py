@@ -22,6 +22,12 @@ def _quiet_and_alone() -> Iterator[None]:
     torch.set_num_threads(threads)
 
 
+@pytest.fixture(autouse=True)
+def _same_numbers() -> None:
+    """A test draws the same numbers alone and among others."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def demo_model_directory() -> Path:
     """SmolLM2-135M-Instruct as safetensors; converted once a machine."""

@@ -60,9 +60,10 @@ PECULIAR: dict[str, dict[str, Any]] = {
     },
     "cohere_compass_text": {
         "layer_types": LAYER_TYPES,
-        "rope_parameters": dict.fromkeys(
-            LAYER_TYPES, {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
-        ),
+        "rope_parameters": {
+            layer_type: {"rope_type": "default", "rope_theta": 10000.0, "mrope_section": [2, 3, 3]}
+            for layer_type in LAYER_TYPES
+        },
     },
     "ctrl": {"dff": 64},
     "dbrx": {
@@ -107,7 +108,8 @@ def tiny_config(model_type: str, **overrides: Any) -> PretrainedConfig:
 def tiny_model(config: PretrainedConfig, seed: int = 0) -> PreTrainedModel:
     """Random weights, large enough that every part of the model shows in the logits; Transformers' eager attention."""
     with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters())
+        shapes = AutoModelForCausalLM.from_config(copy.deepcopy(config)).parameters()
+        size = sum(parameter.numel() for parameter in shapes)
     assert size < 3_000_000, f"{config.model_type}: {size} parameters are not tiny"
     torch.manual_seed(seed)
     model: PreTrainedModel = AutoModelForCausalLM.from_config(

@@ -58,9 +58,7 @@ EOS = frozenset({2})
 
 
 @pytest.mark.parametrize(("num_ranks", "num_tokens"), [(1, 24), (2, NUM_NEW_TOKENS), (3, 24), (4, 24)])
-def test_all_prompts_in_one_batch(
-    smollm2: PreTrainedModel, answers: Answers, num_ranks: int, num_tokens: int
-) -> None:
+def test_all_prompts_in_one_batch(smollm2: PreTrainedModel, answers: Answers, num_ranks: int, num_tokens: int) -> None:
     """Whole prompts, on threads; and the log-probabilities of every prompt token."""
     engine = make_engine(smollm2, num_ranks, max_model_len=1024, eos_token_ids=EOS)
     prompts = [prompt for prompt, _ in answers]
@@ -112,7 +110,7 @@ def llm() -> Iterator[LLM]:
 
 
 def test_processes_do_not_copy_the_weights(llm: LLM, smollm2: PreTrainedModel) -> None:
-    """Half a gigabyte of weights once a machine: what a rank has for itself, before its first step, is less than that."""
+    """Half a gigabyte of weights once a machine: what a rank has for itself before its first step is less than that."""
     assert isinstance(llm.engine.executor, LocalExecutor)
     size = sum(parameter.nbytes for parameter in smollm2.parameters())
     memory = [psutil.Process(pid).memory_full_info() for pid in llm.engine.executor.pids]

@@ -1,4 +1,4 @@
-"""Ranks as processes, over gloo: they answer alike, share the weights, and none outlives its engine or hangs on another."""
+"""Ranks as processes, over gloo: they answer alike, share the weights, and none outlives its engine or hangs."""
 
 import json
 import os
@@ -43,7 +43,9 @@ def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> 
 @pytest.fixture(scope="module")
 def llms(folder: Path) -> Iterator[dict[int, LLM]]:
     """One engine for each number of ranks."""
-    made = {num_ranks: LLM(str(folder), prefill_context_parallel_size=num_ranks, **ARGUMENTS) for num_ranks in (1, 2, 3)}
+    made = {
+        num_ranks: LLM(str(folder), prefill_context_parallel_size=num_ranks, **ARGUMENTS) for num_ranks in (1, 2, 3)
+    }
     yield made
     for llm in made.values():
         llm.shutdown()
@@ -116,7 +118,7 @@ def test_ranks_share_the_memory_of_the_weights(llms: dict[int, LLM], model: PreT
         assert all(name.endswith("(deleted)") for name in names)
 
 
-# --- What a user can do wrong; the engine goes on -----------------------------------------------------------------------
+# --- What a user can do wrong; the engine goes on --------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -157,7 +159,7 @@ def test_one_prompt_of_token_ids_may_come_bare(llms: dict[int, LLM]) -> None:
     assert bare.request_id != several[0].request_id
 
 
-# --- Models and machines that do not fit --------------------------------------------------------------------------------
+# --- Models and machines that do not fit -----------------------------------------------------------------------------
 
 
 def truncated(folder: Path) -> None:
@@ -188,15 +190,27 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
     "a refused type": (recurrent, {}, r"\(mamba\) is not served: it is recurrent"),
     "no weights": (lambda path: (path / "model.safetensors").unlink(), {}, r"has no \*.safetensors"),
     "no configuration": (lambda path: (path / "config.json").unlink(), {}, "has no config.json"),
-    "a configuration that is no JSON": (lambda path: (path / "config.json").write_text("{"), {}, "configuration of model"),
+    "a configuration that is no JSON": (
+        lambda path: (path / "config.json").write_text("{"),
+        {},
+        "configuration of model",
+    ),
     "an unknown type": (of_no_known_type, {}, "configuration of model .*abacus"),
     "no directory": (shutil.rmtree, {}, "model"),
     "no tokenizer": (lambda path: None, {"skip_tokenizer_init": False}, "cannot load a tokenizer .* tokenizer="),
-    "another tokenizer's name": (lambda path: None, {"skip_tokenizer_init": False, "tokenizer": "/no/such"}, "'/no/such'"),
+    "another tokenizer's name": (
+        lambda path: None,
+        {"skip_tokenizer_init": False, "tokenizer": "/no/such"},
+        "'/no/such'",
+    ),
     # These are found by the ranks.
     "weights cut off": (truncated, {}, "cannot load the weights of model"),
     "weights that lack a tensor": (without_a_tensor, {}, "lack 1 tensors, model.layers.2.mlp.up_proj.weight"),
-    "weights of other shapes": (of_other_shapes, {"prefill_context_parallel_size": 2}, "cannot load the weights of model"),
+    "weights of other shapes": (
+        of_other_shapes,
+        {"prefill_context_parallel_size": 2},
+        "cannot load the weights of model",
+    ),
 }
 
 
@@ -236,7 +250,12 @@ def test_arguments_that_do_not_fit(folder: Path, arguments: dict[str, Any], mess
     assert "\n" not in str(caught.value)
 
 
-# --- Ends ---------------------------------------------------------------------------------------------------------------
+# --- Ends ------------------------------------------------------------------------------------------------------------
+
+
+def step_until_idle(llm: LLM) -> None:
+    while llm.engine.has_unfinished_requests:
+        llm.engine.step()
 
 
 def test_a_rank_that_is_killed_ends_the_run(folder: Path) -> None:
@@ -249,8 +268,7 @@ def test_a_rank_that_is_killed_ends_the_run(folder: Path) -> None:
         llm.engine.step()
     os.kill(pids[1], signal.SIGKILL)
     with pytest.raises(RankDiedError, match="rank 1 was killed by signal 9") as caught:
-        for _ in range(100):
-            llm.engine.step()
+        step_until_idle(llm)
     assert "\n" not in str(caught.value)
     wait_until_gone(pids)
     with pytest.raises(RankDiedError, match="have ended"):

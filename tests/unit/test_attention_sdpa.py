@@ -122,7 +122,9 @@ def make_rows(block_tables: list[list[int]]) -> tuple[ScheduledBatch, AttentionM
         samples=np.ones(len(ROWS), np.bool_),
     )
     new = tuple(
-        NewRequest(name, np.arange(computed + scheduled, dtype=np.int32), computed + scheduled, table, SamplingParams(), 0)
+        NewRequest(
+            name, np.arange(computed + scheduled, dtype=np.int32), computed + scheduled, table, SamplingParams(), 0
+        )
         for name, (computed, scheduled, _), table in zip(names, ROWS, block_tables, strict=True)
     )
     states.apply(Step(step_id=0, removed=(), new=new, new_block_ids={}, batch=batch))
@@ -138,7 +140,14 @@ NUM_BLOCKS = 16
 @pytest.mark.parametrize("tables", [SCATTERED, CONTIGUOUS, PARTLY], ids=["scattered", "contiguous", "partly"])
 @pytest.mark.parametrize(
     "features",
-    [{}, {"sliding_window": 3}, {"softcap": 5.0}, {"sinks": True}, {"sliding_window": 3, "sinks": True}, {"v_head_dim": 8}],
+    [
+        {},
+        {"sliding_window": 3},
+        {"softcap": 5.0},
+        {"sinks": True},
+        {"sliding_window": 3, "sinks": True},
+        {"v_head_dim": 8},
+    ],
     ids=str,
 )
 def test_rows_in_pages(tables: list[list[int]], features: dict) -> None:

@@ -1,11 +1,11 @@
-"""Every causal language model of Transformers: answered as Transformers answers, whatever the number of ranks, or refused.
+"""Every causal language model of Transformers: answered as Transformers answers it on any number of ranks, or refused.
 
 A family that is answered wrongly is a bug; one that is refused without need is a family lost. So both lists are here.
 """
 
 import copy
 import re
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -105,7 +105,11 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
 REFUSED_VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "convolutions": ("lfm2", {"layer_types": ["conv", "full_attention"] * 2}, "layers of type conv"),
     "convolutions, experts": ("lfm2_moe", {"layer_types": ["conv", "full_attention"] * 2}, "layers of type conv"),
-    "chunked attention": ("llama4_text", {"layer_types": ["chunked_attention"] * 4}, "layers of type chunked_attention"),
+    "chunked attention": (
+        "llama4_text",
+        {"layer_types": ["chunked_attention"] * 4},
+        "layers of type chunked_attention",
+    ),
     "both directions": ("gemma3_text", {"use_bidirectional_attention": True}, "neither causal nor causal within"),
     "alibi": ("falcon", {"alibi": True}, "ALiBi"),
     "positions from the padding id on": ("roberta", {"is_decoder": True}, "numbered in a way of its own"),
@@ -156,7 +160,7 @@ def compare(config: PretrainedConfig) -> None:
             assert output.outputs[0].token_ids[: len(tokens)] == tokens, f"{num_ranks} ranks"
 
 
-@lru_cache(maxsize=None)
+@cache
 def examine(model_type: str) -> str | None:
     """None if the type is served, and rightly; else why it is refused."""
     if reason := refusal(default_config(model_type)):
@@ -241,7 +245,7 @@ def test_rounding_is_not_taken_for_mixing(model_type: str) -> None:
     assert probe(tiny_model(tiny_config(model_type)).to(torch.bfloat16))
 
 
-# --- Rotary frequencies that Transformers chooses anew in each forward pass ---------------------------------------------
+# --- Rotary frequencies that Transformers chooses anew in each forward pass ------------------------------------------
 
 ORIGINAL_POSITIONS = 32
 LONG_ROPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -266,7 +270,7 @@ def test_rope_is_settled_by_the_longest_prompt(name: str, max_model_len: int) ->
     model_type, changes = LONG_ROPES[name]
     model = tiny_model(tiny_config(model_type, **changes))
     text = np.random.default_rng(1).integers(3, VOCAB_SIZE, max_model_len).tolist()
-    expected = reference_logprobs(model, text)  # of a pass of max_model_len tokens; its first rows are those of a prompt
+    expected = reference_logprobs(model, text)  # of max_model_len tokens; its first rows are those of a prompt
     fix_rope(model, max_model_len)
     prompts = [text[:length] for length in (1, 2, 5, 20, max_model_len - 1)]
     for num_ranks in (1, 2, 3):
@@ -276,7 +280,7 @@ def test_rope_is_settled_by_the_longest_prompt(name: str, max_model_len: int) ->
         engine.shutdown()
 
 
-# --- The probe: models that no configuration gives away -----------------------------------------------------------------
+# --- The probe: models that no configuration gives away --------------------------------------------------------------
 
 
 class Mixing(torch.nn.Module):
@@ -358,8 +362,8 @@ def test_what_attention_is_given_must_be_known(monkeypatch: pytest.MonkeyPatch) 
     """A bias or a head mask that is passed and not heeded would be a wrong answer."""
     model = tiny_llama()
     attention = model.model.layers[0].self_attn
-    forward = attention.forward
-    monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: forward(*args, position_bias=torch.ones(1), **kwargs))
+    forward, bias = attention.forward, torch.ones(1)
+    monkeypatch.setattr(attention, "forward", lambda *args, **kwargs: forward(*args, position_bias=bias, **kwargs))
     with pytest.raises(ModelError, match="its attention takes 'position_bias', which is not known here"):
         probe(model)
 

@@ -86,10 +86,11 @@ def test_one_rank_computes_the_batch_as_it_is(batch: ScheduledBatch) -> None:
 @MANY
 @given(batches(), RANKS, POLICY)
 def test_ranks_agree_without_talking(batch: ScheduledBatch, num_ranks: int, policy: str) -> None:
-    """Invariant 3: a pure function of the batch. Equal arrays in other memory lead to equal rows, and none is changed."""
+    """Invariant 3: a pure function of the batch. Equal arrays elsewhere lead to equal rows, and none is changed."""
     columns = (batch.num_computed_tokens, batch.num_scheduled_tokens, batch.samples)
     before = [column.copy() for column in columns]
-    one, two = partition(batch, num_ranks, policy), partition(ScheduledBatch(batch.request_ids, *before), num_ranks, policy)
+    one = partition(batch, num_ranks, policy)
+    two = partition(ScheduledBatch(batch.request_ids, *before), num_ranks, policy)
     for field in Partition.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(one, field), getattr(two, field))
     for column, copied in zip(columns, before, strict=True):
@@ -116,11 +117,14 @@ def test_tokens_of_a_split_request_differ_by_one_at_most(batch: ScheduledBatch, 
 @MANY
 @given(batches(), RANKS)
 def test_a_split_request_is_a_head_and_a_tail_on_every_rank(batch: ScheduledBatch, num_ranks: int) -> None:
-    """Chunks differ by at most one token, and rank r has chunks r and 2P-1-r: late chunks are dearer than early ones."""
+    """Chunks differ by one token at most, and rank r has chunks r and 2P-1-r: late ones are dearer than early ones."""
     part = partition(batch, num_ranks)
     for request in np.flatnonzero((batch.num_scheduled_tokens >= 2 * num_ranks) & (num_ranks > 1)):
         chunks = sorted(
-            (start, length, rank) for rank in range(num_ranks) for r, start, length in rows_of(part, rank) if r == request
+            (start, length, rank)
+            for rank in range(num_ranks)
+            for row_request, start, length in rows_of(part, rank)
+            if row_request == request
         )
         assert [rank for *_, rank in chunks] == [*range(num_ranks), *reversed(range(num_ranks))]
         lengths = [length for _, length, _ in chunks]
@@ -149,9 +153,7 @@ def test_decodes_are_dealt_out_evenly(computed: list[int], num_ranks: int, polic
 
 
 @MANY
-@given(
-    st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=6), st.integers(1, 5), POLICY
-)
+@given(st.lists(st.tuples(st.integers(0, 40), st.integers(1, 40)), min_size=1, max_size=6), st.integers(1, 5), POLICY)
 def test_pairs_are_those_of_the_causal_mask(requests: list[tuple[int, int]], num_ranks: int, policy: str) -> None:
     """Counted one by one: the token at position t attends to t + 1 keys."""
     part = partition(make_batch([s for _, s in requests], [c for c, _ in requests]), num_ranks, policy)

@@ -1,4 +1,4 @@
-"""Ranks together, as threads: the answer never depends on how many there are, on the batch, on chunks, hits or preemption.
+"""Ranks together, as threads: the answer depends neither on their number, nor on the batch, chunks, hits, preemption.
 
 A tiny Llama with random weights says something else after every token, so whatever is mixed up shows.
 """
@@ -42,7 +42,7 @@ def params(**changes: Any) -> SamplingParams:
     return SamplingParams(**({"temperature": 0, "max_tokens": MAX_TOKENS} | changes))
 
 
-# Prompts of all kinds of lengths, and every way to sample. Seeds are given: what is drawn without one follows the order.
+# Prompts of all lengths, and every way to sample. Seeds are given: what is drawn without one follows the order.
 PREFIX = random_prompt(40)
 PLAIN: list[tuple[list[int], SamplingParams]] = [
     (random_prompt(1), params()),
@@ -140,7 +140,8 @@ def test_the_answer_is_always_the_same(
         assert_same(outputs, answers[name])
     steps = executor_of(engine).steps
     if "chunks" in variant:
-        assert max(step.batch.num_scheduled_tokens.sum() for step in steps) <= VARIANTS[variant]["max_num_batched_tokens"]
+        limit = VARIANTS[variant]["max_num_batched_tokens"]
+        assert max(step.batch.num_scheduled_tokens.sum() for step in steps) <= limit
     starts = Counter(new.request_id for step in steps for new in step.new)
     num_sequences = Counter(child for name in requests for child in children_of(requests[name]))
     num_preemptions = sum((starts - num_sequences).values())
@@ -373,6 +374,10 @@ def test_what_ends_an_answer(model: PreTrainedModel, num_ranks: int, steps_in_fl
     assert answer(max_tokens=fourth) == (free[:fourth], "length", None)
     assert answer(max_tokens=fourth + 1) == (free[: fourth + 1], "stop", None)
     assert answer(stop_token_ids=[free[1]]) == (free[:2], "stop", free[1])
+    assert answer(min_tokens=fourth) == (free[: fourth + 1], "stop", None)
+    tokens, reason, _ = answer(min_tokens=fourth + 1)
+    assert tokens[:fourth] == free[:fourth]
+    assert tokens[fourth] != end
     tokens, reason, _ = answer(min_tokens=10)
     assert tokens[:fourth] == free[:fourth]
     assert end not in tokens[:10]  # the likeliest other token was taken instead

@@ -144,7 +144,7 @@ def test_answers_do_not_depend_on_losses(num_ranks: int, in_flight: int) -> None
 
     expected = run(set())
     assert [len(expected[name]) for name in expected] == [12, 20, 5]
-    for fail_at in ({1}, {3}, {7}, {4, 18, 32}):
+    for fail_at in ({1}, {3}, {7}, {2, 20}):
         assert run(fail_at) == expected
     assert threading.active_count() < 20
 

@@ -145,16 +145,21 @@ class Chat:
         shown = False
         for line in response.iter_lines():
             if line.startswith(": ") and self.console.is_terminal:
-                self.console.print(f"\r\x1b[K{_as_bar(line[2:])}", end="", style="dim")
+                self._overwrite(_as_bar(line[2:]))
                 shown = True
             elif line.startswith("data: ") and line != "data: [DONE]":
                 if shown:
-                    self.console.print("\r\x1b[K", end="")
+                    self._overwrite("")
                     shown = False
                 event = json.loads(line.removeprefix("data: "))
                 if "error" in event:
                     raise EngineError(event["error"]["message"])
                 yield event
+
+    def _overwrite(self, text: str) -> None:
+        """Puts `text` in place of the terminal's last line."""
+        self.console.file.write(f"\r\x1b[K{text}")
+        self.console.file.flush()
 
     @contextlib.contextmanager
     def _connected(self) -> Iterator[None]:

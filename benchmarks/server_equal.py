@@ -1,0 +1,53 @@
+"""The `openai` client, sync and async, streaming and not, against `LLM.generate`: is every answer the same?
+
+python benchmarks/server_equal.py --model demo -pcp 2 --requests 16 --output-json F
+"""
+
+import asyncio
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+from server_common import Server, alone, arguments, flags, requests, serve, stream, write
+
+from twofold import LLM, SamplingParams
+
+
+async def at_once(server: Server, bodies: list[dict[str, Any]], streaming: bool) -> list[str]:
+    async with server.async_client(timeout=600) as client:
+        if streaming:
+            return [answer[0] for answer in await asyncio.gather(*(stream(client, body) for body in bodies))]
+        answers = await asyncio.gather(*(client.completions.create(**body) for body in bodies))
+        return [answer.choices[0].text for answer in answers]
+
+
+def one_by_one(server: Server, bodies: list[dict[str, Any]]) -> list[str]:
+    with server.client(timeout=600) as client:
+        return ["".join(c.choices[0].text for c in client.completions.create(**body, stream=True)) for body in bodies]
+
+
+def main() -> int:
+    parser = arguments(__doc__)
+    parser.add_argument("--requests", type=int, default=16)
+    args = parser.parse_args()
+    bodies = requests(args, args.requests)
+    sampling = [{k: v for k, v in body.items() if k not in ("model", "prompt", "extra_body")} for body in bodies]
+    params = [SamplingParams(**one, **body["extra_body"]) for one, body in zip(sampling, bodies, strict=True)]
+    with LLM(args.model, prefill_context_parallel_size=1, max_model_len=4096) as llm:
+        offline = llm.generate([body["prompt"] for body in bodies], params, use_tqdm=False)
+    expected = [output.outputs[0].text for output in offline]
+    with tempfile.TemporaryDirectory() as folder, serve(args.model, Path(folder), *flags(args), faulty=False) as server:
+        ways = {
+            "sync": alone(server, bodies),
+            "sync, streaming": one_by_one(server, bodies),
+            "async": asyncio.run(at_once(server, bodies, False)),
+            "async, streaming": asyncio.run(at_once(server, bodies, True)),
+        }
+    equal = {way: sum(a == b for a, b in zip(texts, expected, strict=True)) for way, texts in ways.items()}
+    write(args, {"requests": len(bodies), "offline_ranks": 1, "server_ranks": args.pcp, "equal": equal})
+    return 0 if set(equal.values()) == {len(bodies)} else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
