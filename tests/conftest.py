@@ -28,6 +28,15 @@ def _same_numbers() -> None:
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def poisoned_memory() -> Iterator[None]:
+    """Memory that nobody wrote to is NaN."""
+    torch.use_deterministic_algorithms(True)
+    assert torch.empty(3).isnan().all()
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
 @pytest.fixture(scope="session")
 def demo_model_directory() -> Path:
     """SmolLM2-135M-Instruct as safetensors; converted once a machine."""

@@ -290,7 +290,7 @@ if __name__ == "__main__":
 
 
 def test_no_rank_outlives_its_engine(folder: Path) -> None:
-    """A parent that is killed cleans nothing up: the ranks see for themselves, in the middle of their work."""
+    """A parent that is killed cleans nothing up: the ranks see for themselves, also when they wait for one another."""
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, str(folder)], stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as parent:
@@ -298,9 +298,16 @@ def test_no_rank_outlives_its_engine(folder: Path) -> None:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
         assert all(is_running(pid) for pid in pids)
-        time.sleep(0.3)  # somewhere in a step
+        os.kill(pids[1], signal.SIGSTOP)
+        time.sleep(0.3)  # now the other one is in a collective, and reads no message
         parent.kill()
-        wait_until_gone(pids)
+        try:
+            wait_until_gone(pids[:1])
+            os.kill(pids[1], signal.SIGCONT)
+            wait_until_gone(pids)
+        finally:
+            for pid in filter(is_running, pids):
+                os.kill(pid, signal.SIGKILL)
 
 
 def test_dummy_weights_are_the_same_on_every_rank(folder: Path, tmp_path: Path) -> None:

@@ -133,7 +133,8 @@ def make_rows(block_tables: list[list[int]]) -> tuple[ScheduledBatch, AttentionM
 
 SCATTERED = [[7, 2, 11], [13, 5], [1, 12, 3, 10, 6], [9, 4]]
 CONTIGUOUS = [[1, 2, 3], [4, 5], [6, 7, 8, 9, 10], [11, 12]]
-PARTLY = [[12, 13, 1], [3, 2], [4, 5, 6, 8, 9], [10, 11]]  # runs that break off, and one that runs backwards
+# Runs that break off, that run backwards, and that begin and end as a run would.
+PARTLY = [[12, 13, 1], [3, 2], [4, 6, 5, 7, 8], [10, 11]]
 NUM_BLOCKS = 16
 
 
@@ -180,6 +181,7 @@ def test_rows_in_pages(tables: list[list[int]], features: dict) -> None:
     torch.testing.assert_close(pages, before, rtol=0, atol=0, equal_nan=True)  # attention writes no cache
 
 
+@pytest.mark.usefixtures("poisoned_memory")
 def test_padding_is_finite() -> None:
     """A rank may have fewer tokens than its tensors: what padding's queries give is read by the next layers."""
     spec = make_spec()

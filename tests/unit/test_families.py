@@ -18,7 +18,7 @@ from transformers import PretrainedConfig, PreTrainedModel
 from twofold.attention.op import attention_forward
 from twofold.errors import ModelError
 from twofold.models.loader import DecoderModel, fix_rope
-from twofold.models.support import probe, refusal
+from twofold.models.support import FOUND_BY_PROBE, probe, refusal
 from twofold.sampling_params import SamplingParams
 
 ENCODER_DECODER = "encoder-decoder"
@@ -27,7 +27,6 @@ RECURRENT = "recurrent or has linear attention"
 ENCODER = "an encoder"
 BYPASS = "does not go through Transformers' attention interface"
 OTHER_LAYERS = "it has layers of type"
-OWN_MASK = "masks attention in a way of its own"
 
 # What is not served, and a part of the reason that is given. Every other type is.
 REFUSED = {
@@ -64,8 +63,8 @@ REFUSED = {
          "llama4_text", "minimax"],
         OTHER_LAYERS,
     ),
-    "blt": OWN_MASK,  # tokens are bytes, and attention is over patches of them
-    "doge": OWN_MASK,  # which keys are seen is decided by their values
+    "blt": "patches of bytes",
+    "doge": "depends on their values",
 }  # fmt: skip
 NAMED = [  # in issue 2
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "starcoder2",
@@ -202,6 +201,18 @@ def test_most_decoders_are_served() -> None:
     served = [model_type for model_type in causal_model_types() if examine(model_type) is None]
     assert len(served) >= 60
     assert len(UNBUILDABLE) <= 5
+
+
+@pytest.mark.parametrize("model_type", FOUND_BY_PROBE)
+def test_what_is_known_of_a_type_is_what_the_probe_finds(model_type: str) -> None:
+    with pytest.raises(ModelError, match="masks attention in a way of its own"):
+        probe(tiny_model(tiny_config(model_type)))
+
+
+def test_what_is_refused_is_refused_before_it_is_loaded() -> None:
+    """`twofold models` has nothing but configurations to go by, and must not promise what loading then denies."""
+    for model_type in causal_model_types():
+        assert (refusal(default_config(model_type)) is None) == (examine(model_type) is None), model_type
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -149,6 +149,19 @@ def test_the_answer_is_always_the_same(
     engine.shutdown()
 
 
+@pytest.mark.usefixtures("poisoned_memory")
+@pytest.mark.parametrize("num_ranks", RANKS)
+def test_no_memory_is_read_before_it_is_written(
+    model: PreTrainedModel, expected: dict[str, list[RequestOutput]], num_ranks: int
+) -> None:
+    """Buffers, padding, ends of pages: whatever came with the memory would be a NaN in some answer."""
+    engine = make_engine(model, num_ranks, max_num_batched_tokens=33)
+    requests = PLAIN + COUNTING
+    outputs = generate(engine, [prompt for prompt, _ in requests], [one for _, one in requests])
+    assert_same(outputs, expected["plain"] + expected["counting"])
+    engine.shutdown()
+
+
 def children_of(requests: Requests) -> list[str]:
     """The scheduler's names of what `generate` adds."""
     return [

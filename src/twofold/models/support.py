@@ -23,6 +23,11 @@ from twofold.models.latents import Attention, keep_latents
 
 PROBE_NAME = "twofold_probe"
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "attention", "global", "local", "sliding", "full"}
+# What `probe` finds in every model of a type, so that it can be said before one is loaded.
+FOUND_BY_PROBE = {
+    "blt": "it attends to patches of bytes, in a way of its own",
+    "doge": "which keys a token attends to depends on their values",
+}
 # What a layer may hand to attention beside q, k, v that does not change the result, or that we compute ourselves.
 UNDERSTOOD = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout"}
 HARMLESS = {
@@ -51,6 +56,8 @@ def refusal(config: PretrainedConfig) -> str | None:
     cls = causal_lm_class(config.model_type)
     if cls is None:
         return f"Transformers has no causal language model of type {config.model_type!r}"
+    if reason := FOUND_BY_PROBE.get(config.model_type):
+        return reason
     layer_types = set(getattr(config, "layer_types", None) or ())
     # Of families that mix attention with other layers some models have attention only.
     if getattr(cls, "_is_stateful", False) and not (layer_types and layer_types <= SERVED_LAYER_TYPES):

@@ -11,7 +11,7 @@ send the same shape and a rank without tokens takes part like the others. Paddin
 
 import time
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
@@ -122,6 +122,31 @@ class PushExchange(AllGatherExchange):
                 write_rows(gathered[part], slots[part], cache)
 
 
+class SharedMemoryExchange(AllGatherExchange):
+    """The same on a CPU: ranks of one machine write their rows into memory that all of them map.
+
+    Two buffers, used in turn, for the same reason. A collective of one number a rank is the barrier.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device, max_num_bytes: int, folder: str) -> None:
+        super().__init__(mesh, device)
+        storage: Any = torch.UntypedStorage.from_file(f"{folder}/rows", shared=True, nbytes=2 * max_num_bytes)
+        memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._buffers, self._turn = memory.chunk(2), 0
+        self._flag, self._flags = torch.zeros(1), torch.zeros(mesh.size)
+
+    def _gather(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
+        size, num_bytes = self.mesh.size, rows.nbytes * self.mesh.size
+        if num_bytes > len(self._buffers[0]):
+            super()._gather(rows, cache)
+            return
+        buffer, self._turn = self._buffers[self._turn], 1 - self._turn
+        gathered = buffer[:num_bytes].view(rows.dtype).view(size * len(rows), rows.shape[1])
+        gathered[self.mesh.rank * len(rows) : (self.mesh.rank + 1) * len(rows)] = rows
+        self.mesh.all_gather(self._flags, self._flag)
+        write_rows(gathered, self._plan.slots, cache)
+
+
 def write_rows(rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
     """cache[slots[i]] = rows[i]. rows [n, row_width], slots [n], cache [num_slots, row_width]."""
     if rows.device.type == "cuda":
@@ -132,10 +157,15 @@ def write_rows(rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> 
         cache.index_copy_(0, slots, rows)
 
 
-def make_exchange(name: str, mesh: Mesh, device: torch.device, max_num_bytes: int) -> AllGatherExchange:
-    """The exchange that `name` asks for; "auto" pushes where GPUs reach each other's memory."""
-    if name == "all_gather" or not isinstance(mesh, ProcessMesh) or device.type != "cuda":
+def make_exchange(name: str, mesh: Mesh, device: torch.device, max_num_bytes: int, folder: str) -> AllGatherExchange:
+    """The exchange that `name` asks for; "auto" pushes where ranks reach each other's memory.
+
+    `max_num_bytes` of rows from all ranks in a layer fit; `folder` is one that all ranks of the machine see.
+    """
+    if name == "all_gather" or not isinstance(mesh, ProcessMesh):
         return AllGatherExchange(mesh, device)
+    if device.type == "cpu":
+        return SharedMemoryExchange(mesh, device, max_num_bytes, folder)
     reachable = all(
         torch.cuda.can_device_access_peer(device, peer) for peer in range(mesh.size) if peer != device.index
     )

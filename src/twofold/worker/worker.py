@@ -55,7 +55,7 @@ class Worker:
             cache=KVCache(self.model.specs, 1, runtime.block_size, runtime.dtype, self.device),  # until `allocate`
             states=RequestStates(runtime.engine.max_num_seqs, runtime.max_model_len, runtime.block_size, self.device),
             mesh=self.mesh,
-            exchange=make_exchange(runtime.engine.exchange, self.mesh, self.device, self._max_exchange_bytes()),
+            exchange=make_exchange(runtime.engine.exchange, self.mesh, self.device, self._max_exchange_bytes(), folder),
             backend=make_backend(runtime.attention_backend),
             policy=runtime.engine.partition_policy,
             eos_token_ids=runtime.eos_token_ids,

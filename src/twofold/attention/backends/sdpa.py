@@ -18,6 +18,7 @@ from twofold.attention.spec import AttentionSpec, LatentSpec
 
 WINDOW_QUERIES = 512  # queries that share one mask of a sliding window
 MATMUL_QUERIES = 64  # queries whose products with all keys stay near a CPU's caches
+MATMUL_KEYS = 1024  # below, the products are too small to gain
 EXPLICIT_QUERIES = 128  # queries whose logits are materialised at once where no fused kernel serves
 
 
@@ -73,7 +74,7 @@ def attend_row(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: 
             out, lse = _fused(q, keys[:, -window:], values[:, -window:], spec)
         else:
             out, lse = _windowed(q, keys, values, spec, window)
-    elif q.device.type == "cpu" and q.dtype == torch.bfloat16 and length >= MATMUL_QUERIES and spec.sinks is None:
+    elif _serves_matmul(q, spec) and length >= MATMUL_QUERIES and seq_len >= MATMUL_KEYS:
         return _by_matmul(q, keys, values, spec)
     else:
         if q.device.type == "cpu" and length >= MATMUL_QUERIES:  # the kernel reads each key often
@@ -97,6 +98,10 @@ def _causal(
     if start:
         out, lse = merge(out, lse, *_fused(q, keys[:, :start], values[:, :start], spec))
     return out, lse
+
+
+def _serves_matmul(q: torch.Tensor, spec: AttentionSpec) -> bool:
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and spec.sinks is None
 
 
 def _by_matmul(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
