@@ -87,10 +87,11 @@ class PushExchange(AllGatherExchange):
 
     Copies take no multiprocessor from the projections that run meanwhile, as a collective's kernel does:
 
-        publish   my rows ──copy──► my part of the buffer on every rank, barrier, buffer ──► pages
+        publish   my rows ──copy──► my part of the buffer on every other rank, barrier, buffer ──► pages
 
     There are two buffers, used in turn. A rank that fills one for layer l + 2 has passed the barrier of layer l + 1,
-    which its peers reached after they had emptied it of layer l.
+    which its peers reached after they had emptied it of layer l. A step begins with a barrier and the first buffer: a
+    CUDA graph uses those that it was recorded with, whichever the step before it used last.
     """
 
     def __init__(self, mesh: ProcessMesh, device: torch.device, max_num_bytes: int) -> None:
@@ -102,14 +103,21 @@ class PushExchange(AllGatherExchange):
         for _ in range(2):
             buffer = symmetric_memory.empty(max_num_bytes, dtype=torch.uint8, device=device)
             self._handles.append(symmetric_memory.rendezvous(buffer, mesh.group))
-        self._max_num_bytes, self._turn = max_num_bytes, 0
+        self._max_num_bytes, self._num_published = max_num_bytes, 0
+
+    def begin(self, plan: ExchangePlan) -> None:
+        super().begin(plan)
+        self._num_published = 0
 
     def _gather(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
         rank, size, num_rows = self.mesh.rank, self.mesh.size, len(rows)
         if rows.nbytes * size > self._max_num_bytes:
             super()._gather(rows, cache)
             return
-        handle, self._turn = self._handles[self._turn], 1 - self._turn
+        handle = self._handles[self._num_published % 2]
+        if self._num_published == 0:
+            handle.barrier(channel=0)
+        self._num_published += 1
         for distance in range(1, size):  # no two ranks copy to the same peer at the same time
             peer = (rank + distance) % size
             handle.get_buffer(peer, rows.shape, rows.dtype, rank * rows.numel()).copy_(rows)

@@ -107,7 +107,7 @@ class Worker:
         zeros = np.zeros(len(ids), np.int64)
         batch = ScheduledBatch(ids, zeros, np.array(lengths, np.int64), np.ones(len(ids), bool))
         self.runner.collect(self.runner.launch(Step(-2, (), new, {}, batch)))
-        # Two decodes: their graphs and kernels are made now, and the state of the requests goes with them.
+        # A decode: its kernels are made now, and the state of the requests goes with it.
         one = ScheduledBatch(ids[:1], np.array(lengths[:1], np.int64), zeros[:1] + 1, np.ones(1, bool))
         self.runner.collect(self.runner.launch(Step(-1, ids[1:], (), {}, one)))
         self.runner.states.apply(Step(0, ids[:1], (), {}, batch))
