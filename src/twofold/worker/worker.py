@@ -85,7 +85,7 @@ class Worker:
                 if not runtime.engine.enforce_eager:
                     from twofold.worker.compile import compile_layers  # the compiler takes seconds to import
 
-                    compile_layers(self.model)
+                    compile_layers(self.model, self.mesh.size)
                 room = self._profile()
             memory = room if memory is None else min(memory, room)
         elif memory is None:

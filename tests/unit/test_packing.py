@@ -1,0 +1,54 @@
+"""Projections that were packed compute what they did apart, and a compiled layer runs them as one product."""
+
+import copy
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from tiny_models import tiny_config, tiny_model
+from torch._dynamo.backends.common import aot_autograd
+from torch._inductor.decomposition import select_decomp_table
+from transformers import PreTrainedModel
+
+from twofold.models.packing import pack_projections
+from twofold.worker.compile import ReorderLayers
+
+QKV, KV, GATE_UP = 2, 1, 1  # products fewer in a layer
+
+
+@pytest.mark.parametrize(
+    ("family", "with_queries", "fewer"),
+    [("llama", True, QKV + GATE_UP), ("llama", False, KV + GATE_UP), ("qwen2", True, QKV + GATE_UP), ("phi3", True, 0)],
+)
+@torch.inference_mode()
+def test_packed_models_compute_the_same(family: str, with_queries: bool, fewer: int) -> None:
+    """Qwen2's projections have biases; Phi-3's are packed by the family itself."""
+    model = tiny_model(tiny_config(family))
+    ids = torch.arange(7)[None] * 3
+    expected = model(ids).logits
+    weights = sum(p.numel() for p in model.parameters())
+    assert pack_projections(model, with_queries) == fewer * model.config.num_hidden_layers
+    assert sum(p.numel() for p in model.parameters()) == weights
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_a_compiled_layer_runs_one_product_for_all_parts() -> None:
+    """Each part asks for the whole product: left to the compiler alone, all of them ran."""
+    apart: PreTrainedModel = tiny_model(tiny_config("llama"))
+    packed = copy.deepcopy(apart)
+    pack_projections(packed, with_queries=True)
+    products: Counter[str] = Counter()
+
+    def count(graph: Any, _: Any) -> Any:
+        ReorderLayers()(graph.graph)
+        graph.recompile()
+        products.update(str(node.target) for node in graph.graph.nodes if node.target is torch.ops.aten.mm.default)
+        return graph
+
+    backend = aot_autograd(fw_compiler=count, decompositions=select_decomp_table())
+    x = torch.randn(1, 5, apart.config.hidden_size)
+    mlp = torch.compile(packed.model.layers[0].mlp, backend=backend, fullgraph=True)
+    torch.testing.assert_close(mlp(x), apart.model.layers[0].mlp(x), atol=1e-5, rtol=1e-5)
+    assert products == {"aten.mm.default": 2}
