@@ -118,6 +118,7 @@ def rank0_step(prompt_len: int, num_ranks: int) -> tuple[AttentionMetadata, floa
         block_tables=torch.from_numpy(tables).cuda(),
         max_query_len=max(count for _, count in parts),
         max_seq_len=prompt_len,
+        num_row_blocks=int((-(-seq_lens // BLOCK_SIZE)).sum()),
         num_decode_rows=0,
     )
     return metadata, 4 * LLAMA.num_heads * LLAMA.qk_head_dim * pairs
@@ -176,8 +177,10 @@ def sweep(repeats: int) -> list[dict[str, Any]]:
     """First the shape of a program, then how many programs and how short a run."""
     shapes = [(1, 1024), (1, 131072), (32, 1024), (32, 8192), (128, 1024)]
     cases = [DecodeCase(LLAMA, num_rows, seq_len, LLAMA.row_width) for num_rows, seq_len in shapes]
+    shapes += [(1, 1024), (32, 1024)]
+    cases += [DecodeCase(LATENT, num_rows, seq_len, LATENT.qk_head_dim) for num_rows, seq_len in shapes[-2:]]
     rows: list[dict[str, Any]] = []
-    print(f"{'us a call':44}", *(f"{f'{b}x{n}':>10}" for b, n in shapes))
+    print(f"{'us a call; latents last':44}", *(f"{f'{b}x{n}':>10}" for b, n in shapes))
 
     def measure(tuning: Tuning) -> float:
         """The mean slow-down over what all of the bandwidth would take, 4.8 TB/s."""
@@ -186,7 +189,7 @@ def sweep(repeats: int) -> list[dict[str, Any]]:
         except triton.runtime.errors.OutOfResources as error:
             print(f"{_describe(tuning):44} {error}")
             return float("inf")
-        rows.append({"tuning": _describe(tuning), "us": dict(zip(map(str, shapes), times, strict=True))})
+        rows.append({"tuning": _describe(tuning), "shapes": shapes, "us": times})
         print(f"{_describe(tuning):44}", *(f"{us:10.1f}" for us in times), flush=True)
         return statistics.geometric_mean(us / (case.bytes / 4.8e6) for us, case in zip(times, cases, strict=True))
 

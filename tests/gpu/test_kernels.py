@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 import torch
 
+from twofold.attention import mla
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.spec import AttentionSpec, LatentSpec
 
@@ -61,7 +62,7 @@ def make_spec(
 
 def make_latent_spec() -> LatentSpec:
     """DeepSeek-V2-Lite's."""
-    weight = torch.zeros(16 * (128 + 128), 512, device=DEVICE)
+    weight = torch.randn(16 * (128 + 128), 512, device=DEVICE).bfloat16() / 512**0.5
     return LatentSpec(16, 16, 192, 128, 192**-0.5, kv_lora_rank=512, qk_rope_head_dim=64, weight=weight)
 
 
@@ -76,6 +77,7 @@ def make_metadata(
         num_blocks = -(-seq_len // block_size)
         used[row, :num_blocks] = tables[request, :num_blocks]
     longer = np.flatnonzero(np.array(lengths) > 1)
+    num_decode_rows = int(longer[0]) if len(longer) else len(lengths)
     return AttentionMetadata(
         num_tokens=int(query_start[-1]),
         query_start_np=query_start,
@@ -86,7 +88,8 @@ def make_metadata(
         block_tables=torch.from_numpy(used).to(DEVICE),
         max_query_len=max(lengths),
         max_seq_len=int(seq_lens.max()),
-        num_decode_rows=int(longer[0]) if len(longer) else len(lengths),
+        num_row_blocks=int((-(-seq_lens[num_decode_rows:] // block_size)).sum()),
+        num_decode_rows=num_decode_rows,
     )
 
 
@@ -329,6 +332,24 @@ class TestFlashAttnBackend:
             logits = logits.masked_fill(torch.ones_like(logits[0]).triu(400 - 150 + 1).bool(), -torch.inf)
         assert_close(out, torch.einsum("hlk,khv->lhv", logits.softmax(-1), values.double()), dtype)
         torch.testing.assert_close(lse, logits.logsumexp(-1).T.float(), atol=1e-3, rtol=1e-4)
+
+    @pytest.mark.parametrize("block_size", [128, 16])
+    @pytest.mark.parametrize("at_once", [True, False])
+    def test_latents_of_a_mixed_step(
+        self, backend: FlashAttnBackend, at_once: bool, block_size: int, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """All rows expanded at once, and in pieces; the rows of one token absorbed."""
+        spec = make_latent_spec()
+        case = make_case(spec, prefill_rows(), block_size, torch.bfloat16)
+        if not at_once:
+            monkeypatch.setattr(mla, "PIECE_BYTES", 200 * 16 * 448 * 2)
+        called = backend.attend_at_once(case.query, case.pages, spec, case.metadata)
+        assert (called is not None) == at_once
+        out = mla.attend(case.query, case.pages, spec, case.metadata, backend)
+        keys, values = mla.expand(case.pages, spec)
+        pages = torch.cat([keys.flatten(2), values.flatten(2)], -1)
+        expected = reference(Case(AttentionSpec(16, 16, 192, 128, spec.scaling), case.query, pages, case.metadata))
+        assert_close(out, expected, torch.bfloat16)
 
     def test_absorbed_latents(self, backend: FlashAttnBackend) -> None:
         """Rows whose queries moved into the latents' space."""

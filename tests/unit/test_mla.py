@@ -321,6 +321,7 @@ def make_metadata(
         block_tables=torch.from_numpy(table),
         max_query_len=max(lengths),
         max_seq_len=int(seq_lens.max()),
+        num_row_blocks=sum(len(blocks) for blocks in tables[num_decode_rows:]),
         num_decode_rows=num_decode_rows,
     )
 

@@ -23,4 +23,5 @@ class AttentionMetadata:
     block_tables: torch.Tensor  # [V', B] int32
     max_query_len: int
     max_seq_len: int
+    num_row_blocks: int  # blocks of the other rows of V', each row's own; in a graph the most that there may be
     num_decode_rows: int  # leading rows of V' that have one token each

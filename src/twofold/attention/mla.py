@@ -4,9 +4,10 @@
     head h's key     | key_weight[h] · latent | rotated |     D numbers
     head h's value   | value_weight[h] · latent |             Dv numbers
 
-Rows of a prompt expand the latents of their keys, in bounded pieces that are merged by log-sum-exp. A row of one token
-would expand its whole prefix for one query, so it goes the other way: its query moves into the space of the cache rows,
-attends to them as they lie in the pages, and what it gets moves out through `value_weight`.
+Rows of a prompt expand the latents of their keys: all of them at once, or in bounded pieces that are merged by
+log-sum-exp. A row of one token would expand its whole prefix for one query, so it goes the other way: its query moves
+into the space of the cache rows, attends to them as they lie in the pages, and what it gets moves out through
+`value_weight`.
 
 How a model comes to hand over latents is told in `models/latents.py`.
 """
@@ -27,6 +28,12 @@ PIECE_BYTES = 1 << 30  # of heads expanded at once: more pieces to merge take lo
 class LatentKernels(Protocol):
     """What latent attention needs of a backend."""
 
+    def attend_at_once(
+        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+    ) -> torch.Tensor | None:
+        """All rows but the leading ones of one token, whose part of the output is left as it is: query [N, H, D], pages
+        [num_blocks, block_size, L + R] → [N, H, Dv]; None where that takes too much memory, or no kernel serves."""
+
     def attend_expanded(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: LatentSpec, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -46,14 +53,17 @@ def attend(
     query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata, kernels: LatentKernels
 ) -> torch.Tensor:
     """query [N, H, D], pages [num_blocks, block_size, L + R] → [N, H, Dv]."""
-    num_decode_rows = metadata.num_decode_rows
-    out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
-    out[metadata.num_tokens :] = 0
+    num_decode_rows, out = metadata.num_decode_rows, None
+    if num_decode_rows < len(metadata.seq_lens):
+        out = kernels.attend_at_once(query, pages, spec, metadata)
+    if out is None:
+        out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
+        out[metadata.num_tokens :] = 0
+        for rows in shared_prefixes(metadata, num_decode_rows, pages.shape[1]):
+            _attend_pieces(query, pages, spec, metadata, kernels, rows, out)
     if num_decode_rows:
         absorbed = kernels.attend_absorbed(absorb(query[:num_decode_rows], spec), pages, spec, metadata)
         release(absorbed, spec, out[:num_decode_rows])
-    for rows in shared_prefixes(metadata, num_decode_rows, pages.shape[1]):
-        _attend_pieces(query, pages, spec, metadata, kernels, rows, out)
     return out
 
 
@@ -73,11 +83,11 @@ def release(latents: torch.Tensor, spec: LatentSpec, out: torch.Tensor) -> None:
 
 
 def expand(rows: torch.Tensor, spec: LatentSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cache rows [n, L + R] as keys [n, H, D] and values [n, H, Dv]."""
+    """Cache rows [..., L + R] as keys [..., H, D] and values [..., H, Dv]."""
     latents, rotated = rows.split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
     heads = F.linear(latents, spec.weight).unflatten(-1, (spec.num_heads, -1))  # [n, H, D - R + Dv]
     straight, values = heads[..., : -spec.v_head_dim], heads[..., -spec.v_head_dim :]
-    return torch.cat([straight, rotated[:, None].expand(-1, spec.num_heads, -1)], dim=-1), values
+    return torch.cat([straight, rotated.unsqueeze(-2).expand(*straight.shape[:-1], -1)], dim=-1), values
 
 
 def piece_tokens(spec: LatentSpec, itemsize: int) -> int:

@@ -35,12 +35,13 @@ class CUDAGraphs:
     """Records graphs of `forward`, and replays the one that fits."""
 
     def __init__(
-        self, forward: Forward, num_ranks: int, max_num_seqs: int, max_num_blocks: int, max_model_len: int,
-        device: torch.device,
+        self, forward: Forward, num_ranks: int, max_num_seqs: int, max_num_blocks: int, block_size: int,
+        copies_blocks: bool, device: torch.device,
     ) -> None:  # fmt: skip
+        """`copies_blocks`: attention makes a copy of all blocks of its rows, for which a graph must set room aside."""
         self._forward = forward
         self._num_ranks, self._device = num_ranks, device
-        self._max_num_blocks, self._max_model_len = max_num_blocks, max_model_len
+        self._max_num_blocks, self._block_size, self._copies_blocks = max_num_blocks, block_size, copies_blocks
         most = -(-max_num_seqs // num_ranks)
         self.decode_sizes = sorted({size for size in (1, 2, 4, *range(8, most + 8, 8)) if size < most + 8})
         self.prefill_sizes = list(range(PREFILL_ROUNDING, MAX_PREFILL_TOKENS + 1, PREFILL_ROUNDING))
@@ -51,6 +52,12 @@ class CUDAGraphs:
         """Rounds up the most tokens that any rank has to what a graph is recorded for."""
         sizes = self.decode_sizes if is_decode else self.prefill_sizes
         return next((size for size in sizes if size >= num_tokens), num_tokens)
+
+    def _max_row_blocks(self, num_tokens: int) -> int:
+        """Of prompts that begin in the step: a rank's head and tail see (2P + 1) / 2P of their prompt together."""
+        size = self._num_ranks
+        keys = num_tokens if size == 1 else num_tokens * (2 * size + 1) // 2
+        return -(-keys // self._block_size) + PREFILL_ROWS
 
     def record(self, num_tokens: int, is_decode: bool) -> None:
         """Records the graph of one shape; all ranks record the same ones in the same order."""
@@ -65,7 +72,8 @@ class CUDAGraphs:
             seq_lens=torch.zeros(rows, dtype=torch.int32, device=device),
             block_tables=torch.zeros(rows, self._max_num_blocks, dtype=torch.int32, device=device),
             max_query_len=1 if is_decode else n,
-            max_seq_len=self._max_model_len,
+            max_seq_len=self._max_num_blocks * self._block_size,
+            num_row_blocks=0 if is_decode else self._max_row_blocks(n),
             num_decode_rows=rows if is_decode else 0,
         )
         if is_decode:
@@ -94,7 +102,9 @@ class CUDAGraphs:
         """Hidden states [N, hidden_size] of a step, or None where no graph fits it."""
         n, is_decode = len(batch.input_ids), batch.is_decode
         graph = self._graphs.get((n, is_decode))
-        if graph is None or (not is_decode and not batch.fits_prefill_graph(PREFILL_ROWS)):
+        if graph is None or (not is_decode and batch.max_num_rows > PREFILL_ROWS):
+            return None
+        if self._copies_blocks and batch.max_row_blocks > graph.metadata.num_row_blocks and not is_decode:
             return None
         graph.input_ids.copy_(batch.input_ids)
         graph.position_ids.copy_(batch.position_ids)

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,14 +29,13 @@ class InputBatch:
     state_idx: IntArray  # [R] request of the step -> line of RequestStates
     row_request_idx: IntArray  # [V] my row -> request of the step
     row_start: IntArray  # [V] my row -> position of its first token
-    sampled_token_idx: IntArray  # [S] my sampled row -> its token in my tensors
+    sampled_token_idx: torch.Tensor  # [S] my sampled row -> its token in my tensors
     sampled_request_idx: IntArray  # [S] my sampled row -> request of the step
     all_sampled_request_idx: IntArray  # [P * max S] gathered sampled row -> request of the step, -1 is padding
+    all_sampled_state_idx: torch.Tensor  # [P * max S] gathered sampled row -> line of RequestStates
     is_decode: bool  # all rows of all ranks are of one token each
-
-    def fits_prefill_graph(self, max_num_rows: int) -> bool:
-        """Whether every rank's rows, and one of padding, fit into a graph of so many; the same on all ranks."""
-        return int(np.diff(self.partition.row_ptr).max()) < max_num_rows
+    max_num_rows: int  # of any rank, one of padding among them
+    max_row_blocks: int  # of any rank: blocks of its rows, each row's own, and the padding's
 
 
 def prepare(
@@ -76,7 +76,7 @@ def prepare(
     slots = np.zeros(num_ranks * padded, np.int64)
     slots[np.arange(total) + np.repeat(np.arange(num_ranks) * padded - rank_start, part.num_tokens)] = slot
 
-    # My tokens. The newest of a request may be known on the device only.
+    # My tokens.
     num_tokens = int(part.num_tokens[rank])
     mine = slice(int(rank_start[rank]), int(rank_end[rank]))
     my_state, my_position = token_state[mine], position[mine]
@@ -84,10 +84,7 @@ def prepare(
     positions = np.zeros(padded, np.int64)
     ids[:num_tokens] = states.token_ids[my_state, my_position]
     positions[:num_tokens] = my_position
-    input_ids = to_device(ids, device)
-    on_device = np.flatnonzero(my_position >= states.num_tokens[my_state])
-    if len(on_device):
-        input_ids[to_device(on_device, device)] = states.last_sampled[to_device(my_state[on_device], device)]
+    newest = np.flatnonzero(my_position >= states.num_tokens[my_state])  # known on the device only
 
     # Sampled rows: those that end where their request's scheduled tokens end.
     last = batch.num_computed_tokens + batch.num_scheduled_tokens
@@ -103,34 +100,9 @@ def prepare(
     )
     my_sampled_row = sampled_row[bounds[rank] : bounds[rank + 1]]
 
+    # My rows, and those of the padding tokens: decode rows without keys, or one row that attends to itself in the null
+    # block.
     rows = part.rows_of(rank)
-    return InputBatch(
-        partition=part,
-        metadata=_metadata(part, rows, num_tokens, padded, is_decode, state_idx, states, block_size, device),
-        exchange=ExchangePlan(to_device(slots, device)),
-        input_ids=input_ids,
-        position_ids=to_device(positions, device),
-        state_idx=state_idx,
-        row_request_idx=part.request_idx[rows],
-        row_start=part.start[rows],
-        sampled_token_idx=row_end[my_sampled_row] - 1 - mine.start,
-        sampled_request_idx=part.request_idx[my_sampled_row],
-        all_sampled_request_idx=all_sampled,
-        is_decode=is_decode,
-    )
-
-
-def _metadata(
-    part: Partition,
-    rows: slice,
-    num_tokens: int,
-    padded: int,
-    is_decode: bool,
-    state_idx: IntArray,
-    states: RequestStates,
-    block_size: int,
-    device: torch.device,
-) -> AttentionMetadata:
     length, seq_lens = part.length[rows], part.start[rows] + part.length[rows]
     query_start = np.concatenate([[0], np.cumsum(length)])
     max_seq_len = int(seq_lens.max(initial=0))
@@ -138,25 +110,75 @@ def _metadata(
     num_blocks = -(-max(max_seq_len, num_padding) // block_size)
     block_tables = states.block_tables[state_idx[part.request_idx[rows]], :num_blocks]
     longer = np.flatnonzero(length > 1)
-    # Padding tokens: decode rows without keys, or one row that attends to itself in the null block.
+    row_blocks = np.concatenate([[0], np.cumsum(-(-(part.start + part.length) // block_size))])  # before each row
+    padding_blocks = -(-(padded - part.num_tokens) // block_size)
+    num_decode_rows = padded if is_decode else int(longer[0]) if len(longer) else len(length)
     fill = np.zeros(num_padding, np.int64) if is_decode else np.full(min(num_padding, 1), num_padding)
-    device_start = np.concatenate([query_start, num_tokens + np.cumsum(fill + 1 if is_decode else fill)])
-    device_tables = np.concatenate([block_tables, np.zeros((len(fill), block_tables.shape[1]), np.int32)])
-    return AttentionMetadata(
-        num_tokens=num_tokens,
-        query_start_np=query_start,
-        seq_lens_np=seq_lens,
-        block_tables_np=block_tables,
-        query_start=to_device(device_start.astype(np.int32), device),
-        seq_lens=to_device(np.concatenate([seq_lens, fill]).astype(np.int32), device),
-        block_tables=to_device(device_tables, device),
-        max_query_len=max(int(length.max(initial=0)), 1 if is_decode else num_padding),
-        max_seq_len=max_seq_len,
-        num_decode_rows=padded if is_decode else int(longer[0]) if len(longer) else len(length),
+    padding_start = num_tokens + np.cumsum(fill + 1 if is_decode else fill)
+
+    on_device = to_device(
+        {
+            "input_ids": ids,
+            "position_ids": positions,
+            "newest": newest,
+            "newest_state": my_state[newest],
+            "slots": slots,
+            "sampled_token": row_end[my_sampled_row] - 1 - mine.start,
+            # Padding's token goes to the line that no request has.
+            "all_sampled_state": np.where(all_sampled >= 0, state_idx[all_sampled], states.max_num_seqs),
+            "query_start": np.concatenate([query_start, padding_start]).astype(np.int32),
+            "seq_lens": np.concatenate([seq_lens, fill]).astype(np.int32),
+            "block_tables": np.concatenate([block_tables, np.zeros((len(fill), num_blocks), np.int32)]),
+        },
+        device,
+    )
+    input_ids = on_device["input_ids"]
+    if len(newest):
+        input_ids[on_device["newest"]] = states.last_sampled[on_device["newest_state"]]
+    return InputBatch(
+        partition=part,
+        metadata=AttentionMetadata(
+            num_tokens=num_tokens,
+            query_start_np=query_start,
+            seq_lens_np=seq_lens,
+            block_tables_np=block_tables,
+            query_start=on_device["query_start"],
+            seq_lens=on_device["seq_lens"],
+            block_tables=on_device["block_tables"],
+            max_query_len=max(int(length.max(initial=0)), 1 if is_decode else num_padding),
+            max_seq_len=max_seq_len,
+            num_row_blocks=0
+            if is_decode
+            else int(row_blocks[rows.stop] - row_blocks[rows.start + num_decode_rows] + padding_blocks[rank]),
+            num_decode_rows=num_decode_rows,
+        ),
+        exchange=ExchangePlan(on_device["slots"]),
+        input_ids=input_ids,
+        position_ids=on_device["position_ids"],
+        state_idx=state_idx,
+        row_request_idx=part.request_idx[rows],
+        row_start=part.start[rows],
+        sampled_token_idx=on_device["sampled_token"],
+        sampled_request_idx=part.request_idx[my_sampled_row],
+        all_sampled_request_idx=all_sampled,
+        all_sampled_state_idx=on_device["all_sampled_state"],
+        is_decode=is_decode,
+        max_num_rows=int(np.diff(part.row_ptr).max()) + 1,
+        max_row_blocks=int((np.diff(row_blocks[part.row_ptr]) + padding_blocks).max()),
     )
 
 
-def to_device(array: NDArray[np.generic], device: torch.device) -> torch.Tensor:
-    """A tensor of the array's numbers; the copy to an accelerator does not wait."""
-    tensor = torch.from_numpy(array)
-    return tensor if device.type == "cpu" else tensor.pin_memory().to(device, non_blocking=True)
+def to_device(arrays: dict[str, NDArray[Any]], device: torch.device) -> dict[str, torch.Tensor]:
+    """Tensors of the arrays' numbers; to an accelerator they travel together, in one copy that does not wait."""
+    if device.type == "cpu":
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
+    ends = np.cumsum([-(-array.nbytes // 64) * 64 for array in arrays.values()]).tolist()  # each aligned
+    staged = torch.empty(ends[-1], dtype=torch.uint8, pin_memory=True)
+    numbers = staged.numpy()
+    for start, array in zip([0, *ends], arrays.values(), strict=False):
+        numbers[start : start + array.nbytes].view(array.dtype).reshape(array.shape)[...] = array
+    there = staged.to(device, non_blocking=True)
+    return {
+        name: there[start : start + array.nbytes].view(torch.from_numpy(array).dtype).view(array.shape)
+        for start, (name, array) in zip([0, *ends], arrays.items(), strict=False)
+    }

@@ -8,13 +8,14 @@ from numpy.typing import NDArray
 
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.op import AttentionBackend, ForwardContext, forward_context
+from twofold.attention.spec import LatentSpec
 from twofold.engine.step import Step, StepResult
 from twofold.models.loader import DecoderModel
 from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.mesh import Mesh
 from twofold.sampling_params import SamplingParams
 from twofold.worker.cuda_graphs import CUDAGraphs
-from twofold.worker.input_batch import InputBatch, prepare, to_device
+from twofold.worker.input_batch import InputBatch, prepare
 from twofold.worker.kv_cache import KVCache
 from twofold.worker.request_states import RequestStates
 from twofold.worker.sampler import LogprobTensors, SamplingBatch, compute_logprobs, sample
@@ -110,7 +111,7 @@ class ModelRunner:
             return
         graphs = CUDAGraphs(
             self._forward_eager, self.mesh.size, states.max_num_seqs, states.block_tables.shape[1],
-            states.token_ids.shape[1] - 1, self.device,
+            self.cache.block_size, any(isinstance(spec, LatentSpec) for spec in self.model.specs), self.device,
         )  # fmt: skip
         with torch.inference_mode():
             for is_decode in kinds:
@@ -139,9 +140,9 @@ class ModelRunner:
         self, step: Step, batch: InputBatch, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, LogprobTensors | None]:
         """Samples the rows that this rank owns → token ids [S], on the device."""
-        if not len(batch.sampled_token_idx):
+        if not len(batch.sampled_request_idx):
             return torch.empty(0, dtype=torch.long, device=self.device), None
-        logits = self.model.logits(hidden_states[to_device(batch.sampled_token_idx, self.device)])
+        logits = self.model.logits(hidden_states[batch.sampled_token_idx])
         return sample(logits, self._sampling_batch(step, batch))
 
     def _sampling_batch(self, step: Step, batch: InputBatch) -> SamplingBatch:
@@ -190,7 +191,7 @@ class ModelRunner:
                 targets = states.token_ids[line, start + first + 1 : start + first + 1 + size].astype(np.int64)
                 tensors = compute_logprobs(
                     self.model.logits(hidden_states[begin : begin + size]),
-                    to_device(targets, self.device),
+                    torch.from_numpy(targets).to(self.device),
                     params.prompt_logprobs,
                 )
                 request_id = step.batch.request_ids[batch.row_request_idx[row]]
@@ -214,9 +215,7 @@ class ModelRunner:
             mine = gathered[start : start + width]
             mine[: len(tokens)] = tokens
             self.mesh.all_gather(gathered, mine)
-            # Padding's token goes to the line that no request has.
-            lines = np.where(sampled >= 0, batch.state_idx[sampled], self.states.max_num_seqs)
-            self.states.last_sampled[to_device(lines, self.device)] = gathered
+            self.states.last_sampled[batch.all_sampled_state_idx] = gathered
         if self.device.type != "cpu":
             gathered = gathered.to("cpu", non_blocking=True)
             ready = torch.cuda.Event()

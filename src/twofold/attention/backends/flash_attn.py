@@ -16,8 +16,10 @@ from typing import Any
 import torch
 
 from twofold.attention.backends.paged_decode import PagedDecode
+from twofold.attention.backends.row_blocks import gather_row_blocks
 from twofold.attention.backends.sdpa import SDPABackend
 from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.mla import expand, piece_tokens
 from twofold.attention.spec import AttentionSpec, LatentSpec
 
 logger = logging.getLogger(__name__)
@@ -41,8 +43,7 @@ class FlashAttnBackend:
         if is_decode:
             return True
         capability = torch.cuda.get_device_capability()
-        expanded = isinstance(spec, LatentSpec)  # pieces of a prefix are planned on the CPU
-        return self._flash is not None and not expanded and refusal(dtype, spec, capability) is None
+        return self._flash is not None and refusal(dtype, spec, capability) is None
 
     def attend(
         self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
@@ -58,6 +59,18 @@ class FlashAttnBackend:
             tables, seq_lens = metadata.block_tables[:ones], metadata.seq_lens[:ones]
             self._decode(query[:ones], pages, spec, tables, seq_lens, out=out[:ones])
         return out
+
+    def attend_at_once(
+        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+    ) -> torch.Tensor | None:
+        """query [N, H, D], pages [num_blocks, block_size, L + R] → [N, H, Dv]."""
+        num_keys = metadata.num_row_blocks * pages.shape[1]
+        if self._flash is None or not self._is_served(query, spec) or num_keys > piece_tokens(spec, query.itemsize):
+            return None
+        rows = self._longer(metadata)
+        copy, tables = gather_row_blocks(pages, rows.block_tables, rows.seq_lens, metadata.num_row_blocks)
+        keys, values = expand(copy, spec)
+        return self._flash_paged(query, keys, values, spec, replace(rows, block_tables=tables))
 
     def attend_expanded(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: LatentSpec, causal: bool
@@ -83,7 +96,18 @@ class FlashAttnBackend:
         """→ [N, H, Dv], in which the tokens before the first of `rows` are not written."""
         if self._flash is None or not self._is_served(query, spec):
             return self._sdpa.attend(query, pages, spec, rows)
-        keys, values = spec.split_row(pages)
+        return self._flash_paged(query, *spec.split_row(pages), spec, rows)
+
+    def _flash_paged(
+        self,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        spec: AttentionSpec,
+        rows: AttentionMetadata,
+    ) -> torch.Tensor:
+        """query [N, H, D], keys [num_blocks, block_size, Hk, D], values [..., Dv] → [N, H, Dv]."""
+        assert self._flash is not None
         # No max_seqlen_q: it changes nothing on Hopper but that short ones are compiled anew.
         out, _ = self._flash(
             query,

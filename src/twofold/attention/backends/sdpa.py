@@ -44,6 +44,11 @@ class SDPABackend:
             out[tokens].unflatten(1, groups).copy_(out_row.permute(2, 0, 1, 3))
         return out
 
+    def attend_at_once(
+        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+    ) -> torch.Tensor | None:
+        return None  # nothing is gained where rows run one by one
+
     def attend_expanded(
         self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: LatentSpec, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
