@@ -200,8 +200,8 @@ def sweep(repeats: int) -> list[dict[str, Any]]:
     ]
     best = min(programs, key=measure)
     splits = [
-        Tuning(best.block_n, best.num_warps, best.num_stages, programs=count, min_run=min_run)
-        for count, min_run in itertools.product((256, 384, 512, 768, 1024, 2048), (64, 128, 256))
+        Tuning(best.block_n, best.num_warps, best.num_stages, programs=count, min_run=min_run, long_run=long_run)
+        for count, min_run, long_run in itertools.product((256, 512, 768, 1024), (64, 128), (64, 1024, 2048))
     ]
     best = min(splits, key=measure)
     print("best:", _describe(best))
@@ -211,7 +211,7 @@ def sweep(repeats: int) -> list[dict[str, Any]]:
 def _describe(tuning: Tuning) -> str:
     return (
         f"block_n={tuning.block_n} warps={tuning.num_warps} stages={tuning.num_stages} "
-        f"programs={tuning.programs} min_run={tuning.min_run}"
+        f"programs={tuning.programs} min_run={tuning.min_run} long_run={tuning.long_run}"
     )
 
 

@@ -1,11 +1,11 @@
-"""The engine on GPUs against Transformers: eager and compiled, with graphs, on one rank and on two."""
+"""The engine on GPUs against Transformers: heads and latents, eager and compiled, with graphs, on one rank and more."""
 
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from transformers import AutoModelForCausalLM, LlamaConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, DeepseekV2Config, LlamaConfig, PreTrainedModel
 
 from twofold import LLM, SamplingParams
 
@@ -15,11 +15,8 @@ PROMPT_LENS = (1, 2, 3, 7, 31, 500, 2500)
 RANKS = [1] + [2] * (torch.cuda.device_count() > 1) + [4] * (torch.cuda.device_count() > 3)
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A seeded random model of SmolLM2's shape."""
-    torch.manual_seed(0)
-    config = LlamaConfig(
+def smollm2() -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=576,
         intermediate_size=1536,
         num_hidden_layers=30,
@@ -30,8 +27,40 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         head_dim=64,
         tie_word_embeddings=True,
     )
+
+
+def deepseek() -> DeepseekV2Config:
+    """Heads and latents as wide as DeepSeek-V2's, the rest small; without queries' latents, as in V2-Lite."""
+    return DeepseekV2Config(
+        hidden_size=512,
+        intermediate_size=1024,
+        moe_intermediate_size=256,
+        num_hidden_layers=6,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        kv_lora_rank=512,
+        q_lora_rank=None,
+        qk_nope_head_dim=128,
+        qk_rope_head_dim=64,
+        v_head_dim=128,
+        n_routed_experts=16,
+        num_experts_per_tok=4,
+        n_shared_experts=1,
+        first_k_dense_replace=1,
+        topk_method="greedy",
+        n_group=1,
+        topk_group=1,
+        vocab_size=49152,
+        max_position_embeddings=8192,
+    )
+
+
+@pytest.fixture(scope="module", params=[smollm2, deepseek], ids=lambda make: make.__name__)
+def folder(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A seeded random model."""
+    torch.manual_seed(0)
     path = tmp_path_factory.mktemp("model")
-    AutoModelForCausalLM.from_config(config).float().save_pretrained(path)
+    AutoModelForCausalLM.from_config(request.param()).float().save_pretrained(path)
     return path
 
 

@@ -13,6 +13,7 @@ from twofold.attention.spec import AttentionSpec, LatentSpec
 pytest.importorskip("triton")
 from twofold.attention.backends.flash_attn import FlashAttnBackend
 from twofold.attention.backends.paged_decode import PagedDecode, Tuning
+from twofold.models import expert_linear  # noqa: F401  (defines the op)
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -377,3 +378,21 @@ def _reference_of(case: Case, tokens: torch.Tensor) -> torch.Tensor:
         (ends - 1).tolist(), [1] * len(ends), rows.tolist(), metadata.block_tables_np, case.pages.shape[1]
     )
     return reference(Case(case.spec, case.query[tokens], case.pages, alone))
+
+
+class TestExpertLinear:
+    @pytest.mark.parametrize("is_transposed", [False, True])
+    @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+    @pytest.mark.parametrize(("num_tokens", "top_k"), [(1, 6), (3, 2), (32, 8), (256, 1)])
+    def test_every_pair_meets_its_expert(
+        self, num_tokens: int, top_k: int, dtype: torch.dtype, is_transposed: bool
+    ) -> None:
+        """Few pairs and more than experts; some experts have all tokens, some have none; odd widths."""
+        x = torch.randn(num_tokens, 200, device=DEVICE).to(dtype)
+        weight = torch.randn(16, 90, 200, device=DEVICE).to(dtype)
+        likely = torch.linspace(0, 6, 16, device=DEVICE).expand(num_tokens, -1)
+        experts = (likely + 0.5 * torch.randn_like(likely)).topk(top_k, dim=-1).indices.flatten()
+        given = weight.transpose(1, 2).contiguous() if is_transposed else weight
+        out = torch.ops.twofold.expert_linear(x, given, experts, 16, is_transposed)
+        expected = (weight[experts].double() @ x.repeat_interleave(top_k, 0).double()[..., None])[..., 0]
+        torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype] * 60, rtol=1e-2)

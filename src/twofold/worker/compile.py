@@ -38,16 +38,18 @@ def decoder_layers(model: DecoderModel) -> torch.nn.ModuleList | None:
 class ReorderLayers(CustomGraphPass):
     """What is ours to know of a layer's graph.
 
-    One product serves all projections that were packed into it. And `publish`, with all that it needs, comes before the
-    rest: queries are then projected while rows travel.
+    One product serves all projections that were packed into it. Rotations by complex numbers become real ones, which
+    the compiler can fuse. And `publish`, with all that it needs, comes before the rest: queries are then projected
+    while rows travel.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         _keep_one_of_equals(graph)
+        _rotate_by_reals(graph)
         _publish_early(graph)
 
     def uuid(self) -> bytes:
-        functions = (_keep_one_of_equals, _publish_early)
+        functions = (_keep_one_of_equals, _rotate_by_reals, _publish_early)
         return hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).digest()
 
 
@@ -60,6 +62,33 @@ def _keep_one_of_equals(graph: torch.fx.Graph) -> None:
             first = seen.setdefault((node.target, str(node.args), str(node.kwargs)), node)
             if first is not node:
                 node.replace_all_uses_with(first)
+                graph.erase_node(node)
+
+
+def _rotate_by_reals(graph: torch.fx.Graph) -> None:
+    aten = torch.ops.aten
+    for out in graph.find_nodes(op="call_function", target=aten.view_as_real.default):
+        product = out.args[0]
+        if product.target is not aten.mul.Tensor or product.args[0].target is not aten.view_as_complex.default:
+            continue
+        (pairs,), angles = product.args[0].args, product.args[1]  # [..., 2] real, and complex
+
+        def emit(op: Any, *args: Any, out: torch.fx.Node = out) -> torch.fx.Node:
+            with graph.inserting_before(out):
+                node = graph.call_function(op, args)
+            node.meta["val"] = op(*torch.fx.map_arg(args, lambda arg: arg.meta["val"]))
+            return node
+
+        turns = emit(aten.view_as_real.default, angles)
+        (x, y), (cos, sin) = ([emit(aten.select.int, node, -1, i) for i in (0, 1)] for node in (pairs, turns))
+        (xc, xs), (yc, ys) = ([emit(aten.mul.Tensor, part, turn) for turn in (cos, sin)] for part in (x, y))
+        turned = emit(aten.sub.Tensor, xc, ys), emit(aten.add.Tensor, xs, yc)
+        out.replace_all_uses_with(
+            emit(aten.cat.default, [emit(aten.unsqueeze.default, part, -1) for part in turned], -1)
+        )
+        graph.erase_node(out)
+        for node in (product, product.args[0]):
+            if not node.users:
                 graph.erase_node(node)
 
 

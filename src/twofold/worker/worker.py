@@ -20,6 +20,7 @@ from twofold.attention.backends import make_backend
 from twofold.engine.step import NewRequest, ScheduledBatch, Step
 from twofold.errors import ModelError
 from twofold.executor.base import RankReport
+from twofold.models.experts import use_few_token_experts
 from twofold.models.loader import DecoderModel, empty_model, fix_rope, load_model, share_weights
 from twofold.parallel.exchange import make_exchange
 from twofold.parallel.mesh import Mesh, make_mesh
@@ -82,6 +83,7 @@ class Worker:
         memory = runtime.engine.kv_cache_memory_bytes
         if self.device.type == "cuda":
             with self._phase("compile and profile"):
+                use_few_token_experts(self.model.model)
                 if not runtime.engine.enforce_eager:
                     from twofold.worker.compile import compile_layers  # the compiler takes seconds to import
 

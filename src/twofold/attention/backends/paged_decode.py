@@ -31,16 +31,21 @@ class Tuning:
     block_n: int = 64  # keys that a program reads at once
     num_warps: int = 4
     num_stages: int = 3  # blocks of keys on their way at once
-    programs: int = 512  # the runs of a batch, over all key-value heads; 132 SMs hold two each
+    programs: int = 768  # the runs of a batch, over all key-value heads; 132 SMs hold two each
     min_run: int = 64  # keys
+    enough: int = 256  # programs; where there are so many rows and heads, rows are cut into runs no shorter than
+    long_run: int = 2048  # keys
     shared_memory: int = 192 * 1024  # bytes that the blocks on their way may take
+
+
+HEADS, LATENTS = Tuning(), Tuning(programs=256)
 
 
 class PagedDecode:
     """Decode attention. Its scratch stays where it is: run a batch size once before capturing it in a CUDA graph."""
 
     def __init__(self, tuning: Tuning | None = None) -> None:
-        self.tuning = tuning or Tuning()
+        self._tuning = tuning
         self._scratch: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def __call__(
@@ -57,7 +62,7 @@ class PagedDecode:
         Returns out [B, H, Dv]; a row without keys gets zeros. Where pages hold nothing but keys, a head's values are
         the first Dv numbers of them (latents).
         """
-        tuning, num_rows, block_size = self.tuning, len(query), pages.shape[1]
+        num_rows, block_size = len(query), pages.shape[1]
         num_heads, num_kv_heads, dim, v_dim = spec.num_heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim
         if query.stride(-1) != 1:
             query = query.contiguous()
@@ -72,6 +77,7 @@ class PagedDecode:
         main_dim, rest_dim = _pieces(dim)
         padded_v_dim = max(16, triton.next_power_of_2(v_dim))
         values_in_keys = pages.shape[2] == num_kv_heads * dim
+        tuning = self._tuning or (LATENTS if values_in_keys else HEADS)
         assert not values_in_keys or main_dim == v_dim, "the values must be the keys' first power of 2"
         group = num_heads // num_kv_heads
         block_h = max(16, min(triton.next_power_of_2(group), 16384 // padded_v_dim))
@@ -79,11 +85,12 @@ class PagedDecode:
         key_bytes = (main_dim + rest_dim + (0 if values_in_keys else padded_v_dim)) * pages.element_size()
         block_n = max(16, min(tuning.block_n, 1 << (65536 // key_bytes).bit_length() - 1))
         num_stages = max(1, min(tuning.num_stages, tuning.shared_memory // (block_n * key_bytes)))
-        num_warps = tuning.num_warps * (2 if block_h * padded_v_dim > 4096 else 1)
+        num_warps = tuning.num_warps * (2 if block_h * padded_v_dim > 4096 and not values_in_keys else 1)
 
         # At most `budget` runs of a full length, and one shorter run for each row.
         budget = max(1, tuning.programs // (num_kv_heads * head_blocks))
-        min_run = max(tuning.min_run, block_n)
+        is_enough = num_rows * num_kv_heads * head_blocks >= tuning.enough
+        min_run = max(tuning.long_run if is_enough else tuning.min_run, block_n)
         most_keys = block_tables.shape[1] * block_size
         if spec.sliding_window is not None:
             most_keys = min(most_keys, spec.sliding_window + block_n)

@@ -1,4 +1,4 @@
-"""Projections that were packed compute what they did apart, and a compiled layer runs them as one product."""
+"""What is done to a layer before and while it is compiled changes none of its results."""
 
 import copy
 from collections import Counter
@@ -10,6 +10,7 @@ from tiny_models import tiny_config, tiny_model
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
 from transformers import PreTrainedModel
+from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
 
 from twofold.models.packing import pack_projections
 from twofold.worker.compile import ReorderLayers
@@ -52,3 +53,29 @@ def test_a_compiled_layer_runs_one_product_for_all_parts() -> None:
     mlp = torch.compile(packed.model.layers[0].mlp, backend=backend, fullgraph=True)
     torch.testing.assert_close(mlp(x), apart.model.layers[0].mlp(x), atol=1e-5, rtol=1e-5)
     assert products == {"aten.mm.default": 2}
+
+
+@torch.inference_mode()
+def test_complex_rotations_become_real() -> None:
+    """The compiler fuses nothing that is complex: DeepSeek-V2's rotations were eight kernels a layer."""
+    torch.manual_seed(0)
+    kinds: list[bool] = []
+
+    def rewrite(graph: Any, _: Any) -> Any:
+        kinds.append(any("complex" in str(node.target) for node in graph.graph.nodes))
+        ReorderLayers()(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        kinds.append(any("complex" in str(node.target) for node in graph.graph.nodes))
+        return graph
+
+    backend = aot_autograd(fw_compiler=rewrite, decompositions=select_decomp_table())
+    compiled = torch.compile(apply_rotary_emb, backend=backend, fullgraph=True, dynamic=True)
+    for length in (5, 9):
+        query, key = torch.randn(1, 4, length, 16), torch.randn(1, 1, length, 16)
+        angles = torch.polar(torch.ones(1, length, 8), torch.randn(1, length, 8))
+        for turned, expected in zip(
+            compiled(query, key, angles), apply_rotary_emb(query, key, angles), strict=True
+        ):
+            torch.testing.assert_close(turned, expected)
+    assert kinds == [True, False]

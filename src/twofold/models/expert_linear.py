@@ -1,0 +1,101 @@
+"""Products of a few tokens with their experts' weights: every weight is read once, and nothing is sorted.
+
+A *pair* is a token and one of the experts that it was sent to. Grouped products want pairs sorted and counted by
+expert, which for a few of them takes longer than the products. Here each program takes a slice of one expert's weight
+and finds the pairs that want it among all of them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+BLOCK_N, BLOCK_K = 32, 128  # of an expert's weight, that a program has at once
+MAX_BLOCK_PAIRS = 32
+
+
+@triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator]
+def _linear_kernel(
+    x: tl.tensor,
+    weight: tl.tensor,
+    expert_ids: tl.tensor,
+    out: tl.tensor,
+    num_pairs: tl.tensor,
+    x_stride: tl.tensor,
+    expert_stride: tl.tensor,
+    out_stride: tl.tensor,
+    in_stride: tl.tensor,
+    in_features: tl.constexpr,
+    out_features: tl.constexpr,
+    pairs_per_row: tl.constexpr,
+    by_pair: tl.constexpr,
+    pairs_pad: tl.constexpr,
+    block_pairs: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+) -> None:
+    """Grid (slices of out_features, experts); or, `by_pair`, pairs: the first of an expert's computes for all."""
+    every = tl.arange(0, pairs_pad)
+    ids = tl.load(expert_ids + every, mask=every < num_pairs, other=-1)
+    expert = tl.program_id(1).to(tl.int64)
+    if by_pair:
+        expert = tl.load(expert_ids + tl.program_id(1))
+        if tl.sum(((ids == expert) & (every < tl.program_id(1))).to(tl.int32), 0) > 0:
+            return
+    mine = ids == expert
+    order = tl.cumsum(mine.to(tl.int32), 0) - 1  # pair of mine -> how many come before it
+    count = tl.sum(mine.to(tl.int32), 0)
+    n = tl.program_id(0) * block_n + tl.arange(0, block_n)
+    columns = weight + expert * expert_stride + n[None, :] * out_stride
+    for first in range(0, count, block_pairs):
+        wanted = first + tl.arange(0, block_pairs)
+        chosen = mine[None, :] & (order[None, :] == wanted[:, None])
+        pair = tl.sum(tl.where(chosen, every[None, :], 0), 1)
+        there = (wanted < count)[:, None]
+        rows = x + (pair // pairs_per_row)[:, None] * x_stride
+        total = tl.zeros([block_pairs, block_n], tl.float32)
+        for start in range(0, in_features, block_k):
+            k = start + tl.arange(0, block_k)
+            a = tl.load(rows + k[None, :], mask=there & (k < in_features)[None, :], other=0.0)
+            inside = (k < in_features)[:, None] & (n < out_features)[None, :]
+            b = tl.load(columns + k[:, None] * in_stride, mask=inside, other=0.0)
+            total = tl.dot(a, b, total, input_precision="ieee")
+        stored = there & (n < out_features)[None, :]
+        tl.store(out + pair[:, None] * out_features + n[None, :], total.to(out.dtype.element_ty), mask=stored)
+
+
+def _expert_linear(
+    x: torch.Tensor, weight: torch.Tensor, expert_ids: torch.Tensor, num_experts: int, is_transposed: bool
+) -> torch.Tensor:
+    """x [S / n, in] whose rows belong to n pairs each, weight [E, out, in] or transposed, expert_ids [S] → [S, out]."""
+    if is_transposed:
+        weight = weight.transpose(1, 2)
+    (num_rows, in_features), out_features, num_pairs = x.shape, weight.shape[1], len(expert_ids)
+    out = x.new_empty(num_pairs, out_features)
+    if x.stride(1) != 1:
+        x = x.contiguous()
+    # No token is sent to an expert twice, so an expert has no more pairs than there are tokens.
+    pairs_per_row = num_pairs // num_rows
+    block_pairs = max(16, min(MAX_BLOCK_PAIRS, triton.next_power_of_2(num_pairs)))
+    by_pair = num_pairs < num_experts
+    grid = (triton.cdiv(out_features, BLOCK_N), num_pairs if by_pair else num_experts)
+    _linear_kernel[grid](
+        x, weight, expert_ids, out, num_pairs, x.stride(0), *weight.stride(),
+        in_features=in_features, out_features=out_features, pairs_per_row=pairs_per_row, by_pair=by_pair,
+        pairs_pad=max(16, triton.next_power_of_2(num_pairs)), block_pairs=block_pairs,
+        block_n=BLOCK_N, block_k=BLOCK_K, num_warps=4, num_stages=4,
+    )  # fmt: skip
+    return out
+
+
+_library = torch.library.Library("twofold", "FRAGMENT")
+_library.define(
+    "expert_linear(Tensor x, Tensor weight, Tensor expert_ids, int num_experts, bool is_transposed) -> Tensor"
+)
+_library.impl("expert_linear", _expert_linear, "CUDA")
+torch.library.register_fake(
+    "twofold::expert_linear",
+    lambda x, weight, expert_ids, num_experts, is_transposed: x.new_empty(
+        len(expert_ids), weight.shape[2 if is_transposed else 1]
+    ),
+    lib=_library,
+)
