@@ -7,18 +7,17 @@ experts stay theirs. On every rank the experts are whole, and each rank routes i
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 EXPERTS_NAME = "twofold"
 MAX_PAIRS = 256  # of a token and an expert: more are worth sorting
 
 
-def use_few_token_experts(model: PreTrainedModel) -> None:
-    """Lets a model on a GPU take its experts' products from here, where it would take grouped ones."""
+def use_few_token_experts(body: torch.nn.Module) -> None:
+    """Lets layers on a GPU take their experts' products from here, where they would take grouped ones."""
     from twofold.models import expert_linear  # noqa: F401  (Triton is on GPU machines only)
 
-    for module in model.modules():
+    for module in body.modules():
         config: Any = getattr(module, "config", None)
         if hasattr(module, "down_proj") and getattr(config, "_experts_implementation", None) == "grouped_mm":
             config._experts_implementation = EXPERTS_NAME

@@ -83,7 +83,7 @@ class Worker:
         memory = runtime.engine.kv_cache_memory_bytes
         if self.device.type == "cuda":
             with self._phase("compile and profile"):
-                use_few_token_experts(self.model.model)
+                use_few_token_experts(self.model.body)
                 if not runtime.engine.enforce_eager:
                     from twofold.worker.compile import compile_layers  # the compiler takes seconds to import
 
