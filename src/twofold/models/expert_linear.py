@@ -9,8 +9,9 @@ import torch
 import triton
 import triton.language as tl
 
-BLOCK_N, BLOCK_K = 32, 128  # of an expert's weight, that a program has at once
-MAX_BLOCK_PAIRS = 32
+BLOCK_N, BLOCK_K = 64, 64  # of an expert's weight, that a program has at once
+BLOCK_PAIRS = 16  # more, in turn, read the weight again: from the cache
+NUM_WARPS, NUM_STAGES = 4, 4
 
 
 @triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator]
@@ -73,16 +74,14 @@ def _expert_linear(
     out = x.new_empty(num_pairs, out_features)
     if x.stride(1) != 1:
         x = x.contiguous()
-    # No token is sent to an expert twice, so an expert has no more pairs than there are tokens.
     pairs_per_row = num_pairs // num_rows
-    block_pairs = max(16, min(MAX_BLOCK_PAIRS, triton.next_power_of_2(num_pairs)))
     by_pair = num_pairs < num_experts
     grid = (triton.cdiv(out_features, BLOCK_N), num_pairs if by_pair else num_experts)
     _linear_kernel[grid](
         x, weight, expert_ids, out, num_pairs, x.stride(0), *weight.stride(),
         in_features=in_features, out_features=out_features, pairs_per_row=pairs_per_row, by_pair=by_pair,
-        pairs_pad=max(16, triton.next_power_of_2(num_pairs)), block_pairs=block_pairs,
-        block_n=BLOCK_N, block_k=BLOCK_K, num_warps=4, num_stages=4,
+        pairs_pad=max(16, triton.next_power_of_2(num_pairs)), block_pairs=BLOCK_PAIRS,
+        block_n=BLOCK_N, block_k=BLOCK_K, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
     return out
 
