@@ -111,3 +111,11 @@ def test_an_interrupt_leaves_no_process(model: Path, when: str) -> None:
     assert "Traceback" not in error
     _, alive = psutil.wait_procs(ranks, timeout=10)
     assert not alive
+
+
+def test_explain_measures_what_a_model_exchanges(model: Path) -> None:
+    """4 layers × 2 heads × (16 + 16) numbers × 4 bytes; the rank with 3 tokens of 5 pads the other to 3."""
+    answer = twofold("explain", "--lens", "5", "-pcp", "2", "--model", model)
+    assert answer.returncode == 0
+    said = f"a token of {model}: 1,024 bytes stored on every rank, 1,229 sent to each other rank (padding included)"
+    assert answer.stdout.splitlines()[-1] == said

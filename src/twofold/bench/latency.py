@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from twofold.bench.report import environment
+from twofold.bench.report import bytes_per_token, environment
 from twofold.cli.arguments import add_engine_arguments, chosen
 from twofold.config import EngineConfig
 
@@ -71,6 +71,7 @@ def run(args: Namespace) -> int:
             "latencies": latencies,
             "decode_ms_per_step": statistics.median(steps) if steps else None,
             "decode_busy_ms_per_step": busy,
+            "bytes_per_token": bytes_per_token(engine),
         }
     if busy is not None:
         print(f"GPU busy: {busy:.3f} ms a decode step")

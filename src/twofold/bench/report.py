@@ -7,7 +7,10 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from twofold.engine.engine import LLMEngine
 
 
 def environment() -> dict[str, Any]:
@@ -45,6 +48,17 @@ def _cpu_name() -> str:
     except OSError:
         return platform.processor()
     return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), "unknown")
+
+
+def bytes_per_token(engine: "LLMEngine") -> dict[str, float]:
+    """What a token's rows of all layers take, by the buffers that were allocated and sent.
+
+    `stored` is on every rank. `exchanged` went from its rank to each of the others, on average of all tokens computed
+    so far; padding travels, too.
+    """
+    report, size, stats = engine.executor.reports[0], engine.runtime.num_ranks, engine.stats
+    exchanged = stats.exchange_bytes / max(1, (size - 1) * stats.num_tokens)
+    return {"stored": report.block_bytes / engine.runtime.block_size, "exchanged": round(exchanged, 1)}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from twofold.bench.report import environment, print_table
+from twofold.bench.report import bytes_per_token, environment, print_table
 from twofold.cli.arguments import add_engine_arguments, chosen
 from twofold.config import EngineConfig
 from twofold.errors import ConfigError
@@ -55,6 +55,8 @@ def run(args: Namespace) -> int:
         ],
         [_cells(row, rows) for row in rows],
     )
+    traffic = rows[-1]["bytes_per_token"]
+    print(f"a token's rows: {traffic['stored']:,.0f} bytes stored, {traffic['exchanged']:,.0f} sent to each other rank")
     if args.output_json:
         result = environment() | {"model": args.model, "dtype": rows[0]["dtype"], "rows": rows}
         Path(args.output_json).write_text(json.dumps(result, indent=1))
@@ -97,6 +99,7 @@ def measure(lens: list[int], repeats: int, engine_args: dict[str, Any]) -> list[
                 "all_ms": [round(value, 3) for value in times],
                 "dtype": str(runtime.dtype).removeprefix("torch."),
                 "max_num_batched_tokens": runtime.max_num_batched_tokens,
+                "bytes_per_token": bytes_per_token(llm.engine),
                 "startup_s": seconds,
             }
             if runtime.device == "cuda" and isinstance(executor, LocalExecutor):

@@ -1,8 +1,8 @@
 """draw which rank computes which tokens of a step
 
-Nothing is run: this is the partition that the ranks themselves derive from the step. Each request has `--lens` tokens
-to compute, after `--computed` tokens that are in the cache. A token attends to itself and all before it; attended
-pairs are what attention costs, tokens are what everything else costs.
+This is the partition that the ranks themselves derive from the step; without --model nothing is run. Each request has
+`--lens` tokens to compute, after `--computed` tokens that are in the cache. A token attends to itself and all before
+it; attended pairs are what attention costs, tokens are what everything else costs.
 """
 
 import colorsys
@@ -43,6 +43,11 @@ def configure(parser: ArgumentParser) -> None:
         "--policy", "--partition-policy", default="dual_chunk_swap", metavar="S", help=f"one of {', '.join(POLICIES)}"
     )
     parser.add_argument("--png", metavar="FILE", help="draw a picture, too")
+    parser.add_argument(
+        "--model",
+        metavar="M",
+        help="run it with random weights, and say what ranks stored and exchanged",
+    )
 
 
 def run(args: Namespace) -> int:
@@ -61,7 +66,34 @@ def run(args: Namespace) -> int:
             draw_picture(batch, part, args.policy, Path(args.png))
         except (OSError, ValueError) as error:  # matplotlib says ValueError to a suffix that it does not know
             raise ConfigError(f"cannot write --png {args.png!r}: {error}") from None
+    if args.model is not None:
+        measure(args.model, lens, num_ranks, args.policy)
     return 0
+
+
+def measure(model: str, lens: Sequence[int], num_ranks: int, policy: str) -> None:
+    """Runs prompts of such lengths in one step; prints what of them was stored and sent, by the buffers themselves."""
+    from twofold import LLM, SamplingParams
+    from twofold.bench.report import bytes_per_token
+
+    with LLM(
+        model,
+        load_format="dummy",
+        skip_tokenizer_init=True,
+        prefill_context_parallel_size=num_ranks,
+        partition_policy=policy,
+        max_num_batched_tokens=sum(lens),
+        max_num_seqs=len(lens),
+        enable_prefix_caching=False,
+        enforce_eager=True,
+    ) as llm:
+        prompts = [{"prompt_token_ids": [0] * length} for length in lens]
+        llm.generate(prompts, SamplingParams(temperature=0, max_tokens=1), use_tqdm=False)
+        traffic = bytes_per_token(llm.engine)
+    print(
+        f"\na token of {model}: {traffic['stored']:,.0f} bytes stored on every rank, "
+        f"{traffic['exchanged']:,.0f} sent to each other rank (padding included)"
+    )
 
 
 def _numbers(flag: str, text: str, least: int) -> list[int]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 
 from twofold.attention.metadata import AttentionMetadata
-from twofold.parallel.exchange import ExchangePlan
+from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.worker.input_batch import InputBatch
 
 Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan], torch.Tensor]
@@ -29,6 +29,7 @@ class _Graph:
     slots: torch.Tensor  # [P * N]
     metadata: AttentionMetadata
     hidden_states: torch.Tensor  # [N, hidden_size]
+    exchange_bytes: int = 0  # received in a replay
 
 
 class CUDAGraphs:
@@ -36,10 +37,10 @@ class CUDAGraphs:
 
     def __init__(
         self, forward: Forward, num_ranks: int, max_num_seqs: int, max_num_blocks: int, block_size: int,
-        copies_blocks: bool, device: torch.device,
+        copies_blocks: bool, exchange: Exchange, device: torch.device,
     ) -> None:  # fmt: skip
         """`copies_blocks`: attention makes a copy of all blocks of its rows, for which a graph must set room aside."""
-        self._forward = forward
+        self._forward, self._exchange = forward, exchange
         self._num_ranks, self._device = num_ranks, device
         self._max_num_blocks, self._block_size, self._copies_blocks = max_num_blocks, block_size, copies_blocks
         most = -(-max_num_seqs // num_ranks)
@@ -93,9 +94,11 @@ class CUDAGraphs:
         for _ in range(2):  # kernels are compiled and chosen outside of the recording
             self._forward(graph.input_ids, graph.position_ids, metadata, plan)
         torch.cuda.synchronize()
+        before = self._exchange.num_bytes
         # Other threads (NCCL's watchdog) go on using CUDA meanwhile.
         with torch.cuda.graph(graph.graph, pool=self._pool, capture_error_mode="thread_local"):
             graph.hidden_states = self._forward(graph.input_ids, graph.position_ids, metadata, plan)
+        graph.exchange_bytes = self._exchange.num_bytes - before
         self._graphs[n, is_decode] = graph
 
     def replay(self, batch: InputBatch) -> torch.Tensor | None:
@@ -118,4 +121,5 @@ class CUDAGraphs:
             static.query_start[: rows + 1].copy_(given.query_start)
             static.query_start[rows + 1 :] = n
         graph.graph.replay()
+        self._exchange.num_bytes += graph.exchange_bytes
         return graph.hidden_states

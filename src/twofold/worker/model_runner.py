@@ -111,7 +111,8 @@ class ModelRunner:
             return
         graphs = CUDAGraphs(
             self._forward_eager, self.mesh.size, states.max_num_seqs, states.block_tables.shape[1],
-            self.cache.block_size, any(isinstance(spec, LatentSpec) for spec in self.model.specs), self.device,
+            self.cache.block_size, any(isinstance(spec, LatentSpec) for spec in self.model.specs),
+            self.exchange, self.device,
         )  # fmt: skip
         with torch.inference_mode():
             for is_decode in kinds:
