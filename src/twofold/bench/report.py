@@ -58,7 +58,7 @@ def bytes_per_token(engine: "LLMEngine") -> dict[str, float]:
     """
     report, size, stats = engine.executor.reports[0], engine.runtime.num_ranks, engine.stats
     exchanged = stats.exchange_bytes / max(1, (size - 1) * stats.num_tokens)
-    return {"stored": report.block_bytes / engine.runtime.block_size, "exchanged": round(exchanged, 1)}
+    return {"stored": report.bytes_per_block / engine.runtime.block_size, "exchanged": round(exchanged, 1)}
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
