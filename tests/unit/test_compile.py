@@ -13,7 +13,7 @@ from transformers import PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
 
 from twofold.models.packing import pack_projections
-from twofold.worker.compile import ReorderLayers
+from twofold.worker.compile import RewriteLayers
 
 QKV, KV, GATE_UP = 2, 1, 1  # products fewer in a layer
 
@@ -43,7 +43,7 @@ def test_a_compiled_layer_runs_one_product_for_all_parts() -> None:
     products: Counter[str] = Counter()
 
     def count(graph: Any, _: Any) -> Any:
-        ReorderLayers()(graph.graph)
+        RewriteLayers()(graph.graph)
         graph.recompile()
         products.update(str(node.target) for node in graph.graph.nodes if node.target is torch.ops.aten.mm.default)
         return graph
@@ -63,7 +63,7 @@ def test_complex_rotations_become_real() -> None:
 
     def rewrite(graph: Any, _: Any) -> Any:
         kinds.append(any("complex" in str(node.target) for node in graph.graph.nodes))
-        ReorderLayers()(graph.graph)
+        RewriteLayers()(graph.graph)
         graph.graph.lint()
         graph.recompile()
         kinds.append(any("complex" in str(node.target) for node in graph.graph.nodes))

@@ -19,7 +19,7 @@ def compile_layers(model: DecoderModel, num_ranks: int) -> bool:
         return False
     # With several ranks queries stay apart: they are projected while keys and values travel.
     pack_projections(layers, with_queries=num_ranks == 1)
-    inductor.post_grad_custom_post_pass = ReorderLayers()
+    inductor.post_grad_custom_post_pass = RewriteLayers()
     inductor.reorder_for_peak_memory = False  # it would undo that order
     torch._dynamo.config.recompile_limit = 64  # kinds of layers × one token or more
     for layer in layers:
@@ -35,7 +35,7 @@ def decoder_layers(model: DecoderModel) -> torch.nn.ModuleList | None:
     return None
 
 
-class ReorderLayers(CustomGraphPass):
+class RewriteLayers(CustomGraphPass):
     """What is ours to know of a layer's graph.
 
     One product serves all projections that were packed into it. Rotations by complex numbers become real ones, which
