@@ -1,5 +1,6 @@
 """The engine on GPUs against Transformers: heads and latents, eager and compiled, with graphs, on one rank and more."""
 
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -7,12 +8,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, DeepseekV2Config, LlamaConfig, PreTrainedModel
 
+sys.path.insert(0, str(Path(__file__).parent))
+from one_gpu import enough_gpus
+
 from twofold import LLM, SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
 PROMPT_LENS = (1, 2, 3, 7, 31, 500, 2500)
-RANKS = [1] + [2] * (torch.cuda.device_count() > 1) + [4] * (torch.cuda.device_count() > 3)
+RANKS = [1, 2] + [4] * (torch.cuda.device_count() > 3)
 
 
 def smollm2() -> LlamaConfig:
@@ -74,10 +78,17 @@ def load(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).cuda().eval()
 
 
-def engine(folder: Path, **arguments: object) -> LLM:
-    return LLM(
-        str(folder), skip_tokenizer_init=True, gpu_memory_utilization=0.3, max_num_seqs=32, **arguments
-    )  # fmt: skip
+def engine(folder: Path, num_ranks: int, **arguments: object) -> LLM:
+    with enough_gpus(num_ranks) as more:
+        return LLM(
+            str(folder),
+            prefill_context_parallel_size=num_ranks,
+            skip_tokenizer_init=True,
+            gpu_memory_utilization=0.3,
+            max_num_seqs=32,
+            **arguments,
+            **more,
+        )
 
 
 @torch.inference_mode()
@@ -100,13 +111,7 @@ def test_float32_tokens_are_those_of_transformers(
         answer = model.generate(ids, do_sample=False, max_new_tokens=24, eos_token_id=None)
         expected.append(answer[0, len(prompt) :].tolist())
     params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
-    with engine(
-        folder,
-        dtype="float32",
-        prefill_context_parallel_size=num_ranks,
-        enforce_eager=enforce_eager,
-        max_num_batched_tokens=1000,
-    ) as llm:
+    with engine(folder, num_ranks, dtype="float32", enforce_eager=enforce_eager, max_num_batched_tokens=1000) as llm:
         for _ in range(2):  # the second time from the prefix cache
             outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
             assert [output.outputs[0].token_ids for output in outputs] == expected
@@ -122,7 +127,7 @@ def test_bfloat16_is_as_close_to_float32_as_transformers(
     exact = [logprobs_of(load(folder, torch.float32), prompt) for prompt in prompts]
     theirs = [logprobs_of(load(folder, torch.bfloat16), prompt) for prompt in prompts]
     params = SamplingParams(temperature=0, max_tokens=1, prompt_logprobs=0)
-    with engine(folder, dtype="bfloat16", prefill_context_parallel_size=num_ranks) as llm:
+    with engine(folder, num_ranks, dtype="bfloat16") as llm:
         outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
     for prompt, output, right, other in zip(prompts, outputs, exact, theirs, strict=True):
         entries = output.prompt_logprobs or []

@@ -166,7 +166,7 @@ def write_rows(rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> 
 
 
 def make_exchange(name: str, mesh: Mesh, device: torch.device, max_num_bytes: int, folder: str) -> AllGatherExchange:
-    """The exchange that `name` asks for; "auto" pushes where ranks reach each other's memory.
+    """The exchange that `name` asks for; "auto" pushes where GPUs reach each other's memory.
 
     `max_num_bytes` of rows from all ranks in a layer fit; `folder` is one that all ranks of the machine see.
     """
@@ -174,7 +174,7 @@ def make_exchange(name: str, mesh: Mesh, device: torch.device, max_num_bytes: in
         return AllGatherExchange(mesh, device)
     if device.type == "cpu":
         return SharedMemoryExchange(mesh, device, max_num_bytes, folder)
-    reachable = all(
-        torch.cuda.can_device_access_peer(device, peer) for peer in range(mesh.size) if peer != device.index
-    )
-    return PushExchange(mesh, device, max_num_bytes) if reachable else AllGatherExchange(mesh, device)
+    peers = (peer for peer in range(mesh.size) if peer != device.index)
+    if name == "push" or all(torch.cuda.can_device_access_peer(device, peer) for peer in peers):
+        return PushExchange(mesh, device, max_num_bytes)
+    return AllGatherExchange(mesh, device)

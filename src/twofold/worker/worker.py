@@ -42,7 +42,7 @@ class Worker:
     def __init__(self, rank: int, runtime: RuntimeConfig, folder: str) -> None:
         self.runtime = runtime
         self.seconds: dict[str, float] = {}  # start-up phase -> its time
-        self.device = torch.device(runtime.device if runtime.device == "cpu" else f"cuda:{rank}")
+        self.device = device_of(rank, runtime.device)
         if self.device.type == "cpu":
             torch.set_num_threads(runtime.num_threads)
         else:
@@ -163,6 +163,11 @@ class Worker:
             if pending.ready is None or pending.ready.query():
                 return False
         return True
+
+
+def device_of(rank: int, kind: str) -> torch.device:
+    """Each rank has a GPU of its own."""
+    return torch.device(kind if kind == "cpu" else f"cuda:{rank}")
 
 
 def _load(runtime: RuntimeConfig, mesh: Mesh, device: torch.device, folder: Path) -> transformers.PreTrainedModel:

@@ -1,0 +1,42 @@
+"""Several ranks on the only GPU there is: they take turns and are slow, but the code is that of several GPUs.
+
+NCCL refuses two ranks of one host on one GPU, so each says that it is a host of its own. Symmetric memory must be told
+that it is meant. Run in place of `twofold.worker.worker`.
+"""
+
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest.mock import patch
+
+import torch
+
+from twofold.executor.local import LocalExecutor
+from twofold.worker import worker
+
+
+def share_gpu() -> None:
+    """To be called by a rank before it joins the others."""
+    os.environ |= {
+        "NCCL_HOSTID": f"rank-{os.getpid()}",
+        "NCCL_SOCKET_IFNAME": "lo",
+        "TORCH_SYMM_MEM_ALLOW_OVERLAPPING_DEVICES": "1",
+    }
+
+
+@contextmanager
+def enough_gpus(num_ranks: int) -> Iterator[dict[str, str]]:
+    """Lets an engine start that many ranks, sharing a GPU if they must; → the engine arguments that this takes."""
+    if num_ranks <= torch.cuda.device_count():
+        yield {}
+        return
+    command = (sys.executable, __file__)
+    with patch.object(LocalExecutor, "command", command), patch("torch.cuda.device_count", return_value=num_ranks):
+        yield {"exchange": "push"}
+
+
+if __name__ == "__main__":
+    share_gpu()
+    worker.device_of = lambda rank, kind: torch.device("cuda:0")
+    worker.main()
