@@ -2,8 +2,8 @@
 
     python benchmarks/rank_alone.py --model configs/Llama-3.1-8B --ranks 4 --lens 2048,8192,32768 --output-json F
 
-Everything is a rank's own code but the collective: the rows of the others, which nobody computed, are copies of its
-own. So no rank waits for another, and no row crosses a link.
+Everything is a rank's own code but the exchange: the rows of the others, which nobody computed, are random and lie
+where they would have been pushed to. So no rank waits for another, and no row crosses a link.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import torch
 from twofold.bench.report import environment, print_table
 from twofold.config import EngineConfig
 from twofold.engine.step import NewRequest, ScheduledBatch, Step
+from twofold.parallel.exchange import AllGatherExchange, write_rows
 from twofold.runtime import settle
 from twofold.sampling_params import SamplingParams
 from twofold.worker import worker
@@ -36,10 +37,26 @@ class AloneMesh:
         self.size = size
 
     def all_gather(self, gathered: torch.Tensor, mine: torch.Tensor) -> None:
-        gathered.view(self.size, -1).copy_(mine.flatten().clone())
+        gathered.view(self.size, -1)[self.rank] = mine.flatten()
 
     def close(self) -> None:
         pass
+
+
+class AloneExchange(AllGatherExchange):
+    """Writes everyone's rows to the cache, as after a push."""
+
+    def __init__(self, mesh: AloneMesh, device: torch.device, max_num_bytes: int) -> None:
+        super().__init__(mesh, device)
+        self._received = torch.randn(max_num_bytes // 2, dtype=torch.bfloat16, device=device)
+
+    def _gather(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
+        slots, begin, end = self._plan.slots, self.mesh.rank * len(rows), (self.mesh.rank + 1) * len(rows)
+        gathered = self._received[: self.mesh.size * rows.numel()].view(-1, rows.shape[1])
+        write_rows(rows, slots[begin:end], cache)
+        for part in (slice(begin), slice(end, len(gathered))):
+            if len(gathered[part]):
+                write_rows(gathered[part], slots[part], cache)
 
 
 class Rank:
@@ -56,6 +73,8 @@ class Rank:
             runtime, _ = settle(config)
         self.mesh, self.params = AloneMesh(args.ranks), SamplingParams(temperature=0, max_tokens=2)
         worker.make_mesh = lambda *_: self.mesh  # type: ignore[assignment]
+        if args.ranks > 1:
+            worker.make_exchange = lambda name, mesh, *rest: AloneExchange(mesh, *rest[:2])  # type: ignore[arg-type]
         worker.device_of = lambda rank, kind: torch.device("cuda:0")
         with tempfile.TemporaryDirectory() as folder:
             self.worker = worker.Worker(0, runtime, folder)

@@ -343,7 +343,7 @@ class TestFlashAttnBackend:
         spec = make_latent_spec()
         case = make_case(spec, prefill_rows(), block_size, torch.bfloat16)
         if not at_once:
-            monkeypatch.setattr(mla, "PIECE_BYTES", 200 * 16 * 448 * 2)
+            monkeypatch.setattr(mla, "PIECE_BYTES", 200 * 16 * 320 * 2)
         called = backend.attend_at_once(case.query, case.pages, spec, case.metadata)
         assert (called is not None) == at_once
         out = mla.attend(case.query, case.pages, spec, case.metadata, backend)

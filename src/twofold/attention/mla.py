@@ -85,15 +85,29 @@ def release(latents: torch.Tensor, spec: LatentSpec, out: torch.Tensor) -> None:
 def expand(rows: torch.Tensor, spec: LatentSpec) -> tuple[torch.Tensor, torch.Tensor]:
     """Cache rows [..., L + R] as keys [..., H, D] and values [..., H, Dv]."""
     latents, rotated = rows.split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
-    heads = F.linear(latents, spec.weight).unflatten(-1, (spec.num_heads, -1))  # [n, H, D - R + Dv]
-    straight, values = heads[..., : -spec.v_head_dim], heads[..., -spec.v_head_dim :]
-    return torch.cat([straight, rotated.unsqueeze(-2).expand(*straight.shape[:-1], -1)], dim=-1), values
+    rotated = rotated.unsqueeze(-2).expand(*rows.shape[:-1], spec.num_heads, -1)
+    if not rows.is_cuda:
+        heads = F.linear(latents, spec.weight).unflatten(-1, (spec.num_heads, -1))  # [..., H, D - R + Dv]
+        straight, values = heads[..., : -spec.v_head_dim], heads[..., -spec.v_head_dim :]
+        return torch.cat([straight, rotated], dim=-1), values
+    # A product for each head, written where it belongs: to join the parts of keys takes a GPU longer than the products.
+    keys = rows.new_empty(*rows.shape[:-1], spec.num_heads, spec.qk_head_dim)
+    values = rows.new_empty(*rows.shape[:-1], spec.num_heads, spec.v_head_dim)
+    keys[..., -spec.qk_rope_head_dim :] = rotated
+    latents = latents.flatten(0, -2).expand(spec.num_heads, -1, -1)
+    for out, weight in ((keys[..., : -spec.qk_rope_head_dim], spec.key_weight), (values, spec.value_weight)):
+        torch.bmm(latents, weight.mT, out=out.flatten(0, -3).transpose(0, 1))
+    return keys, values
 
 
 def piece_tokens(spec: LatentSpec, itemsize: int) -> int:
-    """Tokens whose heads are expanded at once: what `expand` makes, and the keys that it joins."""
-    numbers = spec.num_heads * (2 * spec.qk_head_dim - spec.qk_rope_head_dim + spec.v_head_dim)
-    return max(PIECE_BYTES // (numbers * itemsize), 1)
+    """Tokens whose heads are expanded at once."""
+    return max(PIECE_BYTES // (spec.num_heads * (spec.qk_head_dim + spec.v_head_dim) * itemsize), 1)
+
+
+def most_bytes(spec: LatentSpec, num_tokens: int) -> int:
+    """Memory that attention of so many queries takes at most: a piece, and three of their outputs in float32."""
+    return PIECE_BYTES + 3 * num_tokens * spec.num_heads * spec.v_head_dim * 4
 
 
 def shared_prefixes(metadata: AttentionMetadata, first_row: int, block_size: int) -> Iterator[list[int]]:

@@ -19,6 +19,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan]
 MAX_PREFILL_TOKENS = 2048  # of a rank; longer steps keep the GPU busy while the next kernels are launched
 PREFILL_ROUNDING = 128
 PREFILL_ROWS = 8  # of a rank, the padding's among them
+PREFILL_DECODE_LEN = 8192  # keys of a row of one token: among others, it has no kernel of its own in a graph
 
 
 @dataclass(slots=True)
@@ -105,10 +106,13 @@ class CUDAGraphs:
         """Hidden states [N, hidden_size] of a step, or None where no graph fits it."""
         n, is_decode = len(batch.input_ids), batch.is_decode
         graph = self._graphs.get((n, is_decode))
-        if graph is None or (not is_decode and batch.max_num_rows > PREFILL_ROWS):
+        if graph is None:
             return None
-        if self._copies_blocks and batch.max_row_blocks > graph.metadata.num_row_blocks and not is_decode:
-            return None
+        if not is_decode:
+            if batch.max_num_rows > PREFILL_ROWS or batch.max_decode_len > PREFILL_DECODE_LEN:
+                return None
+            if self._copies_blocks and batch.max_row_blocks > graph.metadata.num_row_blocks:
+                return None
         graph.input_ids.copy_(batch.input_ids)
         graph.position_ids.copy_(batch.position_ids)
         graph.slots.copy_(batch.exchange.slots)

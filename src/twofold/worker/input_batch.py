@@ -35,6 +35,7 @@ class InputBatch:
     all_sampled_state_idx: torch.Tensor  # [P * max S] gathered sampled row -> line of RequestStates
     is_decode: bool  # all rows of all ranks are of one token each
     max_num_rows: int  # of any rank, one of padding among them
+    max_decode_len: int  # tokens of the longest request of which any rank has a row of one token
     max_row_blocks: int  # of any rank: blocks of its rows, each row's own, and the padding's
 
 
@@ -164,6 +165,7 @@ def prepare(
         all_sampled_state_idx=on_device["all_sampled_state"],
         is_decode=is_decode,
         max_num_rows=int(np.diff(part.row_ptr).max()) + 1,
+        max_decode_len=int((part.start[part.length == 1] + 1).max(initial=0)),
         max_row_blocks=int((np.diff(row_blocks[part.row_ptr]) + padding_blocks).max()),
     )
 

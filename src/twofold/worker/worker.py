@@ -17,6 +17,8 @@ import torch
 import transformers
 
 from twofold.attention.backends import make_backend
+from twofold.attention.mla import most_bytes
+from twofold.attention.spec import LatentSpec
 from twofold.engine.step import NewRequest, ScheduledBatch, Step
 from twofold.errors import ModelError
 from twofold.executor.base import RankReport
@@ -116,9 +118,13 @@ class Worker:
         torch.cuda.synchronize()
         free, total = torch.cuda.mem_get_info()
         held_by_others = total - free - torch.cuda.memory_reserved()
-        peak = torch.cuda.max_memory_allocated()
+        peak = int(torch.cuda.max_memory_allocated() * 1.05)
         torch.cuda.empty_cache()
-        return max(0, int(total * runtime.engine.gpu_memory_utilization) - held_by_others - int(peak * 1.05))
+        # Nothing was cached before that step; expanding a long prefix takes more.
+        num_tokens = -(-runtime.max_num_batched_tokens // self.mesh.size)
+        latents = (spec for spec in self.model.specs if isinstance(spec, LatentSpec))
+        peak += max((most_bytes(spec, num_tokens) for spec in latents), default=0)
+        return max(0, int(total * runtime.engine.gpu_memory_utilization) - held_by_others - peak)
 
     def allocate(self, num_blocks: int) -> dict[str, float]:
         """Makes the cache, and records what refers to its place; → seconds of each start-up phase."""
