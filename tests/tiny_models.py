@@ -5,7 +5,6 @@ from typing import Any
 
 import torch
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 VOCAB_SIZE = 97
 WINDOW = 8  # shorter than most test prompts: windows matter
@@ -79,11 +78,6 @@ PECULIAR: dict[str, dict[str, Any]] = {
     "qwen3": {"use_sliding_window": True, "max_window_layers": 2},
     "qwen3_moe": {"use_sliding_window": True, "max_window_layers": 2},
 }  # fmt: skip
-
-
-def causal_model_types() -> list[str]:
-    """Every type that AutoModelForCausalLM knows."""
-    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def default_config(model_type: str) -> PretrainedConfig:

@@ -84,7 +84,7 @@ def engine(folder: Path, num_ranks: int, **arguments: object) -> LLM:
             str(folder),
             prefill_context_parallel_size=num_ranks,
             skip_tokenizer_init=True,
-            gpu_memory_utilization=0.3,
+            kv_cache_memory_bytes=1 << 30,  # others use the GPU at the same time
             max_num_seqs=32,
             **arguments,
             **more,

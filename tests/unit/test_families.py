@@ -12,13 +12,13 @@ import numpy as np
 import pytest
 import torch
 from harness import generate, make_engine, prompt_logprobs, reference_logprobs
-from tiny_models import LAYER_TYPES, VOCAB_SIZE, WINDOW, causal_model_types, default_config, tiny_config, tiny_model
+from tiny_models import LAYER_TYPES, VOCAB_SIZE, WINDOW, default_config, tiny_config, tiny_model
 from transformers import PretrainedConfig, PreTrainedModel
 
 from twofold.attention.op import attention_forward
 from twofold.errors import ModelError
 from twofold.models.loader import DecoderModel, fix_rope
-from twofold.models.support import FOUND_BY_PROBE, probe, refusal
+from twofold.models.support import FOUND_BY_PROBE, causal_model_types, probe, refusal
 from twofold.sampling_params import SamplingParams
 
 ENCODER_DECODER = "encoder-decoder"

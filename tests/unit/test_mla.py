@@ -5,13 +5,11 @@ import sys
 from functools import cache
 from pathlib import Path
 from typing import Any
-from unittest.mock import patch
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-import transformers
 from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.deepseek_v3.modeling_deepseek_v3 import DeepseekV3Attention, apply_rotary_pos_emb_interleave
 
@@ -50,13 +48,7 @@ GREEDY = SamplingParams(temperature=0, max_tokens=64, ignore_eos=True)
 
 
 def make_model(model_type: str, **overrides: Any) -> PreTrainedModel:
-    config = tiny_config(model_type, **(SMALL | overrides))
-    if model_type != "mistral4":
-        return tiny_model(config)
-    # It is a part of a multimodal model: AutoModelForCausalLM does not know it by itself in every version.
-    make = transformers.Mistral4ForCausalLM._from_config
-    with patch.object(transformers.AutoModelForCausalLM, "from_config", make):
-        return tiny_model(config)
+    return tiny_model(tiny_config(model_type, **(SMALL | overrides)))
 
 
 @pytest.fixture(scope="module", params=FAMILIES)

@@ -40,11 +40,12 @@ class Verdict:
 
 def run(args: Namespace) -> int:
     import transformers
-    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    from twofold.models.support import causal_model_types
 
     transformers.logging.set_verbosity_error()
     if args.model is None:
-        verdicts = [judge(model_type) for model_type in sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)]
+        verdicts = [judge(model_type) for model_type in causal_model_types()]
     else:
         verdicts = [_judge_one(args.model)]
     if args.json:

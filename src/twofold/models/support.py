@@ -14,12 +14,17 @@ from typing import Any
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from twofold.attention.op import ATTENTION_NAME
 from twofold.attention.spec import AttentionSpec
 from twofold.errors import ModelError
 from twofold.models.latents import Attention, keep_latents
+
+# A part of multimodal models that has a causal model of its own, which AutoModelForCausalLM does not know.
+if "mistral4" in CONFIG_MAPPING_NAMES:
+    MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mistral4", "Mistral4ForCausalLM")
 
 PROBE_NAME = "twofold_probe"
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "attention", "global", "local", "sliding", "full"}
@@ -36,6 +41,11 @@ HARMLESS = {
     "layer_type", "layer_idx", "attn_implementation", "shared_kv_states", "per_layer_input", "input_ids",
     "deterministic", "head_mask", "layer_head_mask",
 }  # fmt: skip
+
+
+def causal_model_types() -> list[str]:
+    """Every type that Transformers has a causal language model of."""
+    return sorted(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
 
 
 def causal_lm_class(model_type: str) -> type[PreTrainedModel] | None:
