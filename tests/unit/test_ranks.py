@@ -482,6 +482,7 @@ def test_a_wrong_request_touches_nobody(model: PreTrainedModel, expected: dict[s
         ([1.5], r"1\.5 is not a token id"),
         ([True], "True is not a token id"),
         (["a"], "'a' is not a token id"),
+        ([1, 10**30], "token id 10{30} is out of range"),
         (random_prompt(100), r"100 tokens, more than the 99 .* max_model_len=100"),
         ("text", "skip_tokenizer_init"),
         ({"tokens": [1]}, "'prompt_token_ids'"),

@@ -166,9 +166,9 @@ class LLMEngine:
         except ValueError:  # lists within lists
             token_ids = np.empty(0)
         if token_ids.dtype.kind not in "iu" or token_ids.ndim != 1:
-            huge = f"token id {prompt[0]!r}"  # integers that no array holds
-            wrong = (t for t in prompt if isinstance(t, bool) or not isinstance(t, int | np.integer))
-            raise RequestError(f"{next(wrong, huge)!r} is not a token id; a prompt is a list of integers from 0")
+            if wrong := [t for t in prompt if isinstance(t, bool) or not isinstance(t, int | np.integer)]:
+                raise RequestError(f"{wrong[0]!r} is not a token id; a prompt is a list of integers from 0")
+            token_ids = np.asarray(prompt, object)  # integers too large for any other array
         outside = np.flatnonzero((token_ids < 0) | (token_ids >= self.vocab_size))
         if len(outside):
             raise RequestError(
@@ -196,7 +196,7 @@ class LLMEngine:
         if self._in_flight:  # the next step waited for this one
             self._in_flight[0] = (self._in_flight[0][0], now)
         self.watchdog.observe(batch, now - start)
-        self.stats.take_step(batch, results, now - start, self.runtime.engine.partition_policy)
+        self.stats.take_step(batch, results, now - start)
         return self._update(results)
 
     def recover(self) -> list[RequestOutput]:

@@ -5,7 +5,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from twofold.engine.step import ScheduledBatch, StepResult
-from twofold.parallel.partition import partition
 
 
 @dataclass(slots=True)
@@ -21,7 +20,7 @@ class EngineStats:
     restart_seconds: float = 0.0  # the last restart took
     _ranks: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank -> exchanged bytes, seconds at last
 
-    def take_step(self, batch: ScheduledBatch, results: Sequence[StepResult], seconds: float, policy: str) -> None:
+    def take_step(self, batch: ScheduledBatch, results: Sequence[StepResult], seconds: float) -> None:
         num_tokens = int(batch.num_scheduled_tokens.sum())
         self.num_steps += 1
         self.num_tokens += num_tokens
@@ -29,9 +28,8 @@ class EngineStats:
         if num_tokens > len(batch):
             rate = num_tokens / max(seconds, 1e-6)
             self.tokens_per_second += (0.3 if self.tokens_per_second else 1.0) * (rate - self.tokens_per_second)
-            if len(results) > 1:
-                pairs = partition(batch, len(results), policy).num_pairs
-                self.partition_imbalance = float(pairs.max() / pairs.mean())
+            pairs = [result.num_pairs for result in results]
+            self.partition_imbalance = max(pairs) * len(pairs) / sum(pairs)
         waits = []
         for result in results:
             num_bytes, waited = self._ranks.get(result.rank, (0, 0.0))

@@ -72,5 +72,6 @@ class StepResult:
     logprobs: TokenLogprobs | None = None  # N = S; None where no request of the step asked
     # request -> (position of the first entry's token, log-probabilities of consecutive prompt tokens), one a row
     prompt_logprobs: dict[str, list[tuple[int, TokenLogprobs]]] = field(default_factory=dict)
+    num_pairs: int = 0  # (query, key) pairs that this rank attended to in the step
     exchange_bytes: int = 0  # received from other ranks since this one started
     exchange_seconds: float = 0.0

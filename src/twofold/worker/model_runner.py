@@ -88,6 +88,7 @@ class ModelRunner:
                 request_id: [(position, tensors.to_numpy()) for position, tensors in pieces]
                 for request_id, pieces in launched.prompt_logprobs.items()
             },
+            num_pairs=int(batch.partition.num_pairs[self.mesh.rank]),
             exchange_bytes=self.exchange.num_bytes,
             exchange_seconds=self.exchange.num_seconds,
         )
