@@ -2,6 +2,7 @@
 
 import hashlib
 import inspect
+import warnings
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ def compile_layers(model: DecoderModel, num_ranks: int) -> bool:
     pack_projections(layers, with_queries=num_ranks == 1)
     inductor.post_grad_custom_post_pass = RewriteLayers()
     inductor.reorder_for_peak_memory = False  # it would undo that order
+    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 is asked for to be exact
     torch._dynamo.config.recompile_limit = 64  # kinds of layers × one token or more
     for layer in layers:
         layer.compile(dynamic=True)

@@ -1,5 +1,6 @@
 """One rank: a process that loads the model, then carries out the engine's steps until the engine goes away."""
 
+import logging
 import os
 import signal
 import sys
@@ -211,6 +212,8 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     try:
         start: RankStart = conn.recv()
+        if start.rank:  # the ranks are alike: what one of them warns of is enough
+            logging.getLogger("twofold").setLevel(logging.ERROR)
         worker = Worker(start.rank, start.runtime, start.folder)
         conn.send(worker.report())
         conn.send(worker.allocate(conn.recv()))
