@@ -50,8 +50,8 @@ class AloneExchange(AllGatherExchange):
         super().__init__(mesh, device)
         self._received = torch.randn(max_num_bytes // 2, dtype=torch.bfloat16, device=device)
 
-    def _gather(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
-        slots, begin, end = self._plan.slots, self.mesh.rank * len(rows), (self.mesh.rank + 1) * len(rows)
+    def _gather(self, rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
+        begin, end = self.mesh.rank * len(rows), (self.mesh.rank + 1) * len(rows)
         gathered = self._received[: self.mesh.size * rows.numel()].view(-1, rows.shape[1])
         write_rows(rows, slots[begin:end], cache)
         for part in (slice(begin), slice(end, len(gathered))):

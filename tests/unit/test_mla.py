@@ -166,7 +166,7 @@ def test_only_latents_are_stored_and_sent(deepseek: PreTrainedModel) -> None:
     generate(engine, [prompt], SamplingParams(temperature=0, max_tokens=1))
     runners = engine.executor.runners
     for runner in runners:
-        stored = sum(pages.untyped_storage().nbytes() for pages in runner.cache.pages)
+        stored = sum(stack.untyped_storage().nbytes() for stack in runner.cache.stacks)
         assert stored / (num_blocks * block_size) / len(runner.cache.pages) == ROW_WIDTH * 4
         assert runner.exchange.num_bytes == 2 * (num_tokens - num_tokens // num_ranks) * ROW_WIDTH * 4
         sent = [shape for shape in runner.mesh.calls if len(shape) == 2]

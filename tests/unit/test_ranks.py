@@ -205,7 +205,8 @@ def test_caches_are_equal_on_all_ranks(model: PreTrainedModel, num_ranks: int, s
 
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_every_rank_calls_the_same_collectives(model: PreTrainedModel, num_ranks: int) -> None:
-    """Invariant 5: one exchange a layer, and one of tokens where any are sampled, whatever a rank holds.
+    """Invariant 5: one exchange a layer (one in all where no request is on two ranks), and one of tokens where any are
+    sampled, whatever a rank holds.
 
     Guards: an empty rank that skips a collective, and collectives that follow from a rank's own rows.
     """
@@ -214,8 +215,11 @@ def test_every_rank_calls_the_same_collectives(model: PreTrainedModel, num_ranks
     generate(engine, [random_prompt(1)], params())  # all ranks but one are empty, all the time
     executor = executor_of(engine)
     if num_ranks > 1:
-        num_calls = sum(NUM_LAYERS + bool(step.batch.samples.any()) for step in executor.steps)
+        batches = [step.batch for step in executor.steps]
+        is_split = [bool((batch.num_scheduled_tokens >= 2 * num_ranks).any()) for batch in batches]
+        num_calls = sum(NUM_LAYERS if split else 1 for split in is_split) + sum(b.samples.any() for b in batches)
         assert len(executor.meshes[0].calls) == num_calls
+        assert 0 < sum(is_split) < len(batches)
     for mesh in executor.meshes:
         assert mesh.calls == executor.meshes[0].calls
     engine.shutdown()

@@ -1,4 +1,4 @@
-"""Making every rank's new keys and values present in every rank's cache, before anyone attends.
+"""Making every rank's new keys and values present in every rank's cache, before anyone attends to them.
 
 A token's *cache row* is all that a layer keeps of it: its keys and values of all heads (for MLA its latent), packed.
 Only rows travel, and what one looks like is the business of the layer's cache (`worker/kv_cache.py`):
@@ -7,9 +7,13 @@ Only rows travel, and what one looks like is the business of the layer's cache (
 
 N is the largest number of tokens that any rank has in the step. Every rank pads its part of the step to N, so all ranks
 send the same shape and a rank without tokens takes part like the others. Padding rows are written to the null block.
+
+Where each request is whole on one rank, as in a step of decodes, nobody attends to a row of another rank in this step.
+Then each layer writes its own rows, and those of all layers travel together when the last one is done.
 """
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -23,6 +27,7 @@ class ExchangePlan:
     """Where a step's rows go; the same on every rank."""
 
     slots: torch.Tensor  # [P * N] gathered row -> slot of the cache
+    is_whole: bool  # no request has tokens on two ranks
 
 
 class Exchange(Protocol):
@@ -41,7 +46,13 @@ class Exchange(Protocol):
         """
 
     def complete(self) -> None:
-        """Work enqueued from now on sees all rows that were published."""
+        """Work enqueued from now on sees all rows that were published and that it may attend to."""
+
+    def end(self, stacks: Sequence[torch.Tensor]) -> None:
+        """Ends a step: work enqueued from now on sees the rows of all ranks and layers.
+
+        A stack [layers, num_slots, row_width] is the caches of all layers with rows of that width.
+        """
 
 
 class AllGatherExchange:
@@ -54,32 +65,52 @@ class AllGatherExchange:
         self.mesh = mesh
         self.num_bytes, self.num_seconds = 0, 0.0
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" and mesh.size > 1 else None
+        self._is_busy = False  # the stream has work that nobody waits for yet
 
     def begin(self, plan: ExchangePlan) -> None:
         self._plan = plan
 
     def publish(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
-        if self.mesh.size == 1:
-            write_rows(rows, self._plan.slots, cache)
+        slots = self._plan.slots
+        if self._plan.is_whole:
+            write_rows(rows, slots[self.mesh.rank * len(rows) : (self.mesh.rank + 1) * len(rows)], cache)
+        else:
+            self._send(rows, slots, cache)
+
+    def end(self, stacks: Sequence[torch.Tensor]) -> None:
+        size = self.mesh.size
+        if not self._plan.is_whole or size == 1:
             return
+        for stack in stacks:
+            num_layers, num_slots, row_width = stack.shape
+            first_slots = torch.arange(0, num_layers * num_slots, num_slots, device=stack.device)[:, None]
+            slots = self._plan.slots.view(size, 1, -1) + first_slots  # [P, layers, N] gathered row -> slot of the stack
+            cache = stack.view(-1, row_width)
+            self._send(cache.index_select(0, slots[self.mesh.rank].flatten()), slots.flatten(), cache)
+            self.complete()
+
+    def _send(self, rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
+        """Starts writing every rank's rows [n, row_width] to slots [P * n] of `cache`."""
         self.num_bytes += rows.nbytes * (self.mesh.size - 1)
         if self._stream is None:
             start = time.perf_counter()
-            self._gather(rows, cache)
+            self._gather(rows, slots, cache)
             self.num_seconds += time.perf_counter() - start
             return
         self._stream.wait_stream(torch.cuda.current_stream())
+        self._is_busy = True
         with torch.cuda.stream(self._stream):
-            self._gather(rows, cache)
+            self._gather(rows, slots, cache)
 
-    def _gather(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
+    def _gather(self, rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
         gathered = rows.new_empty(self.mesh.size * len(rows), rows.shape[1])
         self.mesh.all_gather(gathered, rows)
-        write_rows(gathered, self._plan.slots, cache)
+        write_rows(gathered, slots, cache)
 
     def complete(self) -> None:
-        if self._stream is not None:
+        if self._stream is not None and self._is_busy:  # a graph cannot wait for a stream that it has not used
             torch.cuda.current_stream().wait_stream(self._stream)
+            self._is_busy = False
 
 
 class PushExchange(AllGatherExchange):
@@ -95,7 +126,7 @@ class PushExchange(AllGatherExchange):
     """
 
     def __init__(self, mesh: ProcessMesh, device: torch.device, max_num_bytes: int) -> None:
-        """`max_num_bytes` of rows from all ranks, in a layer; larger steps go through the all-gather."""
+        """`max_num_bytes` of rows from all ranks travel together; more go through the all-gather."""
         super().__init__(mesh, device)
         import torch.distributed._symmetric_memory as symmetric_memory
 
@@ -109,10 +140,10 @@ class PushExchange(AllGatherExchange):
         super().begin(plan)
         self._num_published = 0
 
-    def _gather(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
+    def _gather(self, rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
         rank, size, num_rows = self.mesh.rank, self.mesh.size, len(rows)
         if rows.nbytes * size > self._max_num_bytes:
-            super()._gather(rows, cache)
+            super()._gather(rows, slots, cache)
             return
         handle = self._handles[self._num_published % 2]
         if self._num_published == 0:
@@ -121,7 +152,7 @@ class PushExchange(AllGatherExchange):
         for distance in range(1, size):  # no two ranks copy to the same peer at the same time
             peer = (rank + distance) % size
             handle.get_buffer(peer, rows.shape, rows.dtype, rank * rows.numel()).copy_(rows)
-        slots, begin, end = self._plan.slots, rank * num_rows, (rank + 1) * num_rows
+        begin, end = rank * num_rows, (rank + 1) * num_rows
         write_rows(rows, slots[begin:end], cache)  # mine never go through the buffer
         handle.barrier(channel=0)
         gathered = handle.get_buffer(rank, (size * num_rows, rows.shape[1]), rows.dtype)
@@ -143,16 +174,16 @@ class SharedMemoryExchange(AllGatherExchange):
         self._buffers, self._turn = memory.chunk(2), 0
         self._flag, self._flags = torch.zeros(1), torch.zeros(mesh.size)
 
-    def _gather(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
+    def _gather(self, rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
         size, num_bytes = self.mesh.size, rows.nbytes * self.mesh.size
         if num_bytes > len(self._buffers[0]):
-            super()._gather(rows, cache)
+            super()._gather(rows, slots, cache)
             return
         buffer, self._turn = self._buffers[self._turn], 1 - self._turn
         gathered = buffer[:num_bytes].view(rows.dtype).view(size * len(rows), rows.shape[1])
         gathered[self.mesh.rank * len(rows) : (self.mesh.rank + 1) * len(rows)] = rows
         self.mesh.all_gather(self._flags, self._flag)
-        write_rows(gathered, self._plan.slots, cache)
+        write_rows(gathered, slots, cache)
 
 
 def write_rows(rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
@@ -168,7 +199,7 @@ def write_rows(rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> 
 def make_exchange(name: str, mesh: Mesh, device: torch.device, max_num_bytes: int, folder: str) -> AllGatherExchange:
     """The exchange that `name` asks for; "auto" pushes where GPUs reach each other's memory.
 
-    `max_num_bytes` of rows from all ranks in a layer fit; `folder` is one that all ranks of the machine see.
+    `max_num_bytes` of rows from all ranks travel together; `folder` is one that all ranks of the machine see.
     """
     if name == "all_gather" or not isinstance(mesh, ProcessMesh):
         return AllGatherExchange(mesh, device)

@@ -18,6 +18,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan]
 
 MAX_PREFILL_TOKENS = 2048  # of a rank; longer steps keep the GPU busy while the next kernels are launched
 PREFILL_ROUNDING = 128
+DECODE_ROUNDING = 8
 PREFILL_ROWS = 8  # of a rank, the padding's among them
 PREFILL_DECODE_LEN = 8192  # keys of a row of one token: among others, it has no kernel of its own in a graph
 
@@ -45,7 +46,9 @@ class CUDAGraphs:
         self._num_ranks, self._device = num_ranks, device
         self._max_num_blocks, self._block_size, self._copies_blocks = max_num_blocks, block_size, copies_blocks
         most = -(-max_num_seqs // num_ranks)
-        self.decode_sizes = sorted({size for size in (1, 2, 4, *range(8, most + 8, 8)) if size < most + 8})
+        self.decode_sizes = sorted(
+            {size for size in (1, 2, 4, *range(8, most + 8, DECODE_ROUNDING)) if size < most + DECODE_ROUNDING}
+        )
         self.prefill_sizes = list(range(PREFILL_ROUNDING, MAX_PREFILL_TOKENS + 1, PREFILL_ROUNDING))
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
@@ -91,7 +94,7 @@ class CUDAGraphs:
             metadata=metadata,
             hidden_states=torch.empty(0),
         )
-        plan = ExchangePlan(graph.slots)
+        plan = ExchangePlan(graph.slots, is_whole=is_decode or self._num_ranks == 1)
         for _ in range(2):  # kernels are compiled and chosen outside of the recording
             self._forward(graph.input_ids, graph.position_ids, metadata, plan)
         torch.cuda.synchronize()

@@ -136,7 +136,9 @@ class ModelRunner:
     ) -> torch.Tensor:
         self.exchange.begin(plan)
         with forward_context(ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, metadata)):
-            return self.model.hidden_states(input_ids, position_ids)
+            hidden_states = self.model.hidden_states(input_ids, position_ids)
+        self.exchange.end(self.cache.stacks)
+        return hidden_states
 
     def _sample(
         self, step: Step, batch: InputBatch, hidden_states: torch.Tensor

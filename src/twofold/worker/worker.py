@@ -29,7 +29,7 @@ from twofold.parallel.exchange import make_exchange
 from twofold.parallel.mesh import Mesh, make_mesh
 from twofold.runtime import CPU_CACHE_BYTES, RuntimeConfig
 from twofold.sampling_params import SamplingParams
-from twofold.worker.cuda_graphs import PREFILL_ROUNDING
+from twofold.worker.cuda_graphs import DECODE_ROUNDING, PREFILL_ROUNDING
 from twofold.worker.kv_cache import KVCache, bytes_per_block
 from twofold.worker.messages import Failure, Profile, RankStart
 from twofold.worker.model_runner import LaunchedStep, ModelRunner
@@ -67,11 +67,13 @@ class Worker:
         )
 
     def _max_exchange_bytes(self) -> int:
-        """Rows of the largest step, in the layer with the widest rows."""
-        runtime = self.runtime
+        """Rows of the largest step in the layer with the widest ones, or in all layers if they are decodes."""
+        runtime, widths = self.runtime, [spec.row_width for spec in self.model.specs]
         # Each rank's part is padded to the longest, by no more than a token a request and a graph's rounding.
-        num_rows = runtime.max_num_batched_tokens + runtime.num_ranks * (runtime.engine.max_num_seqs + PREFILL_ROUNDING)
-        return num_rows * max(spec.row_width for spec in self.model.specs) * runtime.dtype.itemsize
+        padding = runtime.num_ranks * (runtime.engine.max_num_seqs + PREFILL_ROUNDING)
+        num_decodes = runtime.engine.max_num_seqs + runtime.num_ranks * DECODE_ROUNDING
+        most = max((runtime.max_num_batched_tokens + padding) * max(widths), num_decodes * sum(widths))
+        return most * runtime.dtype.itemsize
 
     @contextmanager
     def _phase(self, name: str) -> Iterator[None]:

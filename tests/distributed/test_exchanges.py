@@ -1,0 +1,41 @@
+"""Every way to exchange rows between processes leaves the same bytes in every rank's caches."""
+
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import torch.multiprocessing as mp
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from exchange_steps import MAX_NUM_ROWS, NUMS_OF_ROWS, WIDTHS, assert_equal, expected_caches, take_steps
+
+from twofold.parallel.exchange import AllGatherExchange, SharedMemoryExchange
+from twofold.parallel.mesh import ProcessMesh
+
+CPU = torch.device("cpu")
+
+
+def run_rank(rank: int, size: int, folder: str) -> None:
+    torch.set_num_threads(1)
+    mesh = ProcessMesh(rank, size, f"{folder}/store", CPU)
+    exchanges = {
+        "all_gather": AllGatherExchange(mesh, CPU),
+        "shared_memory": SharedMemoryExchange(mesh, CPU, MAX_NUM_ROWS * max(WIDTHS) * 2, folder),
+    }
+    for name, exchange in exchanges.items():
+        torch.save(take_steps(exchange, rank, size, CPU, lambda: time.sleep(0.002)), f"{folder}/{name}-{rank}")
+    mesh.close()
+
+
+@pytest.mark.parametrize("size", [2, 3])
+def test_all_ranks_get_all_rows(tmp_path: Path, size: int) -> None:
+    """Invariant 4, with ranks out of step, steps longer than the buffers, layers of two widths, and steps in which the
+    rows of all layers travel together.
+    """
+    mp.spawn(run_rank, (size, str(tmp_path)), nprocs=size)
+    expected = expected_caches(size, NUMS_OF_ROWS)
+    for name in ("all_gather", "shared_memory"):
+        for rank in range(size):
+            assert_equal(torch.load(tmp_path / f"{name}-{rank}"), expected, (name, rank))

@@ -1,0 +1,68 @@
+"""Steps that any exchange must get through, and what must be in every rank's caches after them."""
+
+from collections.abc import Callable, Sequence
+
+import torch
+
+from twofold.parallel.exchange import AllGatherExchange, ExchangePlan
+
+NUM_SLOTS = 4096
+WIDTHS = [1024, 512, 1024, 1024, 512]  # of the rows of each layer: two stacks; an odd number of layers
+STEPS = [(1, False), (100, False), (3, True), (512, False), (3, False), (16, True), (513, False), (1, True), (64, True)]
+NUMS_OF_ROWS = [num_rows for num_rows, _ in STEPS]
+MAX_NUM_ROWS = 1024  # of all ranks and one layer that travel together; the longest steps have more
+
+
+def slots_of(step: int, num_rows: int) -> torch.Tensor:
+    """Where the rows of all ranks go; the last is padding."""
+    everyone = torch.Generator().manual_seed(step)
+    slots = 1 + torch.randperm(NUM_SLOTS - 1, generator=everyone)[:num_rows]
+    slots[-1] = 0
+    return slots
+
+
+def rows_of(step: int, rank: int, layer: int, num_rows: int) -> torch.Tensor:
+    mine = torch.Generator().manual_seed(1000 * step + 10 * rank + layer)
+    return torch.randn(num_rows, WIDTHS[layer], generator=mine).bfloat16()
+
+
+def make_caches(device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
+    """Caches of each layer, and the stacks that they are parts of."""
+    stacks = {
+        width: torch.zeros(WIDTHS.count(width), NUM_SLOTS, width, dtype=torch.bfloat16, device=device)
+        for width in dict.fromkeys(WIDTHS)
+    }
+    parts = {width: iter(stack) for width, stack in stacks.items()}
+    return [next(parts[width]) for width in WIDTHS], list(stacks.values())
+
+
+def take_steps(
+    exchange: AllGatherExchange, rank: int, size: int, device: torch.device, lag: Callable[[], None]
+) -> list[torch.Tensor]:
+    """One rank's part of all steps; `lag` makes it slow. → its caches."""
+    caches, stacks = make_caches(device)
+    for step, (num_rows, is_whole) in enumerate(STEPS):
+        exchange.begin(ExchangePlan(slots_of(step, size * num_rows).to(device), is_whole))
+        for layer, cache in enumerate(caches):
+            exchange.publish(rows_of(step, rank, layer, num_rows).to(device), cache)
+            if rank == step % size:  # ranks are not equally fast
+                lag()
+            exchange.complete()
+        exchange.end(stacks)
+    return [cache.cpu() for cache in caches]
+
+
+def expected_caches(size: int, nums_of_rows: Sequence[int]) -> list[torch.Tensor]:
+    """What steps of so many rows on each rank must leave, whichever way they travel."""
+    caches, _ = make_caches(torch.device("cpu"))
+    for step, num_rows in enumerate(nums_of_rows):
+        slots = slots_of(step, size * num_rows)
+        for layer, cache in enumerate(caches):
+            cache[slots] = torch.cat([rows_of(step, rank, layer, num_rows) for rank in range(size)])
+    return caches
+
+
+def assert_equal(caches: list[torch.Tensor], expected: list[torch.Tensor], whose: object) -> None:
+    """The same bytes in every slot but those of the null block, which padding of all ranks is written to."""
+    for layer, (cache, right) in enumerate(zip(caches, expected, strict=True)):
+        assert torch.equal(cache[1:].view(torch.int16), right[1:].view(torch.int16)), (whose, layer)
