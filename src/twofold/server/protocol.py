@@ -105,6 +105,7 @@ def _check_prompt(value: Any) -> Any:
     raise ValueError("it must be a string, a list of token ids, or a list of one of these, and not empty")
 
 
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 Prompts = Annotated[
     Any,
@@ -112,9 +113,9 @@ Prompts = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string"},
+                _TEXT_SCHEMA,
                 _IDS_SCHEMA,
-                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1},
                 {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
             ]
         }
@@ -212,7 +213,7 @@ class Sampling(Body):
 
 class CompletionRequest(Sampling):
     prompt: Prompts
-    max_tokens: Integer | None = Field(None, ge=0, lt=2**31)
+    max_tokens: Integer | None = Field(None, ge=0, lt=2**31, examples=[16])  # 0 is for echo alone
     echo: Flag | None = None
     logprobs: Integer | None = Field(None, ge=0, le=20)
 
@@ -249,7 +250,7 @@ class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1)
     max_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: Integer | None = Field(None, ge=1, lt=2**31)
-    logprobs: Flag | None = None
+    logprobs: Flag | None = Field(None, examples=[True])
     top_logprobs: Integer | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
 
