@@ -149,25 +149,35 @@ def test_answers_do_not_depend_on_losses(num_ranks: int, in_flight: int) -> None
     assert threading.active_count() < 20
 
 
+def batch(computed: int, scheduled: int) -> ScheduledBatch:
+    return ScheduledBatch(("a",), np.array([computed]), np.array([scheduled]), np.array([True]))
+
+
 def test_the_limit_of_a_step_grows_with_its_work() -> None:
     """Guards long prompts from the watchdog, and short steps from waiting for long."""
-
-    def batch(computed: int, scheduled: int) -> ScheduledBatch:
-        return ScheduledBatch(("a",), np.array([computed]), np.array([scheduled]), np.array([True]))
-
-    watchdog = Watchdog(5.0)
-    assert watchdog.limit(batch(0, 10_000)) is None
+    watchdog = Watchdog(5.0, "cpu")
     watchdog.observe(batch(0, 1000), 2.0)
     small, large, late = (watchdog.limit(batch(*work)) for work in ((100, 1), (0, 10_000), (100_000, 10_000)))
-    assert small is not None
-    assert large is not None
-    assert late is not None
     assert 5 < small < 8
     assert large > SLACK * 20
     assert late > 10 * large
     for _ in range(500):  # a slow step of long ago counts no more
         watchdog.observe(batch(100, 1), 0.01)
     assert watchdog.limit(batch(100, 1)) < 5.2
+
+
+def test_a_first_step_has_ample_time_and_a_limit() -> None:
+    """Guards clients of ranks that hang at once, and slow machines and compilers from being taken for hung ones."""
+    cpu, cuda = Watchdog(20.0, "cpu"), Watchdog(20.0, "cuda")
+    assert 20 < cpu.limit(batch(0, 10)) < 60
+    assert cpu.limit(batch(0, 100_000)) > 3600
+    assert 300 < cuda.limit(batch(0, 10)) < 360
+    assert 600 < cuda.limit(batch(0, 32_768)) < 1800
+    cuda.observe(batch(0, 10), 0.01)
+    known = cuda.limit(batch(0, 10))
+    assert known < 21
+    cuda.restart()
+    assert cuda.limit(batch(0, 10)) == known + 300
 
 
 def test_statuses() -> None:

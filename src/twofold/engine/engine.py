@@ -49,6 +49,7 @@ class LLMEngine:
     ) -> None:
         self.runtime, self.tokenizer = runtime, tokenizer
         self._make_executor = make_executor
+        self.watchdog = Watchdog(runtime.engine.step_timeout, runtime.device)
         self.block_pool = self._open(executor)
         self.vocab_size = executor.reports[0].vocab_size
         self.max_steps_in_flight = 1 if runtime.device == "cpu" else 2
@@ -79,7 +80,6 @@ class LLMEngine:
         except BaseException:
             executor.shutdown()
             raise
-        self.watchdog = Watchdog(self.runtime.engine.step_timeout)
         return self._make_pool(num_blocks)
 
     def _make_pool(self, num_blocks: int) -> BlockPool:
@@ -232,6 +232,7 @@ class LLMEngine:
             raise EngineError("the engine was made without a way to start new ranks")
         start = time.monotonic()
         self.block_pool = self._open(self._make_executor())
+        self.watchdog.restart()
         self.scheduler.restart(self.block_pool)
         self.stats.take_restart(start)
 
