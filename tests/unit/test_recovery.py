@@ -1,6 +1,8 @@
 """Losing the ranks: what the scheduler takes back, whom it blames, and when a step counts as hung."""
 
 import threading
+from collections.abc import Iterator
+from itertools import count
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from harness import ThreadExecutor, make_engine
 from tiny_models import tiny_config, tiny_model
 
+from twofold import LLM
+from twofold.engine import engine as engine_module
 from twofold.engine.block_pool import BlockPool
 from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import Scheduler
@@ -147,6 +151,65 @@ def test_answers_do_not_depend_on_losses(num_ranks: int, in_flight: int) -> None
     for fail_at in ({1}, {3}, {7}, {2, 20}):
         assert run(fail_at) == expected
     assert threading.active_count() < 20
+
+
+POISON = 9
+
+
+class PoisonedExecutor(ThreadExecutor):
+    """Loses its ranks with each new prompt that begins with POISON."""
+
+    def submit(self, step: Step) -> None:
+        if POISON in [new.token_ids[0] for new in step.new]:
+            raise EngineError("a rank is lost")
+        super().submit(step)
+
+
+@pytest.fixture
+def offline() -> Iterator[LLM]:
+    """An LLM on threads, that can have new ones."""
+    llm = LLM.__new__(LLM)
+    model, llm._ids = tiny_model(tiny_config("llama")), count()
+    llm.engine = engine = make_engine(model, 2)
+    runtime, num_blocks = engine.runtime, engine.block_pool.num_blocks
+    engine._make_executor = lambda: PoisonedExecutor(model, runtime, num_blocks)
+    yield llm
+    llm.shutdown()
+
+
+def test_generate_gives_up_only_what_fails_twice(offline: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards a batch of many prompts from one of them, and who asks from not hearing of it."""
+    prompts = [[5, 6, 7], [POISON, 6, 7], list(range(20, 90))]
+    params = SamplingParams(temperature=0, max_tokens=12)
+    expected = [output.outputs[0] for output in offline.generate(prompts, params, use_tqdm=False)]
+    offline.engine.recover()
+    outputs = offline.generate(prompts, params, use_tqdm=False)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length"]
+    assert [output.outputs[0].token_ids for output in outputs] == [expected[0].token_ids, [], expected[2].token_ids]
+    assert offline.engine.is_idle
+    assert caplog.text.count("a rank is lost; starting new ranks") == 2
+
+
+def test_generate_ends_when_no_ranks_come_up(offline: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards callers from waiting without an end, and the next call from what this one asked for."""
+    make, tries = offline.engine._make_executor, count()
+    assert make is not None
+
+    def refuse() -> ThreadExecutor:
+        next(tries)
+        raise EngineError("no memory")
+
+    monkeypatch.setattr(engine_module, "RESTART_DELAYS", (0.0, 0.0, 0.0))
+    offline.engine.recover()
+    offline.engine._make_executor = refuse
+    with pytest.raises(EngineError, match="the ranks did not start in 3 tries"):
+        offline.generate([[POISON], [5]], use_tqdm=False)
+    assert next(tries) == 3
+    assert not offline.engine.has_unfinished_requests
+    offline.engine._make_executor = make
+    offline.engine.recover()
+    (output,) = offline.generate([[5, 6, 7]], SamplingParams(max_tokens=3), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 3
 
 
 def batch(computed: int, scheduled: int) -> ScheduledBatch:

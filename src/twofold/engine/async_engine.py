@@ -24,13 +24,11 @@ from itertools import count
 from typing import Any
 
 from twofold.engine.engine import LLMEngine
-from twofold.errors import EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
+from twofold.errors import GIVEN_UP, EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
 from twofold.outputs import RequestOutput
 from twofold.sampling_params import SamplingParams
 
 CHECK_SECONDS = 1.0  # between looks at idle ranks
-RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0)  # seconds before each try to start new ranks
-GIVEN_UP = "this request made the engine fail twice and was given up; no other request is affected"
 
 Prompt = str | list[int] | dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -390,22 +388,12 @@ class AsyncEngine:
 
     def _recover(self, error: EngineError, delay: float = 0.0) -> None:
         """New ranks for the old; every request waits for them."""
-        logger.error("%s; starting new ranks", error)
+        logger.warning("%s; starting new ranks", error)
         self._in_loop(self._set_state, State.RUNNING, State.RECOVERING)
         self._in_loop(self._notify, "recovering")
         self._publish(self.engine.rewind())
-        for wait in RESTART_DELAYS:
-            if self._closing.wait(delay + wait):
-                return
-            try:
-                self.engine.restart()
-            except TwofoldError as reason:
-                logger.error("the ranks did not start: %s", reason)
-            else:
-                logger.warning("new ranks after %.1f s", self.engine.stats.restart_seconds)
-                self._in_loop(self._set_state, State.RECOVERING, State.RUNNING)
-                return
-        raise EngineError(f"the ranks did not start in {len(RESTART_DELAYS)} tries")
+        if not self._closing.wait(delay) and self.engine.restart(self._closing.wait):
+            self._in_loop(self._set_state, State.RECOVERING, State.RUNNING)
 
     def _set_state(self, old: State, new: State) -> None:
         if self.state is old:
