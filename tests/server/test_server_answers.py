@@ -1,6 +1,8 @@
 """The real `openai` client against a running server: answers are those of `LLM.generate`, in OpenAI's shapes."""
 
 import asyncio
+import re
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -186,6 +188,20 @@ def test_models_and_tokens(server: Server, llm: LLM) -> None:
     chat = server.http.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()
     assert chat["tokens"] == llm.chat_prompt([{"role": "user", "content": "x"}])["prompt_token_ids"]
     assert server.http.get("/version").json()["version"]
+
+
+def test_the_dashboard_shows_metrics_that_exist(server: Server) -> None:
+    """Guards examples/grafana.json, and the names in docs/serving.md."""
+    root = Path(__file__).parents[2]
+    exposed = set(re.findall(r"^twofold:(\w+)", server.http.get("/metrics").text, re.MULTILINE))
+    shown = set(re.findall(r"twofold:(\w+)", (root / "examples" / "grafana.json").read_text()))
+    assert shown
+    assert shown <= exposed
+    section = (root / "docs" / "serving.md").read_text().partition("## Metrics")[2].partition("\n## ")[0]
+    first_columns = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    documented = set(re.findall(r"`(\w+)", " ".join(first_columns)))
+    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in exposed}
+    assert documented == families
 
 
 def test_metrics_count(server: Server) -> None:
