@@ -162,9 +162,12 @@ class LocalExecutor:
 
     def _kill(self) -> None:
         """Ends ranks of which one has failed: the others may wait for it in a collective."""
+        self.kill()
+        self.shutdown()
+
+    def kill(self) -> None:
         for process in self._processes:
             process.kill()
-        self.shutdown()
 
     def shutdown(self) -> None:
         for conn in self._connections:

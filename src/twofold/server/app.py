@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 import twofold
 from twofold.engine.async_engine import AsyncEngine, State
+from twofold.errors import RequestError
 from twofold.server import errors
 from twofold.server.answers import ChatWriter, CompletionWriter, Writer
 from twofold.server.errors import APIError
@@ -73,7 +74,9 @@ def make_app(
                 add_generation_prompt=add_generation_prompt,
                 **kwargs,
             )
-            return list(template.encode(text, add_special_tokens=False))
+            return engine.encode(text, add_special_tokens=False)
+        except RequestError:
+            raise
         except Exception as error:  # templates raise what they like
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             message = f"the model's chat template refuses the messages: {reason}"
@@ -140,7 +143,7 @@ def make_app(
         def encode() -> list[int]:
             if body.messages is not None:
                 return render(body.messages, body.add_generation_prompt, body.chat_template_kwargs or {})
-            return list(known.encode(body.prompt or "", add_special_tokens=body.add_special_tokens))
+            return engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
 
         tokens = await engine.in_tokenizer_thread(encode)
         return {

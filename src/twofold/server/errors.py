@@ -95,6 +95,8 @@ def _invalid(error: RequestValidationError) -> APIError:
         message = "it is required"
     if not place and first["type"] == "missing":
         return APIError(400, "the request has no body; send JSON")
+    if not place and isinstance(first["input"], bytes):
+        return APIError(415, "the body is not taken for JSON; send the header Content-Type: application/json")
     if not place:
         name = first.get("ctx", {}).get("field")
         return APIError(400, message if name else f"the body: {message}", param=name)

@@ -45,6 +45,8 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> why not, val
     "prompt_embeds": ("a prompt is text or token ids", ()),
 }
 
+MAX_STOPS = 128  # each is looked for with every token, in the thread that all requests share
+
 Integer = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
@@ -197,7 +199,9 @@ class Sampling(Body):
     )  # fmt: skip
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
+    def _check_sampling(self) -> Self:
+        if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
+            raise _wrong("stop", f"stop must be at most {MAX_STOPS} strings, got {len(self.stop)}")
         if self.stream_options is not None and not self.stream:
             raise _wrong("stream_options", "stream_options are for stream=true only")
         return self
