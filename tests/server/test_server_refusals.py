@@ -33,6 +33,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # body, what is wrong
     (CHAT, {"stop": [1]}, "stop"),
     (CHAT, {"stop": ""}, "stop"),
     (CHAT, {"stop": ["x"] * 129}, "stop"),
+    (TEXT, {"stop": "x" * 4097}, "stop"),
     (CHAT, {"stop_token_ids": [10**30]}, "stop_token_ids"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),

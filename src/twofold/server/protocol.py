@@ -45,7 +45,8 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> why not, val
     "prompt_embeds": ("a prompt is text or token ids", ()),
 }
 
-MAX_STOPS = 128  # each is looked for with every token, in the thread that all requests share
+# Every stop string is looked for with every token of every answer, in the thread that all requests share.
+MAX_STOPS, MAX_STOP_CHARS = 128, 4096
 
 Integer = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
@@ -200,8 +201,11 @@ class Sampling(Body):
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:
-        if isinstance(self.stop, list) and len(self.stop) > MAX_STOPS:
-            raise _wrong("stop", f"stop must be at most {MAX_STOPS} strings, got {len(self.stop)}")
+        stops = self.stop if isinstance(self.stop, list) else [self.stop or ""]
+        num_chars = sum(map(len, stops))
+        if len(stops) > MAX_STOPS or num_chars > MAX_STOP_CHARS:
+            limit = f"at most {MAX_STOPS} strings of {MAX_STOP_CHARS} characters in all"
+            raise _wrong("stop", f"stop must be {limit}, got {len(stops)} of {num_chars}")
         if self.stream_options is not None and not self.stream:
             raise _wrong("stream_options", "stream_options are for stream=true only")
         return self
