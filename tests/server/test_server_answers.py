@@ -152,9 +152,28 @@ def test_chat_logprobs(server: Server) -> None:
     content = answer.choices[0].logprobs.content
     assert len(content) == 5
     for token in content:
-        assert bytes(token.bytes).decode() == token.token
+        assert bytes(token.bytes).decode(errors="replace") == token.token
         assert len(token.top_logprobs) == 3
         assert token.top_logprobs[0].logprob == token.logprob == max(one.logprob for one in token.top_logprobs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_bytes_of_tokens_make_the_text(server: Server, stream: bool) -> None:
+    """Guards characters that several tokens make up: their bytes are those of the character, not of a placeholder."""
+    messages: list[Any] = [{"role": "user", "content": "東京"}]
+    asked: dict[str, Any] = {"max_tokens": 60, "seed": 1, "logprobs": True, "extra_body": {"ignore_eos": True}}
+    with server.client() as client:
+        ask = client.chat.completions.create
+        if stream:
+            choices = [chunk.choices[0] for chunk in ask(model="tiny", messages=messages, stream=True, **asked)]
+            text = "".join(choice.delta.content or "" for choice in choices)
+        else:
+            choices = [ask(model="tiny", messages=messages, **asked).choices[0]]
+            text = choices[0].message.content
+    tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+    assert len(tokens) == 60
+    assert any("\ufffd" in token.token for token in tokens)
+    assert b"".join(bytes(token.bytes) for token in tokens).decode(errors="replace") == text
 
 
 def test_progress_is_told_in_comments(server: Server) -> None:

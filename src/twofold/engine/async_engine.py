@@ -23,6 +23,7 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+from twofold.engine.detokenizer import token_bytes
 from twofold.engine.engine import LLMEngine
 from twofold.errors import GIVEN_UP, EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
 from twofold.outputs import RequestOutput
@@ -114,6 +115,11 @@ class Answer:
     def decode(self, token_ids: list[int]) -> str:
         tokenizer = self.engine.tokenizer
         return "" if tokenizer is None else tokenizer.decode(token_ids)
+
+    def bytes_of(self, token_id: int, text: str) -> bytes:
+        """Of a token, whose text by itself is `text`: they are more than that if it is a part of a character."""
+        tokenizer = self.engine.tokenizer
+        return text.encode() if tokenizer is None else token_bytes(tokenizer, token_id, text)
 
     def close(self) -> None:
         """The client has gone, or has all it wanted: ends what is not finished."""
@@ -358,8 +364,8 @@ class AsyncEngine:
                         self._recover(error)
                 else:
                     self._publish(outputs)
-        except BaseException:
-            logger.exception("the engine has failed for good")
+        except BaseException as error:
+            logger.error("the engine has failed for good: %s", error, exc_info=not isinstance(error, EngineError))
             self._in_loop(self._died)
         finally:
             self.engine.shutdown()
