@@ -301,6 +301,13 @@ def test_generate_outlives_a_rank(
         wait_until_gone(pids)
 
 
+def test_a_rank_that_never_comes_up_is_noticed(llms: dict[int, LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards recovery: new ranks may hang while they load, too."""
+    monkeypatch.setattr(LocalExecutor, "command", (sys.executable, "-c", "import time; time.sleep(1e6)"))
+    with pytest.raises(RankDiedError, match="did not answer for 1 s"):
+        LocalExecutor(llms[1].engine.runtime, start_timeout=1.0)
+
+
 PARENT = """
 import sys
 from twofold import LLM, SamplingParams

@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0)  # seconds before each try to start new ranks
+START_SLACK = 10.0  # new ranks may take this much longer to load the model than the first ones
 
 logger = logging.getLogger(__name__)
 
@@ -74,7 +75,10 @@ class LLMEngine:
             ConfigError, ModelError: the arguments, the model and the machine do not fit together.
         """
         runtime, tokenizer = settle(config)
-        return cls(runtime, tokenizer, LocalExecutor(runtime), lambda: LocalExecutor(runtime))
+        start = time.monotonic()
+        executor = LocalExecutor(runtime)
+        limit = runtime.engine.step_timeout + START_SLACK * (time.monotonic() - start)
+        return cls(runtime, tokenizer, executor, lambda: LocalExecutor(runtime, limit))
 
     def _open(self, executor: Executor) -> BlockPool:
         """Puts ranks that have just loaded their model to use; the blocks that they hold."""
