@@ -43,6 +43,8 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # body, what is wrong
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages"),
     (CHAT, {"messages": [CHAT["messages"][0], {"role": "system", "content": "x"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "x " * 3000}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "x" * 10**6}]}, "messages"),
     (CHAT, {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
     (TEXT, {"best_of": 3}, "best_of"),
     (TEXT, {"suffix": "x"}, "suffix"),

@@ -112,8 +112,11 @@ def make_app(
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         name, params = check_model(body.model), body.sampling_params()
         engine.check()
-        token_ids = await engine.in_tokenizer_thread(render, body.messages, True, body.chat_template_kwargs or {})
-        got = await engine.submit([token_ids], params, num_asked=body.num_asked)
+        try:
+            token_ids = await engine.in_tokenizer_thread(render, body.messages, True, body.chat_template_kwargs or {})
+            got = await engine.submit([token_ids], params, num_asked=body.num_asked)
+        except RequestError as error:
+            raise errors.describe(error, prompt="messages") from error
         return await answer(body, request, ChatWriter(got, name, body))
 
     @app.get("/v1/models")
