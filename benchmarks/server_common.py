@@ -1,10 +1,14 @@
 """What the server's benchmarks share: requests of mixed lengths, their answers alone, and a server's memory."""
 
 import asyncio
+import contextlib
 import json
 import random
+import shlex
 import sys
+import tempfile
 from argparse import ArgumentParser, Namespace
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,17 +18,18 @@ import psutil
 sys.path.insert(0, str(Path(__file__).parents[1] / "tests" / "server"))
 
 from running import Server, serve
+from tiny import save_tiny_model
 
 from twofold.bench.report import environment
 
-__all__ = ["Server", "alone", "arguments", "memory_mib", "requests", "serve", "stream", "write"]
+__all__ = ["Server", "alone", "arguments", "memory_mib", "requests", "start", "stream", "write"]
 
 TEXT = (Path(__file__).parents[1] / "src" / "twofold" / "engine" / "scheduler.py").read_text()
 
 
 def arguments(description: str | None) -> ArgumentParser:
     parser = ArgumentParser(description=description)
-    parser.add_argument("--model", default="demo")
+    parser.add_argument("--model", default="demo", help="tiny is the tests' own: two layers of random weights")
     parser.add_argument("-pcp", type=int, default=2)
     parser.add_argument("--engine", default="", help="further flags of twofold serve, in one string")
     parser.add_argument("--seed", type=int, default=0)
@@ -33,8 +38,15 @@ def arguments(description: str | None) -> ArgumentParser:
     return parser
 
 
-def flags(args: Namespace) -> list[str]:
-    return ["-pcp", str(args.pcp), "--served-model-name", "model", *args.engine.split()]
+@contextlib.contextmanager
+def start(args: Namespace, faulty: bool = False) -> Iterator[Server]:
+    """The server that the arguments ask for. What it writes goes with it."""
+    flags = ["-pcp", str(args.pcp), "--served-model-name", "model", *args.engine.split()]
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        model = save_tiny_model(folder / "model") if args.model == "tiny" else args.model
+        with serve(model, folder, *flags, faulty=faulty) as server:
+            yield server
 
 
 def requests(args: Namespace, count: int, most: int = 96) -> list[dict[str, Any]]:
@@ -82,4 +94,5 @@ def memory_mib(server: Server) -> dict[str, float]:
 def write(args: Namespace, result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=1))
     if args.output_json:
-        Path(args.output_json).write_text(json.dumps(environment() | {"model": args.model, **result}, indent=1) + "\n")
+        whole = environment() | {"command": shlex.join(["python", *sys.argv]), "model": args.model, **result}
+        Path(args.output_json).write_text(json.dumps(whole, indent=1) + "\n")

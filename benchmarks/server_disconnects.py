@@ -1,6 +1,6 @@
 """Clients that leave at random moments, in every way there is: does anything of them stay behind?
 
-python benchmarks/server_disconnects.py --model demo -pcp 2 --clients 1000 --output-json F
+python benchmarks/server_disconnects.py --model demo -pcp 2 --clients 1000 --rounds 3 --output-json F
 """
 
 import asyncio
@@ -9,12 +9,11 @@ import random
 import socket
 import struct
 import sys
-import tempfile
-from pathlib import Path
+from argparse import Namespace
 from typing import Any
 
 import psutil
-from server_common import Server, arguments, flags, memory_mib, requests, serve, write
+from server_common import Server, arguments, memory_mib, requests, start, write
 
 
 async def visit(server: Server, body: dict[str, Any], rng: random.Random, patience: float) -> str:
@@ -39,8 +38,7 @@ async def visit(server: Server, body: dict[str, Any], rng: random.Random, patien
     return "in the middle of the request" if cut else "later"
 
 
-async def visit_all(server: Server, args: Any) -> dict[str, int]:
-    rng = random.Random(args.seed)
+async def visit_all(server: Server, args: Namespace, rng: random.Random, num_clients: int) -> dict[str, int]:
     bodies = requests(args, 64)
     gate = asyncio.Semaphore(args.at_once)
     left: dict[str, int] = {}
@@ -52,7 +50,7 @@ async def visit_all(server: Server, args: Any) -> dict[str, int]:
             when = await visit(server, body, rng, args.patience)
             left[when] = left.get(when, 0) + 1
 
-    await asyncio.gather(*(one() for _ in range(args.clients)))
+    await asyncio.gather(*(one() for _ in range(num_clients)))
     return left
 
 
@@ -63,23 +61,24 @@ def state(server: Server) -> dict[str, Any]:
 
 def main() -> int:
     parser = arguments(__doc__)
-    parser.add_argument("--clients", type=int, default=1000)
+    parser.add_argument("--clients", type=int, default=1000, help="of each round")
+    parser.add_argument("--rounds", type=int, default=3, help="after one that warms up, a tenth as long")
     parser.add_argument("--at-once", type=int, default=100)
     parser.add_argument("--patience", type=float, default=1.0, help="seconds that a client stays, on average")
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder, serve(args.model, Path(folder), *flags(args), faulty=False) as server:
-        warm_up = args.clients
-        args.clients = max(warm_up // 10, 10)
-        asyncio.run(visit_all(server, args))
-        server.assert_idle()
-        before, args.clients = state(server), warm_up
-        left = asyncio.run(visit_all(server, args))
-        server.assert_idle()
-        after = state(server)
+    rng = random.Random(args.seed)
+    with start(args) as server:
+        rounds = []
+        for number in range(args.rounds + 1):
+            left = asyncio.run(visit_all(server, args, rng, args.clients if number else max(args.clients // 10, 10)))
+            server.assert_idle()
+            rounds.append({"left": left, **state(server)})
+            print(f"round {number}: {rounds[-1]}", file=sys.stderr)
         with server.client() as client:
             client.completions.create(model="model", prompt="Still there?", max_tokens=4)
-    write(args, {"clients": args.clients, "left": left, "before": before, "after": after})
-    return 0 if after["fds"] <= before["fds"] + 2 and after["threads"] <= before["threads"] else 1
+    first, last = rounds[0], rounds[-1]
+    write(args, {"clients": args.rounds * args.clients, "rounds": rounds})
+    return 0 if last["fds"] <= first["fds"] + 2 and last["threads"] <= first["threads"] else 1
 
 
 if __name__ == "__main__":

@@ -5,11 +5,9 @@ python benchmarks/server_equal.py --model demo -pcp 2 --requests 16 --output-jso
 
 import asyncio
 import sys
-import tempfile
-from pathlib import Path
 from typing import Any
 
-from server_common import Server, alone, arguments, flags, requests, serve, stream, write
+from server_common import Server, alone, arguments, requests, start, stream, write
 
 from twofold import LLM, SamplingParams
 
@@ -37,7 +35,7 @@ def main() -> int:
     with LLM(args.model, prefill_context_parallel_size=1, max_model_len=4096) as llm:
         offline = llm.generate([body["prompt"] for body in bodies], params, use_tqdm=False)
     expected = [output.outputs[0].text for output in offline]
-    with tempfile.TemporaryDirectory() as folder, serve(args.model, Path(folder), *flags(args), faulty=False) as server:
+    with start(args) as server:
         ways = {
             "sync": alone(server, bodies),
             "sync, streaming": one_by_one(server, bodies),

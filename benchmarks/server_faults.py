@@ -7,15 +7,13 @@ import asyncio
 import os
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable
 from itertools import cycle, islice, product
-from pathlib import Path
 from typing import Any
 
 import psutil
-from server_common import Server, alone, arguments, flags, requests, serve, stream, write
+from server_common import Server, alone, arguments, requests, start, stream, write
 
 FAULTS: dict[str, Callable[[Server, int], None]] = {
     "kill": lambda server, rank: server.ranks()[rank].send_signal(signal.SIGKILL),
@@ -68,7 +66,7 @@ def main() -> int:
     for body in bodies:
         body["max_tokens"] = max(body["max_tokens"], 48)
     cases = list(islice(cycle(product(FAULTS, range(args.pcp), ("prefill", "decode"))), args.trials))
-    with tempfile.TemporaryDirectory() as folder, serve(args.model, Path(folder), *flags(args)) as server:
+    with start(args, faulty=True) as server:
         expected = alone(server, bodies)
         trials = []
         for fault, rank, phase in cases:

@@ -5,12 +5,10 @@ python benchmarks/server_load.py --model demo -pcp 2 --streams 64 --seconds 60 -
 
 import asyncio
 import sys
-import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
-from server_common import Server, alone, arguments, flags, memory_mib, requests, serve, stream, write
+from server_common import Server, alone, arguments, memory_mib, requests, start, stream, write
 
 
 async def one_round(
@@ -52,7 +50,7 @@ def main() -> int:
     parser.add_argument("--requests", type=int, default=32, help="different ones")
     args = parser.parse_args()
     bodies = requests(args, args.requests)
-    with tempfile.TemporaryDirectory() as folder, serve(args.model, Path(folder), *flags(args), faulty=False) as server:
+    with start(args) as server:
         expected = alone(server, bodies)
         rounds = []
         for number in range(args.rounds):

@@ -42,6 +42,10 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers every prompt; outputs in the order of prompts.
 
+        When a rank is lost new ones are started, with a warning, and the answers are what they would have been. A
+        prompt that brings its ranks down twice is given up alone: its output has the finish_reason "error", and the
+        text that it had by then.
+
         Args:
             prompts: text, {"prompt_token_ids": [...]} or {"prompt": ...}, or a list of these.
             sampling_params: for all prompts, or one for each.
@@ -49,6 +53,7 @@ class LLM:
 
         Raises:
             RequestError: a prompt or its parameters cannot be served; none of the call's prompts is then run.
+            EngineError: ranks were lost, and no new ones could be started.
         """
         batch: list[Prompt] = [prompts] if isinstance(prompts, str | dict) else list(prompts)  # type: ignore[arg-type]
         if batch and all(isinstance(token, int) for token in batch):
@@ -109,15 +114,14 @@ class LLM:
         answers = len(users)
         with tqdm(total=total, desc="prompt tokens", unit="tok", disable=not use_tqdm) as bar:
             done = 0
-            while engine.has_unfinished_requests:
-                for output in engine.step():
+            # Steps may be under way still when the last request ends.
+            while engine.has_unfinished_requests or engine.scheduler.num_in_flight:
+                for output in engine.step_or_recover():
                     if output.finished:
                         finished[output.request_id] = output
                         done += len(output.prompt_token_ids) * len(output.outputs)
                 bar.set_postfix_str(f"answers {len(finished)}/{answers}", refresh=False)
                 bar.update(done + engine.num_computed_tokens() - bar.n)
-            while engine.scheduler.num_in_flight:  # steps that were under way when the last request ended
-                engine.step()
         return finished
 
     def shutdown(self) -> None:

@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 from transformers import AutoConfig, PreTrainedModel
 
-from twofold import LLM, ConfigError, ModelError, RankDiedError, RequestError, SamplingParams
+from twofold import LLM, ConfigError, ModelError, RankDiedError, RequestError, RequestOutput, SamplingParams
 from twofold.executor.local import LocalExecutor
 from twofold.models.loader import empty_model, fill_randomly
 
@@ -271,10 +272,40 @@ def test_a_rank_that_is_killed_ends_the_run(folder: Path) -> None:
         step_until_idle(llm)
     assert "\n" not in str(caught.value)
     wait_until_gone(pids)
+    llm.shutdown()
+    llm.shutdown()
     with pytest.raises(RankDiedError, match="have ended"):
         llm.generate(prompt, GREEDY, use_tqdm=False)
-    llm.shutdown()
-    llm.shutdown()
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_generate_outlives_a_rank(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, rank: int
+) -> None:
+    """A rank is killed in the midst of prefills and decodes; the answers are those of ranks in good health."""
+    params = [GREEDY, SAMPLED, SAMPLED, GREEDY]
+    with LLM(str(folder), prefill_context_parallel_size=2, **ARGUMENTS) as llm:
+        expected = tokens_of(llm, params)
+        pids, step, steps = pids_of(llm), llm.engine.step, count(1)
+
+        def step_and_kill() -> list[RequestOutput]:
+            if next(steps) == 3:
+                os.kill(pids[rank], signal.SIGKILL)
+            return step()
+
+        monkeypatch.setattr(llm.engine, "step", step_and_kill)
+        assert tokens_of(llm, params) == expected
+        assert f"rank {rank} was killed by signal 9" in caplog.text
+        assert llm.engine.stats.num_restarts == 1
+        assert llm.engine.is_idle
+        wait_until_gone(pids)
+
+
+def test_a_rank_that_never_comes_up_is_noticed(llms: dict[int, LLM], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards recovery: new ranks may hang while they load, too."""
+    monkeypatch.setattr(LocalExecutor, "command", (sys.executable, "-c", "import time; time.sleep(1e6)"))
+    with pytest.raises(RankDiedError, match="did not answer for 1 s"):
+        LocalExecutor(llms[1].engine.runtime, start_timeout=1.0)
 
 
 PARENT = """

@@ -1,6 +1,8 @@
 """The real `openai` client against a running server: answers are those of `LLM.generate`, in OpenAI's shapes."""
 
 import asyncio
+import re
+from pathlib import Path
 from typing import Any
 
 import openai
@@ -150,9 +152,28 @@ def test_chat_logprobs(server: Server) -> None:
     content = answer.choices[0].logprobs.content
     assert len(content) == 5
     for token in content:
-        assert bytes(token.bytes).decode() == token.token
+        assert bytes(token.bytes).decode(errors="replace") == token.token
         assert len(token.top_logprobs) == 3
         assert token.top_logprobs[0].logprob == token.logprob == max(one.logprob for one in token.top_logprobs)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_the_bytes_of_tokens_make_the_text(server: Server, stream: bool) -> None:
+    """Guards characters that several tokens make up: their bytes are those of the character, not of a placeholder."""
+    messages: list[Any] = [{"role": "user", "content": "東京"}]
+    asked: dict[str, Any] = {"max_tokens": 60, "seed": 1, "logprobs": True, "extra_body": {"ignore_eos": True}}
+    with server.client() as client:
+        ask = client.chat.completions.create
+        if stream:
+            choices = [chunk.choices[0] for chunk in ask(model="tiny", messages=messages, stream=True, **asked)]
+            text = "".join(choice.delta.content or "" for choice in choices)
+        else:
+            choices = [ask(model="tiny", messages=messages, **asked).choices[0]]
+            text = choices[0].message.content
+    tokens = [token for choice in choices if choice.logprobs for token in choice.logprobs.content]
+    assert len(tokens) == 60
+    assert any("\ufffd" in token.token for token in tokens)
+    assert b"".join(bytes(token.bytes) for token in tokens).decode(errors="replace") == text
 
 
 def test_progress_is_told_in_comments(server: Server) -> None:
@@ -186,6 +207,20 @@ def test_models_and_tokens(server: Server, llm: LLM) -> None:
     chat = server.http.post("/tokenize", json={"messages": [{"role": "user", "content": "x"}]}).json()
     assert chat["tokens"] == llm.chat_prompt([{"role": "user", "content": "x"}])["prompt_token_ids"]
     assert server.http.get("/version").json()["version"]
+
+
+def test_the_dashboard_shows_metrics_that_exist(server: Server) -> None:
+    """Guards examples/grafana.json, and the names in docs/serving.md."""
+    root = Path(__file__).parents[2]
+    exposed = set(re.findall(r"^twofold:(\w+)", server.http.get("/metrics").text, re.MULTILINE))
+    shown = set(re.findall(r"twofold:(\w+)", (root / "examples" / "grafana.json").read_text()))
+    assert shown
+    assert shown <= exposed
+    section = (root / "docs" / "serving.md").read_text().partition("## Metrics")[2].partition("\n## ")[0]
+    first_columns = re.findall(r"^\| (`.*?) \|", section, re.MULTILINE)
+    documented = set(re.findall(r"`(\w+)", " ".join(first_columns)))
+    families = {re.sub(r"_(bucket|count|sum)$", "", name) for name in exposed}
+    assert documented == families
 
 
 def test_metrics_count(server: Server) -> None:

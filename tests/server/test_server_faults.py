@@ -107,6 +107,17 @@ CASES = [  # benchmarks/server_faults.py does all of them, with a real model
 ]
 
 
+def test_a_hang_in_the_first_step_is_noticed(faulty: Server) -> None:
+    """Guards a server whose pace nobody knows yet. The first test: it needs ranks that have done no step."""
+    (faulty.faults / "hang-1").touch()
+    streams = Streams(faulty, [body(1, prompt=[5] * 5)])
+    faulty.wait_for(lambda: faulty.health() == (503, "recovering"), 30)
+    streams.join()
+    assert not streams.errors
+    assert streams.texts[0]
+    faulty.assert_idle()
+
+
 @pytest.mark.parametrize(("name", "phase"), CASES)
 def test_streams_outlive_a_rank(faulty: Server, expected: dict[int, str], name: str, phase: str) -> None:
     """Guards recovery: not one byte is lost, repeated or changed; health and metrics tell of it."""

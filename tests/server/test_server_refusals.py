@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import openai
+import psutil
 import pytest
 from running import Server, serve
 
@@ -31,6 +32,8 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # body, what is wrong
     (CHAT, {"n": 10**30}, "n"),
     (CHAT, {"stop": [1]}, "stop"),
     (CHAT, {"stop": ""}, "stop"),
+    (CHAT, {"stop": ["x"] * 129}, "stop"),
+    (TEXT, {"stop": "x" * 4097}, "stop"),
     (CHAT, {"stop_token_ids": [10**30]}, "stop_token_ids"),
     (CHAT, {"top_logprobs": 2}, "top_logprobs"),
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
@@ -40,6 +43,8 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # body, what is wrong
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages"),
     (CHAT, {"messages": [CHAT["messages"][0], {"role": "system", "content": "x"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "x " * 3000}]}, "messages"),
+    (CHAT, {"messages": [{"role": "user", "content": "x" * 10**6}]}, "messages"),
     (CHAT, {"chat_template_kwargs": {"tokenize": True}}, "chat_template_kwargs"),
     (TEXT, {"best_of": 3}, "best_of"),
     (TEXT, {"suffix": "x"}, "suffix"),
@@ -53,6 +58,8 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # body, what is wrong
     (TEXT, {"prompt": [10**30]}, "prompt"),
     (TEXT, {"prompt": [1] * 2048}, "prompt"),
     (TEXT, {"prompt": "long " * 100_000}, "prompt"),
+    (TEXT, {"prompt": ["x"] * 1025}, "prompt"),
+    (TEXT, {"prompt": [[5] * 2000] * 501}, "prompt"),
     (TEXT, {"prompt": "\ud800"}, "prompt"),
     (TEXT, {"temperature": 0, "n": 2}, "n"),
 ]
@@ -97,6 +104,35 @@ def test_what_is_no_body_is_refused(server: Server, path: str, content: bytes) -
     assert "/" not in message.replace("and/or", "")
 
 
+LONG = "long " * 2_000_000
+
+
+@pytest.mark.parametrize(
+    ("path", "body"),
+    [
+        ("/v1/chat/completions", {"messages": [{"role": "user", "content": LONG}]}),
+        ("/tokenize", {"messages": [{"role": "user", "content": LONG}]}),
+        ("/tokenize", {"prompt": LONG}),
+    ],
+)
+def test_text_that_no_prompt_can_hold_is_not_tokenized(server: Server, path: str, body: dict[str, Any]) -> None:
+    """Guards all others: tokens are made by one thread, and this would take it many seconds."""
+    start = time.monotonic()
+    response = server.http.post(path, json=body)
+    assert response.status_code == 400
+    assert "max_model_len=2048" in response.json()["error"]["message"]
+    assert time.monotonic() - start < 3
+
+
+@pytest.mark.parametrize("content_type", [None, "text/plain", "application/x-www-form-urlencoded"])
+def test_a_body_must_be_sent_as_json(server: Server, content_type: str | None) -> None:
+    """Guards who forgets curl's -H: the error says what is missing."""
+    headers = {} if content_type is None else {"content-type": content_type}
+    response = server.http.post("/v1/completions", content=json.dumps(TEXT).encode(), headers=headers)
+    assert response.status_code == 415
+    assert "Content-Type: application/json" in response.json()["error"]["message"]
+
+
 def test_values_that_ask_for_nothing_are_taken(server: Server) -> None:
     """Guards clients that send defaults of fields which are not supported."""
     harmless = {"tools": None, "response_format": {"type": "text"}, "logit_bias": {}, "user": "me", "store": False}
@@ -116,11 +152,12 @@ def test_an_api_key_guards_every_route_but_health(tiny_model: Path, tmp_path: Pa
     flags = ("--api-key", "s3cret", "--api-key", "other", "--max-body-bytes", "5000", "--max-waiting-requests", "4")
     with serve(tiny_model, tmp_path, *flags, "--max-num-seqs", "1", key="s3cret") as server:
         for path in ("/v1/models", "/metrics", "/version", "/docs", "/openapi.json", "/nowhere", "/tokenize"):
-            for header in ({"Authorization": ""}, {"Authorization": "Bearer s3cre"}, {"Authorization": "s3cret"}):
-                response = server.http.get(path, headers=header)
+            for header in ("", "Bearer", "Bearer s3cre", "Bearer s3cret x", "Basic s3cret", "s3cret"):
+                response = server.http.get(path, headers={"Authorization": header})
                 assert (response.status_code, response.json()["error"]["code"]) == (401, "invalid_api_key"), path
         assert server.http.get("/health", headers={"Authorization": ""}).status_code == 200
-        assert server.http.get("/v1/models", headers={"Authorization": "Bearer other"}).status_code == 200
+        for header in ("Bearer other", "bearer s3cret"):  # a scheme's case does not matter
+            assert server.http.get("/v1/models", headers={"Authorization": header}).status_code == 200
         with pytest.raises(openai.AuthenticationError):
             server.client().with_options(api_key="wrong").models.list()
         assert server.http.post("/v1/completions", content=b"x" * 5001).status_code == 413
@@ -173,6 +210,23 @@ def _check_drain(server: Server) -> None:
     chunks += stream
     assert chunks[-1].choices[0].finish_reason == "length"
     assert server.process.wait(10) == 0
+
+
+def test_a_second_signal_does_not_wait(tiny_model: Path, tmp_path: Path) -> None:
+    """Guards who is in a hurry from a step that takes long: clients hear of it, no trace is left, no rank either."""
+    with serve(tiny_model, tmp_path, "--served-model-name", "tiny") as server:
+        (server.faults / "slow").write_text("60")
+        waiting = _post_and_leave_open(server, TEXT | {"stream": True})
+        server.wait_for(lambda: server.metric("num_requests_running") == 1)
+        ranks = server.ranks()
+        server.process.send_signal(signal.SIGTERM)
+        server.wait_for(lambda: server.health() == (503, "draining"))
+        server.process.send_signal(signal.SIGTERM)
+        assert server.process.wait(8) == 0
+        assert b"the server is shutting down" in waiting.recv(1 << 20)
+        waiting.close()
+        assert not psutil.wait_procs(ranks, timeout=5)[1]
+        assert "Traceback" not in server.log.read_text()
 
 
 def _post_and_leave_open(server: Server, body: dict[str, Any]) -> socket.socket:

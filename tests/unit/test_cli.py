@@ -10,7 +10,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from harness import make_engine
+from harness import ThreadExecutor, make_engine
 from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 
 import twofold
@@ -19,6 +19,7 @@ from twofold.cli import generate
 from twofold.cli.arguments import ENGINE_HELP, add_engine_arguments, chosen
 from twofold.cli.main import main
 from twofold.config import EngineConfig
+from twofold.engine.step import Step
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -206,6 +207,28 @@ def test_an_engine_that_fails_is_one_line_and_exit_code_1(
     monkeypatch.setattr(tiny_engine.executor, "collect", die)
     code, out, error = run("generate", "--model", "tiny", "--prompt-token-ids", "5,6,7", "-q")
     assert (code, out, error) == (1, "", "error: rank 1 was killed by signal 9\n")
+
+
+class LosingExecutor(ThreadExecutor):
+    """Loses its ranks with each step that has the first prompt."""
+
+    def submit(self, step: Step) -> None:
+        if "0" in step.batch.request_ids:
+            raise RankDiedError("rank 1 was killed by signal 9")
+        super().submit(step)
+
+
+def test_a_prompt_that_is_given_up_is_a_line_and_exit_code_1(run: Run, tiny_engine: Any) -> None:
+    model, num_blocks = tiny_model(tiny_config("llama")), tiny_engine.block_pool.num_blocks
+    tiny_engine._make_executor = lambda: LosingExecutor(model, tiny_engine.runtime, num_blocks)
+    tiny_engine.recover()
+    prompts = ("--prompt-token-ids", "5,6,7", "--prompt-token-ids", "8,9")
+    code, out, error = run("generate", "--model", "tiny", *prompts, "--json", "-q", "--max-tokens", "2")
+    first, second = map(json.loads, out.splitlines())
+    assert code == 1
+    assert list(first) == ["error"]
+    assert len(second["token_ids"]) == 2
+    assert "error: prompt 1: this request made the engine fail twice and was given up" in error
 
 
 def test_an_interrupt_is_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -3,6 +3,7 @@
 import functools
 import random
 import time
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -11,7 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from twofold.engine.detokenizer import Detokenizer, to_logprobs
+from twofold.engine.detokenizer import Detokenizer, to_logprobs, token_bytes
 from twofold.engine.step import TokenLogprobs
 from twofold.outputs import Logprob
 from twofold.sampling_params import SamplingParams
@@ -245,3 +246,13 @@ def test_logprobs_in_vllms_form() -> None:
     ]
     assert to_logprobs(rows, 0) == [{c: Logprob(-3.0, 3)}, {a: Logprob(-0.25, 1)}]
     assert list(to_logprobs(rows, 2)[0]) == [c, a, b]
+
+
+@pytest.mark.parametrize("make", [byte_level, byte_fallback])
+def test_a_token_has_its_bytes(make: Callable[[], PreTrainedTokenizerFast]) -> None:
+    """Guards parts of characters: together the bytes of their tokens are the character's. Of both kinds of names."""
+    tokenizer = make()
+    for text in ("🙂", "你", "é", "a"):
+        tokens = tokenizer.encode(text)
+        parts = [token_bytes(tokenizer, token, tokenizer.decode([token])) for token in tokens]
+        assert b"".join(parts).decode().strip() == text

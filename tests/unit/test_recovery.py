@@ -1,6 +1,8 @@
 """Losing the ranks: what the scheduler takes back, whom it blames, and when a step counts as hung."""
 
 import threading
+from collections.abc import Iterator
+from itertools import count
 from typing import Any, ClassVar
 
 import numpy as np
@@ -8,6 +10,8 @@ import pytest
 from harness import ThreadExecutor, make_engine
 from tiny_models import tiny_config, tiny_model
 
+from twofold import LLM
+from twofold.engine import engine as engine_module
 from twofold.engine.block_pool import BlockPool
 from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import Scheduler
@@ -149,25 +153,94 @@ def test_answers_do_not_depend_on_losses(num_ranks: int, in_flight: int) -> None
     assert threading.active_count() < 20
 
 
+POISON = 9
+
+
+class PoisonedExecutor(ThreadExecutor):
+    """Loses its ranks with each new prompt that begins with POISON."""
+
+    def submit(self, step: Step) -> None:
+        if POISON in [new.token_ids[0] for new in step.new]:
+            raise EngineError("a rank is lost")
+        super().submit(step)
+
+
+@pytest.fixture
+def offline() -> Iterator[LLM]:
+    """An LLM on threads, that can have new ones."""
+    llm = LLM.__new__(LLM)
+    model, llm._ids = tiny_model(tiny_config("llama")), count()
+    llm.engine = engine = make_engine(model, 2)
+    runtime, num_blocks = engine.runtime, engine.block_pool.num_blocks
+    engine._make_executor = lambda: PoisonedExecutor(model, runtime, num_blocks)
+    yield llm
+    llm.shutdown()
+
+
+def test_generate_gives_up_only_what_fails_twice(offline: LLM, caplog: pytest.LogCaptureFixture) -> None:
+    """Guards a batch of many prompts from one of them, and who asks from not hearing of it."""
+    prompts = [[5, 6, 7], [POISON, 6, 7], list(range(20, 90))]
+    params = SamplingParams(temperature=0, max_tokens=12)
+    expected = [output.outputs[0] for output in offline.generate(prompts, params, use_tqdm=False)]
+    offline.engine.recover()
+    outputs = offline.generate(prompts, params, use_tqdm=False)
+    assert [output.outputs[0].finish_reason for output in outputs] == ["length", "error", "length"]
+    assert [output.outputs[0].token_ids for output in outputs] == [expected[0].token_ids, [], expected[2].token_ids]
+    assert offline.engine.is_idle
+    assert caplog.text.count("a rank is lost; starting new ranks") == 2
+
+
+def test_generate_ends_when_no_ranks_come_up(offline: LLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards callers from waiting without an end, and the next call from what this one asked for."""
+    make, tries = offline.engine._make_executor, count()
+    assert make is not None
+
+    def refuse() -> ThreadExecutor:
+        next(tries)
+        raise EngineError("no memory")
+
+    monkeypatch.setattr(engine_module, "RESTART_DELAYS", (0.0, 0.0, 0.0))
+    offline.engine.recover()
+    offline.engine._make_executor = refuse
+    with pytest.raises(EngineError, match="the ranks did not start in 3 tries"):
+        offline.generate([[POISON], [5]], use_tqdm=False)
+    assert next(tries) == 3
+    assert not offline.engine.has_unfinished_requests
+    offline.engine._make_executor = make
+    offline.engine.recover()
+    (output,) = offline.generate([[5, 6, 7]], SamplingParams(max_tokens=3), use_tqdm=False)
+    assert len(output.outputs[0].token_ids) == 3
+
+
+def batch(computed: int, scheduled: int) -> ScheduledBatch:
+    return ScheduledBatch(("a",), np.array([computed]), np.array([scheduled]), np.array([True]))
+
+
 def test_the_limit_of_a_step_grows_with_its_work() -> None:
     """Guards long prompts from the watchdog, and short steps from waiting for long."""
-
-    def batch(computed: int, scheduled: int) -> ScheduledBatch:
-        return ScheduledBatch(("a",), np.array([computed]), np.array([scheduled]), np.array([True]))
-
-    watchdog = Watchdog(5.0)
-    assert watchdog.limit(batch(0, 10_000)) is None
+    watchdog = Watchdog(5.0, "cpu")
     watchdog.observe(batch(0, 1000), 2.0)
     small, large, late = (watchdog.limit(batch(*work)) for work in ((100, 1), (0, 10_000), (100_000, 10_000)))
-    assert small is not None
-    assert large is not None
-    assert late is not None
     assert 5 < small < 8
     assert large > SLACK * 20
     assert late > 10 * large
     for _ in range(500):  # a slow step of long ago counts no more
         watchdog.observe(batch(100, 1), 0.01)
     assert watchdog.limit(batch(100, 1)) < 5.2
+
+
+def test_a_first_step_has_ample_time_and_a_limit() -> None:
+    """Guards clients of ranks that hang at once, and slow machines and compilers from being taken for hung ones."""
+    cpu, cuda = Watchdog(20.0, "cpu"), Watchdog(20.0, "cuda")
+    assert 20 < cpu.limit(batch(0, 10)) < 60
+    assert cpu.limit(batch(0, 100_000)) > 3600
+    assert 300 < cuda.limit(batch(0, 10)) < 360
+    assert 600 < cuda.limit(batch(0, 32_768)) < 1800
+    cuda.observe(batch(0, 10), 0.01)
+    known = cuda.limit(batch(0, 10))
+    assert known < 21
+    cuda.restart()
+    assert cuda.limit(batch(0, 10)) == known + 300
 
 
 def test_statuses() -> None:

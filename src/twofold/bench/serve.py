@@ -11,9 +11,10 @@ import math
 import sys
 import time
 from argparse import ArgumentParser, Namespace
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -155,14 +156,13 @@ def make_prompts(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[
         raise ConfigError(f"--dataset-name {args.dataset_name} needs --dataset-path")
     try:
         text = Path(args.dataset_path).read_text(encoding="utf-8")
-        pairs = _custom(text, args) if args.dataset_name == "custom" else _sharegpt(text, args, tokenizer)
-    except (OSError, UnicodeDecodeError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"cannot read prompts from {args.dataset_path!r}: {error}") from None
-    if not pairs:
+        read = _custom if args.dataset_name == "custom" else _sharegpt
+        found = list(islice(read(text, args, tokenizer), args.num_prompts))
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigError(f"cannot read prompts from {args.dataset_path!r}: {error!r}") from None
+    if not found:
         raise ConfigError(f"{args.dataset_path!r} has no prompts")
-    order = np.random.default_rng(args.seed).permutation(len(pairs))
-    chosen = [pairs[order[i % len(pairs)]] for i in range(args.num_prompts)]
-    return [Prompt(text, len(tokenizer.encode(text)), length) for text, length in chosen]
+    return [found[i % len(found)] for i in range(args.num_prompts)]
 
 
 def _random_prompts(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
@@ -187,18 +187,30 @@ def _random_prompts(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> li
     return prompts
 
 
-def _custom(text: str, args: Namespace) -> list[tuple[str, int]]:
-    return [(str(json.loads(line)["prompt"]), args.custom_output_len) for line in text.splitlines() if line.strip()]
+def _custom(text: str, args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Prompt]:
+    for line in _shuffled([line for line in text.split("\n") if line.strip()], args):
+        content = str(json.loads(line)["prompt"])
+        yield Prompt(content, len(tokenizer.encode(content)), args.custom_output_len)
 
 
-def _sharegpt(text: str, args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[tuple[str, int]]:
-    pairs = []
-    for one in json.loads(text):
+def _sharegpt(text: str, args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Prompt]:
+    """First questions, and answers as long as theirs. vLLM's bounds leave out what is very short or long."""
+    for one in _shuffled(json.loads(text), args):
         turns = one["conversations"]
-        if len(turns) >= 2:
-            length = args.sharegpt_output_len or max(len(tokenizer.encode(turns[1]["value"])), 1)
-            pairs.append((turns[0]["value"], length))
-    return pairs
+        if len(turns) < 2:
+            continue
+        question = turns[0]["value"]
+        num_in, num_out = len(tokenizer.encode(question)), args.sharegpt_output_len
+        if num_out is None:
+            num_out = len(tokenizer.encode(turns[1]["value"]))
+            if num_out < 4:
+                continue
+        if 4 <= num_in <= 1024 and num_in + num_out <= 2048:
+            yield Prompt(question, num_in, num_out)
+
+
+def _shuffled(entries: list[Any], args: Namespace) -> Iterator[Any]:
+    return (entries[i] for i in np.random.default_rng(args.seed).permutation(len(entries)))
 
 
 def _load_tokenizer(name: str) -> "PreTrainedTokenizerBase":

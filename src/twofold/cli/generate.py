@@ -20,6 +20,7 @@ from tqdm import tqdm
 from twofold import ConfigError, RequestError, RequestOutput, SamplingParams
 from twofold.cli.arguments import add_engine_arguments, add_fields, chosen
 from twofold.config import EngineConfig
+from twofold.errors import GIVEN_UP, EngineError, TwofoldError
 
 if TYPE_CHECKING:
     from twofold import LLM
@@ -141,7 +142,7 @@ def _answer(llm: "LLM", answers: "_Answers", quiet: bool) -> None:
     num_done = num_finished = num_generated = 0
     with tqdm(total=num_prompt_tokens, desc="prefill", unit="tok", disable=quiet) as bar:
         while engine.has_unfinished_requests:
-            for output in engine.step():
+            for output in engine.step_or_recover():
                 num_generated += 1
                 if output.finished:
                     num_finished += 1
@@ -161,20 +162,23 @@ class _Answers:
             for number, source in enumerate(prompts, 1)
         ]
         self._json, self._quiet = as_json, quiet
-        self._done: dict[int, RequestOutput | RequestError] = {}
+        self._done: dict[int, RequestOutput | TwofoldError] = {}
         self._num_printed = 0
 
     @property
     def num_refused(self) -> int:
-        return sum(isinstance(done, RequestError) for done in self._done.values())
+        return sum(isinstance(done, TwofoldError) for done in self._done.values())
 
-    def refuse(self, number: int, error: RequestError) -> None:
+    def refuse(self, number: int, error: TwofoldError) -> None:
         message = " ".join(str(error).split())
         print(f"error: {self._names[number]}: {message}", file=sys.stderr)
         self._take(number, error)
 
     def finish(self, number: int, output: RequestOutput) -> None:
-        self._take(number, output)
+        if output.outputs[0].finish_reason == "error":
+            self.refuse(number, EngineError(GIVEN_UP))
+        else:
+            self._take(number, output)
 
     def summarise(self) -> None:
         """A line on stderr for each answer: how long it is, and how long it took."""
@@ -188,7 +192,7 @@ class _Answers:
                     file=sys.stderr,
                 )
 
-    def _take(self, number: int, done: RequestOutput | RequestError) -> None:
+    def _take(self, number: int, done: RequestOutput | TwofoldError) -> None:
         self._done[number] = done
         while self._num_printed in self._done:
             line = self._line(self._num_printed)
@@ -201,14 +205,14 @@ class _Answers:
         done = self._done[number]
         if self._json:
             return json.dumps(_as_json(done), ensure_ascii=False)
-        if isinstance(done, RequestError):
+        if isinstance(done, TwofoldError):
             return None
         header = f"=== {self._names[number]}\n" if len(self._names) > 1 else ""
         return header + done.outputs[0].text
 
 
-def _as_json(done: RequestOutput | RequestError) -> dict[str, Any]:
-    if isinstance(done, RequestError):
+def _as_json(done: RequestOutput | TwofoldError) -> dict[str, Any]:
+    if isinstance(done, TwofoldError):
         return {"error": str(done)}
     answer, metrics = done.outputs[0], done.metrics
     assert metrics is not None

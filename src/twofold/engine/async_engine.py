@@ -23,14 +23,14 @@ from functools import partial
 from itertools import count
 from typing import Any
 
+from twofold.engine.detokenizer import token_bytes
 from twofold.engine.engine import LLMEngine
-from twofold.errors import EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
+from twofold.errors import GIVEN_UP, EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
 from twofold.outputs import RequestOutput
 from twofold.sampling_params import SamplingParams
 
 CHECK_SECONDS = 1.0  # between looks at idle ranks
-RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0)  # seconds before each try to start new ranks
-GIVEN_UP = "this request made the engine fail twice and was given up; no other request is affected"
+STOP_SECONDS = 2.0  # that a thread which just starts new ranks is waited for; they end with this process
 
 Prompt = str | list[int] | dict[str, Any]
 logger = logging.getLogger(__name__)
@@ -115,6 +115,11 @@ class Answer:
     def decode(self, token_ids: list[int]) -> str:
         tokenizer = self.engine.tokenizer
         return "" if tokenizer is None else tokenizer.decode(token_ids)
+
+    def bytes_of(self, token_id: int, text: str) -> bytes:
+        """Of a token, whose text by itself is `text`: they are more than that if it is a part of a character."""
+        tokenizer = self.engine.tokenizer
+        return text.encode() if tokenizer is None else token_bytes(tokenizer, token_id, text)
 
     def close(self) -> None:
         """The client has gone, or has all it wanted: ends what is not finished."""
@@ -212,6 +217,11 @@ class AsyncEngine:
             UnavailableError: the server is stopping, or has lost its engine.
         """
         self.check()
+        if len(prompts) > self.max_waiting_requests:
+            raise RequestError(
+                f"prompt is a list of {len(prompts)}, more than max_waiting_requests={self.max_waiting_requests}; send "
+                "fewer at once"
+            )
         if self.num_waiting_requests + len(prompts) > self.max_waiting_requests:
             raise self._overloaded(f"{self.num_waiting_requests} prompts wait; at most {self.max_waiting_requests} may")
         answer = Answer(params, time.monotonic(), self)
@@ -227,6 +237,11 @@ class AsyncEngine:
                         f"{limit}; ask for at most {limit - len(token_ids)}"
                     )
             num_tokens = params.n * sum(len(token_ids) for _, token_ids in texts_and_ids)
+            if len(prompts) > 1 and num_tokens > self.max_waiting_tokens:
+                raise RequestError(
+                    f"prompt is a list with {num_tokens} tokens for all answers, more than max_waiting_tokens="
+                    f"{self.max_waiting_tokens}; send fewer at once"
+                )
             if self.num_waiting_tokens and self.num_waiting_tokens + num_tokens > self.max_waiting_tokens:
                 raise self._overloaded(
                     f"{self.num_waiting_tokens} prompt tokens wait; with {num_tokens} more it would be more than "
@@ -249,13 +264,22 @@ class AsyncEngine:
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str) and self.tokenizer is not None:
-            if len(prompt) > self._max_chars:
-                raise RequestError(
-                    f"the prompt has {len(prompt)} characters, more than max_model_len="
-                    f"{self.engine.runtime.max_model_len} tokens can hold; shorten it"
-                )
-            prompt = {"prompt": prompt, "prompt_token_ids": self.tokenizer.encode(prompt)}
+            prompt = {"prompt": prompt, "prompt_token_ids": self.encode(prompt)}
         return self.engine.tokenize(prompt)
+
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """Token ids, at once where no prompt can be so long. In the tokenizer's thread, and with a tokenizer.
+
+        Raises:
+            RequestError: the text is longer than any prompt.
+        """
+        if len(text) > self._max_chars:
+            raise RequestError(
+                f"the prompt has {len(text)} characters, more than max_model_len="
+                f"{self.engine.runtime.max_model_len} tokens can hold; shorten it"
+            )
+        assert self.tokenizer is not None
+        return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def check(self) -> None:
         if self.state is State.DEAD:
@@ -302,16 +326,21 @@ class AsyncEngine:
         deadline = time.monotonic() + timeout
         while self._answers and time.monotonic() < deadline:
             await asyncio.sleep(0.05)
+        self.give_up()
+
+    def give_up(self) -> None:
+        """Ends all answers that are under way with an error."""
         self._fail_all(UnavailableError("the server is shutting down"))
 
     async def stop(self) -> None:
-        """Ends the engine's thread and its ranks."""
+        """Ends the engine's thread and its ranks, whatever they are at."""
         if self.state is not State.DEAD:
             self.state = State.DRAINING
         self._closing.set()
         self._inbox.put(lambda: None)
+        self.engine.executor.kill()
         if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join)
+            await asyncio.to_thread(self._thread.join, STOP_SECONDS)
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
 
     def _fail_all(self, error: TwofoldError) -> None:
@@ -331,11 +360,12 @@ class AsyncEngine:
                 try:
                     outputs = self.engine.step()
                 except EngineError as error:
-                    self._recover(error)
+                    if not self._closing.is_set():
+                        self._recover(error)
                 else:
                     self._publish(outputs)
-        except BaseException:
-            logger.exception("the engine has failed for good")
+        except BaseException as error:
+            logger.error("the engine has failed for good: %s", error, exc_info=not isinstance(error, EngineError))
             self._in_loop(self._died)
         finally:
             self.engine.shutdown()
@@ -390,22 +420,12 @@ class AsyncEngine:
 
     def _recover(self, error: EngineError, delay: float = 0.0) -> None:
         """New ranks for the old; every request waits for them."""
-        logger.error("%s; starting new ranks", error)
+        logger.warning("%s; starting new ranks", error)
         self._in_loop(self._set_state, State.RUNNING, State.RECOVERING)
         self._in_loop(self._notify, "recovering")
         self._publish(self.engine.rewind())
-        for wait in RESTART_DELAYS:
-            if self._closing.wait(delay + wait):
-                return
-            try:
-                self.engine.restart()
-            except TwofoldError as reason:
-                logger.error("the ranks did not start: %s", reason)
-            else:
-                logger.warning("new ranks after %.1f s", self.engine.stats.restart_seconds)
-                self._in_loop(self._set_state, State.RECOVERING, State.RUNNING)
-                return
-        raise EngineError(f"the ranks did not start in {len(RESTART_DELAYS)} tries")
+        if not self._closing.wait(delay) and self.engine.restart(self._closing.wait):
+            self._in_loop(self._set_state, State.RECOVERING, State.RUNNING)
 
     def _set_state(self, old: State, new: State) -> None:
         if self.state is old:

@@ -5,6 +5,7 @@ may be dropped), so a short window of recent tokens is decoded again with each n
 character by character with Knuth-Morris-Pratt automata, whose states also say how much text may begin one.
 """
 
+import re
 from collections.abc import Callable
 from functools import partial
 from io import StringIO
@@ -176,6 +177,27 @@ class _StopString:
         while state and self.pattern[state] != char:
             state = self._fallback[state]
         return state + 1 if self.pattern[state] == char else 0
+
+
+def token_bytes(tokenizer: "PreTrainedTokenizerBase", token_id: int, text: str) -> bytes:
+    """The bytes of a token whose text by itself is `text`, also where they are only a part of a character."""
+    if _UNKNOWN in text:
+        name = tokenizer.convert_ids_to_tokens(token_id)
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):  # of SentencePiece
+            return bytes.fromhex(byte[1])
+        if all(char in _BYTES for char in name):
+            return bytes(_BYTES[char] for char in name)
+    return text.encode()
+
+
+def _byte_names() -> dict[str, int]:
+    """The character that stands for each byte in the tokens of byte-level BPE: itself, if it can be seen."""
+    visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    hidden = [byte for byte in range(256) if byte not in visible]
+    return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
+
+
+_BYTES = _byte_names()
 
 
 def to_logprobs(

@@ -4,6 +4,7 @@ So it can lose the ranks: `recover` starts new ones, and every request goes on f
 """
 
 import hashlib
+import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -20,7 +21,7 @@ from twofold.engine.scheduler import Scheduler
 from twofold.engine.stats import EngineStats
 from twofold.engine.step import ScheduledBatch, StepResult
 from twofold.engine.watchdog import Watchdog
-from twofold.errors import ConfigError, EngineError, RequestError
+from twofold.errors import ConfigError, EngineError, RequestError, TwofoldError
 from twofold.executor.base import Executor
 from twofold.executor.local import LocalExecutor
 from twofold.outputs import RequestOutput
@@ -29,6 +30,11 @@ from twofold.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+RESTART_DELAYS = (0.0, 1.0, 2.0, 4.0, 8.0)  # seconds before each try to start new ranks
+START_SLACK = 10.0  # new ranks may take this much longer to load the model than the first ones
+
+logger = logging.getLogger(__name__)
 
 
 class LLMEngine:
@@ -49,6 +55,7 @@ class LLMEngine:
     ) -> None:
         self.runtime, self.tokenizer = runtime, tokenizer
         self._make_executor = make_executor
+        self.watchdog = Watchdog(runtime.engine.step_timeout, runtime.device)
         self.block_pool = self._open(executor)
         self.vocab_size = executor.reports[0].vocab_size
         self.max_steps_in_flight = 1 if runtime.device == "cpu" else 2
@@ -68,7 +75,10 @@ class LLMEngine:
             ConfigError, ModelError: the arguments, the model and the machine do not fit together.
         """
         runtime, tokenizer = settle(config)
-        return cls(runtime, tokenizer, LocalExecutor(runtime), lambda: LocalExecutor(runtime))
+        start = time.monotonic()
+        executor = LocalExecutor(runtime)
+        limit = runtime.engine.step_timeout + START_SLACK * (time.monotonic() - start)
+        return cls(runtime, tokenizer, executor, lambda: LocalExecutor(runtime, limit))
 
     def _open(self, executor: Executor) -> BlockPool:
         """Puts ranks that have just loaded their model to use; the blocks that they hold."""
@@ -79,7 +89,6 @@ class LLMEngine:
         except BaseException:
             executor.shutdown()
             raise
-        self.watchdog = Watchdog(self.runtime.engine.step_timeout)
         return self._make_pool(num_blocks)
 
     def _make_pool(self, num_blocks: int) -> BlockPool:
@@ -199,6 +208,16 @@ class LLMEngine:
         self.stats.take_step(batch, results, now - start)
         return self._update(results)
 
+    def step_or_recover(self) -> list[RequestOutput]:
+        """`step`, and `recover` where that finds the ranks lost; after `shutdown` they stay lost."""
+        try:
+            return self.step()
+        except EngineError as error:
+            if self._make_executor is None:
+                raise
+            logger.warning("%s; starting new ranks", error)
+            return self.recover()
+
     def recover(self) -> list[RequestOutput]:
         """After `step` raised an EngineError: `rewind`, then `restart`."""
         outputs = self.rewind()
@@ -222,18 +241,29 @@ class LLMEngine:
                 self.scheduler.abort(sequence.request.request_id)
         return [self.outputs.output(request_id) for request_id in users]
 
-    def restart(self) -> None:
-        """Starts new ranks after `rewind`. May be tried again when it raises.
+    def restart(self, wait: Callable[[float], object] = time.sleep) -> bool:
+        """Starts new ranks after `rewind`, in a few tries with waits between them; False if `wait` said to stop.
 
         Raises:
-            TwofoldError: they did not come up.
+            EngineError: they did not come up.
         """
         if self._make_executor is None:
-            raise EngineError("the engine was made without a way to start new ranks")
-        start = time.monotonic()
-        self.block_pool = self._open(self._make_executor())
-        self.scheduler.restart(self.block_pool)
-        self.stats.take_restart(start)
+            raise EngineError("the engine has ended, or was made without a way to start new ranks")
+        for delay in RESTART_DELAYS:
+            if wait(delay):
+                return False
+            start = time.monotonic()
+            try:
+                self.block_pool = self._open(self._make_executor())
+            except TwofoldError as error:
+                logger.error("the ranks did not start: %s", error)
+                continue
+            self.watchdog.restart()
+            self.scheduler.restart(self.block_pool)
+            self.stats.take_restart(start)
+            logger.warning("new ranks after %.1f s", self.stats.restart_seconds)
+            return True
+        raise EngineError(f"the ranks did not start in {len(RESTART_DELAYS)} tries")
 
     def check(self) -> None:
         """Looks after ranks while there is nothing to do.
@@ -298,5 +328,6 @@ class LLMEngine:
         return progress
 
     def shutdown(self) -> None:
-        """Ends the ranks."""
+        """Ends the ranks for good."""
+        self._make_executor = None
         self.executor.shutdown()

@@ -8,25 +8,32 @@ SLACK = 10.0  # a step may be this much slower than any before it
 DECAY = 0.98  # of the slowest pace, with each step
 STEP_TOKENS = 64.0  # what a step costs besides its tokens, in tokens
 PAIRS_PER_TOKEN = 4096.0  # attended pairs that cost as much as a token; more in most models, so this is lenient
+UNKNOWN_PACE = {"cpu": 0.25, "cuda": 0.005}  # seconds a token that nobody is slower than: large models, few cores
+START_UP = {"cpu": 0.0, "cuda": 300.0}  # seconds for what new ranks do once: compile kernels
 
 
 class Watchdog:
-    """Learns the pace of these ranks on this model; the limit grows with a step's tokens and what they attend to.
+    """Learns the pace of these ranks on this model; the limit grows with a step's tokens and what they attend to."""
 
-    Nothing is known of the first step, which may compile kernels: it has no limit.
-    """
-
-    def __init__(self, step_timeout: float) -> None:
+    def __init__(self, step_timeout: float, device: str) -> None:
         self.step_timeout = step_timeout
+        self._unknown_pace, self._start_up = UNKNOWN_PACE[device], START_UP[device]
         self._slowest: float | None = None  # seconds a token, of late
+        self._ranks_are_new = True
 
-    def limit(self, batch: ScheduledBatch) -> float | None:
+    def limit(self, batch: ScheduledBatch) -> float:
         """Seconds that this step may take."""
-        return None if self._slowest is None else self.step_timeout + SLACK * self._slowest * _cost(batch)
+        pace = self._unknown_pace if self._slowest is None else SLACK * self._slowest
+        return self.step_timeout + pace * _cost(batch) + (self._start_up if self._ranks_are_new else 0.0)
 
     def observe(self, batch: ScheduledBatch, seconds: float) -> None:
         """Takes how long a step took."""
         self._slowest = max((self._slowest or 0.0) * DECAY, seconds / _cost(batch))
+        self._ranks_are_new = False
+
+    def restart(self) -> None:
+        """The ranks are new ones, as fast as those before."""
+        self._ranks_are_new = True
 
 
 def _cost(batch: ScheduledBatch) -> float:

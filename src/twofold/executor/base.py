@@ -43,5 +43,8 @@ class Executor(Protocol):
             RankDiedError: a rank ended.
         """
 
+    def kill(self) -> None:
+        """Ends all ranks at once; from any thread, while another waits for them in `collect` and hears of it."""
+
     def shutdown(self) -> None:
         """Ends all ranks; may be called at any time, more than once."""

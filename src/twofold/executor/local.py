@@ -31,7 +31,7 @@ SEND_SECONDS = 30  # that a rank may leave a message unread which the socket can
 
 
 class LocalExecutor:
-    """Starts one process a rank and waits until each has loaded the model.
+    """Starts one process a rank and waits until each has loaded the model, `start_timeout` seconds at most.
 
     Raises:
         ModelError: the model cannot be loaded.
@@ -40,7 +40,8 @@ class LocalExecutor:
 
     command = (sys.executable, "-m", "twofold.worker.worker")
 
-    def __init__(self, runtime: RuntimeConfig) -> None:
+    def __init__(self, runtime: RuntimeConfig, start_timeout: float | None = None) -> None:
+        self._start_timeout = start_timeout
         self._folder = tempfile.mkdtemp(prefix="twofold-")
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[connection.Connection[Any, Any]] = []
@@ -52,7 +53,7 @@ class LocalExecutor:
                 self._start(rank, runtime)
             for rank, conn in enumerate(self._connections):
                 conn.send(RankStart(rank=rank, runtime=runtime, folder=self._folder))
-            self.reports = self._receive()
+            self.reports = self._receive(start_timeout)
         except BaseException:
             self._kill()  # ranks that still import PyTorch hear of nothing else
             raise
@@ -82,7 +83,8 @@ class LocalExecutor:
     def allocate(self, num_blocks: int) -> None:
         self._send(num_blocks)
         self.reports = [
-            replace(report, seconds=seconds) for report, seconds in zip(self.reports, self._receive(), strict=True)
+            replace(report, seconds=seconds)
+            for report, seconds in zip(self.reports, self._receive(self._start_timeout), strict=True)
         ]
 
     def submit(self, step: Step) -> None:
@@ -162,9 +164,12 @@ class LocalExecutor:
 
     def _kill(self) -> None:
         """Ends ranks of which one has failed: the others may wait for it in a collective."""
+        self.kill()
+        self.shutdown()
+
+    def kill(self) -> None:
         for process in self._processes:
             process.kill()
-        self.shutdown()
 
     def shutdown(self) -> None:
         for conn in self._connections:

@@ -147,7 +147,7 @@ class CompletionWriter(Writer):
             else:
                 chosen = next(iter(entry.values()))
                 token, logprob = _text(chosen), _finite(chosen.logprob)
-                top = {_text(one): _finite(one.logprob) for one in _best(entry)}
+                top = {_text(one): _finite(one.logprob) for _, one in sorted(entry.items(), key=_rank)}
             for name, value in zip(form, (token, logprob, top, offset), strict=True):
                 form[name].append(value)
             offset += len(token)
@@ -185,9 +185,13 @@ class ChatWriter(Writer):
             return None
         content = []
         for entry in completion.logprobs or ():
-            best = [_chat_logprob(one) for one in _best(entry)[: self.num_logprobs]]
-            content.append({**_chat_logprob(next(iter(entry.values()))), "top_logprobs": best})
+            best = [self._logprob(*one) for one in sorted(entry.items(), key=_rank)[: self.num_logprobs]]
+            content.append({**self._logprob(*next(iter(entry.items()))), "top_logprobs": best})
         return {"content": content, "refusal": None}
+
+    def _logprob(self, token_id: int, one: Logprob) -> dict[str, Any]:
+        text = _text(one)
+        return {"token": text, "logprob": _finite(one.logprob), "bytes": list(self.answer.bytes_of(token_id, text))}
 
 
 def _delta(
@@ -196,14 +200,9 @@ def _delta(
     return {"delta": delta, "logprobs": logprobs, "finish_reason": finish_reason}
 
 
-def _chat_logprob(one: Logprob) -> dict[str, Any]:
-    text = _text(one)
-    return {"token": text, "logprob": _finite(one.logprob), "bytes": list(text.encode())}
-
-
-def _best(entry: dict[int, Logprob]) -> list[Logprob]:
-    """The most likely ones and the one that was sampled, best first."""
-    return sorted(entry.values(), key=lambda one: one.rank or 0)
+def _rank(item: tuple[int, Logprob]) -> int:
+    """Sorts the most likely tokens and the sampled one, best first."""
+    return item[1].rank or 0
 
 
 def _text(one: Logprob) -> str:

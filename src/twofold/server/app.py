@@ -12,6 +12,7 @@ from transformers import PreTrainedTokenizerBase
 
 import twofold
 from twofold.engine.async_engine import AsyncEngine, State
+from twofold.errors import RequestError
 from twofold.server import errors
 from twofold.server.answers import ChatWriter, CompletionWriter, Writer
 from twofold.server.errors import APIError
@@ -73,7 +74,9 @@ def make_app(
                 add_generation_prompt=add_generation_prompt,
                 **kwargs,
             )
-            return list(template.encode(text, add_special_tokens=False))
+            return engine.encode(text, add_special_tokens=False)
+        except RequestError:
+            raise
         except Exception as error:  # templates raise what they like
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             message = f"the model's chat template refuses the messages: {reason}"
@@ -109,8 +112,11 @@ def make_app(
     async def chat_completions(body: ChatRequest, request: Request) -> Response:
         name, params = check_model(body.model), body.sampling_params()
         engine.check()
-        token_ids = await engine.in_tokenizer_thread(render, body.messages, True, body.chat_template_kwargs or {})
-        got = await engine.submit([token_ids], params, num_asked=body.num_asked)
+        try:
+            token_ids = await engine.in_tokenizer_thread(render, body.messages, True, body.chat_template_kwargs or {})
+            got = await engine.submit([token_ids], params, num_asked=body.num_asked)
+        except RequestError as error:
+            raise errors.describe(error, prompt="messages") from error
         return await answer(body, request, ChatWriter(got, name, body))
 
     @app.get("/v1/models")
@@ -140,7 +146,7 @@ def make_app(
         def encode() -> list[int]:
             if body.messages is not None:
                 return render(body.messages, body.add_generation_prompt, body.chat_template_kwargs or {})
-            return list(known.encode(body.prompt or "", add_special_tokens=body.add_special_tokens))
+            return engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
 
         tokens = await engine.in_tokenizer_thread(encode)
         return {

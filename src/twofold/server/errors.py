@@ -40,8 +40,8 @@ class APIError(Exception):
         return JSONResponse(self.body, self.status, self.headers)
 
 
-def describe(error: Exception) -> APIError:
-    """What a client is told of an error."""
+def describe(error: Exception, prompt: str = "prompt") -> APIError:
+    """What a client is told of an error. `prompt` is the field that the prompt came in."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, RequestValidationError):
@@ -51,6 +51,7 @@ def describe(error: Exception) -> APIError:
         return APIError(error.status_code, message, headers=error.headers)
     if isinstance(error, UserError):
         message, field = str(error), _field_of(str(error))
+        field = prompt if field == "prompt" else field
         return APIError(400, message if field is None or field in message else f"{field}: {message}", param=field)
     if isinstance(error, OverloadedError):
         headers = {"Retry-After": str(error.retry_after)}
@@ -95,6 +96,8 @@ def _invalid(error: RequestValidationError) -> APIError:
         message = "it is required"
     if not place and first["type"] == "missing":
         return APIError(400, "the request has no body; send JSON")
+    if not place and isinstance(first["input"], bytes):
+        return APIError(415, "the body is not taken for JSON; send the header Content-Type: application/json")
     if not place:
         name = first.get("ctx", {}).get("field")
         return APIError(400, message if name else f"the body: {message}", param=name)

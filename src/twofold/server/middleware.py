@@ -13,7 +13,7 @@ class ApiKey:
 
     def __init__(self, app: ASGIApp, keys: list[str]) -> None:
         self.app = app
-        self._expected = [f"Bearer {key}".encode() for key in keys]
+        self._keys = [key.encode() for key in keys]
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "http" and scope["path"] != "/health" and not self._knows(scope):
@@ -29,7 +29,9 @@ class ApiKey:
 
     def _knows(self, scope: Scope) -> bool:
         given = b"".join(value for name, value in scope["headers"] if name == b"authorization")
-        return sum(hmac.compare_digest(given, expected) for expected in self._expected) > 0  # all, whatever one says
+        scheme, _, key = given.partition(b" ")
+        num_equal = sum(hmac.compare_digest(key.strip(), known) for known in self._keys)  # all, whatever one says
+        return scheme.lower() == b"bearer" and num_equal > 0
 
 
 class BodyLimit:

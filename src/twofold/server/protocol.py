@@ -45,6 +45,9 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> why not, val
     "prompt_embeds": ("a prompt is text or token ids", ()),
 }
 
+# Every stop string is looked for with every token of every answer, in the thread that all requests share.
+MAX_STOPS, MAX_STOP_CHARS = 128, 4096
+
 Integer = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
@@ -105,6 +108,7 @@ def _check_prompt(value: Any) -> Any:
     raise ValueError("it must be a string, a list of token ids, or a list of one of these, and not empty")
 
 
+_TEXT_SCHEMA = {"type": "string", "minLength": 1}
 _IDS_SCHEMA = {"type": "array", "items": {"type": "integer", "minimum": 0}, "minItems": 1}
 Prompts = Annotated[
     Any,
@@ -112,9 +116,9 @@ Prompts = Annotated[
     WithJsonSchema(
         {
             "anyOf": [
-                {"type": "string"},
+                _TEXT_SCHEMA,
                 _IDS_SCHEMA,
-                {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                {"type": "array", "items": _TEXT_SCHEMA, "minItems": 1},
                 {"type": "array", "items": _IDS_SCHEMA, "minItems": 1},
             ]
         }
@@ -196,7 +200,12 @@ class Sampling(Body):
     )  # fmt: skip
 
     @model_validator(mode="after")
-    def _check_stream_options(self) -> Self:
+    def _check_sampling(self) -> Self:
+        stops = self.stop if isinstance(self.stop, list) else [self.stop or ""]
+        num_chars = sum(map(len, stops))
+        if len(stops) > MAX_STOPS or num_chars > MAX_STOP_CHARS:
+            limit = f"at most {MAX_STOPS} strings of {MAX_STOP_CHARS} characters in all"
+            raise _wrong("stop", f"stop must be {limit}, got {len(stops)} of {num_chars}")
         if self.stream_options is not None and not self.stream:
             raise _wrong("stream_options", "stream_options are for stream=true only")
         return self
@@ -212,7 +221,7 @@ class Sampling(Body):
 
 class CompletionRequest(Sampling):
     prompt: Prompts
-    max_tokens: Integer | None = Field(None, ge=0, lt=2**31)
+    max_tokens: Integer | None = Field(None, ge=0, lt=2**31, examples=[16])  # 0 is for echo alone
     echo: Flag | None = None
     logprobs: Integer | None = Field(None, ge=0, le=20)
 
@@ -249,7 +258,7 @@ class ChatRequest(Sampling):
     messages: list[Message] = Field(min_length=1)
     max_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: Integer | None = Field(None, ge=1, lt=2**31)
-    logprobs: Flag | None = None
+    logprobs: Flag | None = Field(None, examples=[True])
     top_logprobs: Integer | None = Field(None, ge=0, le=20)
     chat_template_kwargs: dict[str, Any] | None = None
 

@@ -85,7 +85,8 @@ class _Server(uvicorn.Server):
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is not None:
-            self.should_exit = self.force_exit = True
+            self.should_exit = True
+            self._loop.call_soon_threadsafe(self._engine.give_up)
         else:
             self._draining = asyncio.run_coroutine_threadsafe(self._drain(sig), self._loop)
 
