@@ -1,0 +1,55 @@
+"""What a rank makes of a step, as far as every rank must make the same of it."""
+
+import numpy as np
+import pytest
+import torch
+
+from twofold import SamplingParams
+from twofold.engine.step import NewRequest, ScheduledBatch, Step
+from twofold.worker.input_batch import InputBatch, prepare
+from twofold.worker.request_states import RequestStates
+
+BLOCK_SIZE = 16
+
+
+def prepare_all(num_ranks: int, *requests: tuple[int, int]) -> list[InputBatch]:
+    """Every rank's part of a step of requests (computed, scheduled)."""
+    states = RequestStates(8, 256, BLOCK_SIZE, torch.device("cpu"))
+    ids = tuple(map(str, range(len(requests))))
+    computed, scheduled = (np.array(column, np.int64) for column in zip(*requests, strict=True))
+    new = tuple(
+        NewRequest(name, np.arange(total, dtype=np.int32), total, list(range(16)), SamplingParams(), 0)
+        for name, total in zip(ids, (computed + scheduled).tolist(), strict=True)
+    )
+    batch = ScheduledBatch(ids, computed, scheduled, np.ones(len(ids), bool))
+    states.apply(Step(0, (), new, {}, batch))
+    return [prepare(batch, states, rank, num_ranks, "dual_chunk_swap", BLOCK_SIZE) for rank in range(num_ranks)]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 4])
+@pytest.mark.parametrize(
+    ("requests", "is_whole", "is_decode", "max_decode_len"),
+    [
+        ([(40, 1), (7, 1), (0, 1)], True, True, 41),
+        ([(40, 1), (9, 3)], True, False, 41),  # too few tokens to cut
+        ([(30, 1), (0, 100)], False, False, 31),
+    ],
+)
+def test_a_step_is_the_same_on_all_ranks(
+    num_ranks: int, requests: list[tuple[int, int]], is_whole: bool, is_decode: bool, max_decode_len: int
+) -> None:
+    for batch in prepare_all(num_ranks, *requests):
+        assert batch.exchange.is_whole == (is_whole or num_ranks == 1)
+        assert batch.is_decode == is_decode
+        assert batch.max_decode_len == max_decode_len
+
+
+@pytest.mark.parametrize("num_ranks", [2, 4])
+def test_a_prompt_of_one_token_a_chunk_is_no_decode(num_ranks: int) -> None:
+    """2·P tokens are 2·P rows of one token, which attend to each other across ranks. Rows must travel in every layer,
+    so no graph of decodes, in which they travel at the end, may be used.
+    """
+    for batch in prepare_all(num_ranks, (0, 2 * num_ranks)):
+        assert (batch.partition.length == 1).all()
+        assert not batch.exchange.is_whole
+        assert not batch.is_decode
