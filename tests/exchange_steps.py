@@ -8,9 +8,12 @@ from twofold.parallel.exchange import AllGatherExchange, ExchangePlan
 
 NUM_SLOTS = 4096
 WIDTHS = [1024, 512, 1024, 1024, 512]  # of the rows of each layer: two stacks; an odd number of layers
-STEPS = [(1, False), (100, False), (3, True), (512, False), (3, False), (16, True), (513, False), (1, True), (64, True)]
+STEPS = [  # rows of each rank; whether those of all layers travel together
+    (1, False), (100, False), (3, True), (512, False), (3, False), (16, True), (800, False), (1, True), (400, True),
+    (64, True),
+]  # fmt: skip
 NUMS_OF_ROWS = [num_rows for num_rows, _ in STEPS]
-MAX_NUM_ROWS = 1024  # of all ranks and one layer that travel together; the longest steps have more
+MAX_NUM_ROWS = 1500  # of the widest that a buffer has room for; the longest steps, or one of their stacks, have more
 
 
 def slots_of(step: int, num_rows: int) -> torch.Tensor:

@@ -59,7 +59,8 @@ class ThreadExecutor:
         self.models = [DecoderModel(copy.deepcopy(model, memo=dict(weights))) for _ in range(runtime.num_ranks)]
         block_bytes = bytes_per_block(self.models[0].specs, runtime.block_size, runtime.dtype)
         self.reports = [
-            RankReport(rank, num_blocks, block_bytes, self.models[0].vocab_size) for rank in range(runtime.num_ranks)
+            RankReport(rank, num_blocks, block_bytes, self.models[0].vocab_size, num_parameters=10**6)
+            for rank in range(runtime.num_ranks)
         ]
         self.steps: list[Step] = []
         self.results: list[list[StepResult]] = []  # of each step, by rank

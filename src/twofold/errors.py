@@ -14,7 +14,6 @@
 Every message is one line that names the value, the limit and the way out.
 """
 
-
 GIVEN_UP = "this request made the engine fail twice and was given up; no other request is affected"
 
 

@@ -320,15 +320,22 @@ if __name__ == "__main__":
 """
 
 
-def test_no_rank_outlives_its_engine(folder: Path) -> None:
-    """A parent that is killed cleans nothing up: the ranks see for themselves, also when they wait for one another."""
+def test_no_rank_outlives_its_engine(folder: Path, tmp_path: Path) -> None:
+    """A parent that is killed cleans nothing up: the ranks see for themselves, also when they wait for one another. Nor
+    do the files that they share stay behind.
+    """
     with subprocess.Popen(
-        [sys.executable, "-c", PARENT, str(folder)], stdout=subprocess.PIPE, text=True, start_new_session=True
+        [sys.executable, "-c", PARENT, str(folder)],
+        stdout=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
     ) as parent:
         assert parent.stdout is not None
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
         assert all(is_running(pid) for pid in pids)
+        assert list(tmp_path.glob("twofold-*"))
         os.kill(pids[1], signal.SIGSTOP)
         time.sleep(0.3)  # now the other one is in a collective, and reads no message
         parent.kill()
@@ -336,6 +343,7 @@ def test_no_rank_outlives_its_engine(folder: Path) -> None:
             wait_until_gone(pids[:1])
             os.kill(pids[1], signal.SIGCONT)
             wait_until_gone(pids)
+            assert not list(tmp_path.glob("twofold-*"))
         finally:
             for pid in filter(is_running, pids):
                 os.kill(pid, signal.SIGKILL)

@@ -15,7 +15,7 @@ from twofold import LLM, SamplingParams
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-PROMPT_LENS = (1, 2, 3, 7, 31, 500, 2500)
+PROMPT_LENS = (1, 2, 3, 4, 7, 8, 31, 500, 2500)
 RANKS = [1, 2] + [4] * (torch.cuda.device_count() > 3)
 
 
@@ -115,6 +115,11 @@ def test_float32_tokens_are_those_of_transformers(
         for _ in range(2):  # the second time from the prefix cache
             outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
             assert [output.outputs[0].token_ids for output in outputs] == expected
+        # Alone, 2·P tokens are a step of rows of one token, which is no step of decodes.
+        [(prompt, answer)] = [pair for pair in zip(prompts, expected, strict=True) if len(pair[0]) == 2 * num_ranks]
+        llm.engine.block_pool.reset_prefix_cache()
+        [output] = llm.generate({"prompt_token_ids": prompt}, params, use_tqdm=False)
+        assert output.outputs[0].token_ids == answer
         assert llm.engine.is_idle
 
 

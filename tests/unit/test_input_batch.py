@@ -28,19 +28,18 @@ def prepare_all(num_ranks: int, *requests: tuple[int, int]) -> list[InputBatch]:
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
 @pytest.mark.parametrize(
-    ("requests", "is_whole", "is_decode", "max_decode_len"),
+    ("requests", "is_decode", "max_decode_len"),
     [
-        ([(40, 1), (7, 1), (0, 1)], True, True, 41),
-        ([(40, 1), (9, 3)], True, False, 41),  # too few tokens to cut
-        ([(30, 1), (0, 100)], False, False, 31),
+        ([(40, 1), (7, 1), (0, 1)], True, 41),
+        ([(40, 1), (9, 3)], False, 41),
+        ([(30, 1), (0, 100)], False, 31),
     ],
 )
 def test_a_step_is_the_same_on_all_ranks(
-    num_ranks: int, requests: list[tuple[int, int]], is_whole: bool, is_decode: bool, max_decode_len: int
+    num_ranks: int, requests: list[tuple[int, int]], is_decode: bool, max_decode_len: int
 ) -> None:
     for batch in prepare_all(num_ranks, *requests):
-        assert batch.exchange.is_whole == (is_whole or num_ranks == 1)
-        assert batch.is_decode == is_decode
+        assert batch.is_decode == batch.exchange.is_whole == is_decode
         assert batch.max_decode_len == max_decode_len
 
 
@@ -51,5 +50,5 @@ def test_a_prompt_of_one_token_a_chunk_is_no_decode(num_ranks: int) -> None:
     """
     for batch in prepare_all(num_ranks, (0, 2 * num_ranks)):
         assert (batch.partition.length == 1).all()
-        assert not batch.exchange.is_whole
         assert not batch.is_decode
+        assert not batch.exchange.is_whole

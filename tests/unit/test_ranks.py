@@ -205,7 +205,7 @@ def test_caches_are_equal_on_all_ranks(model: PreTrainedModel, num_ranks: int, s
 
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_every_rank_calls_the_same_collectives(model: PreTrainedModel, num_ranks: int) -> None:
-    """Invariant 5: one exchange a layer (one in all where no request is on two ranks), and one of tokens where any are
+    """Invariant 5: one exchange a layer (one in all where all decode), and one of tokens where any are
     sampled, whatever a rank holds.
 
     Guards: an empty rank that skips a collective, and collectives that follow from a rank's own rows.
@@ -216,10 +216,10 @@ def test_every_rank_calls_the_same_collectives(model: PreTrainedModel, num_ranks
     executor = executor_of(engine)
     if num_ranks > 1:
         batches = [step.batch for step in executor.steps]
-        is_split = [bool((batch.num_scheduled_tokens >= 2 * num_ranks).any()) for batch in batches]
-        num_calls = sum(NUM_LAYERS if split else 1 for split in is_split) + sum(b.samples.any() for b in batches)
+        are_decodes = [bool((batch.num_scheduled_tokens == 1).all()) for batch in batches]
+        num_calls = sum(1 if decode else NUM_LAYERS for decode in are_decodes) + sum(b.samples.any() for b in batches)
         assert len(executor.meshes[0].calls) == num_calls
-        assert 0 < sum(is_split) < len(batches)
+        assert 0 < sum(are_decodes) < len(batches)
     for mesh in executor.meshes:
         assert mesh.calls == executor.meshes[0].calls
     engine.shutdown()

@@ -218,7 +218,7 @@ def batch(computed: int, scheduled: int) -> ScheduledBatch:
 
 def test_the_limit_of_a_step_grows_with_its_work() -> None:
     """Guards long prompts from the watchdog, and short steps from waiting for long."""
-    watchdog = Watchdog(5.0, "cpu")
+    watchdog = Watchdog(5.0, "cpu", 10**8)
     watchdog.observe(batch(0, 1000), 2.0)
     small, large, late = (watchdog.limit(batch(*work)) for work in ((100, 1), (0, 10_000), (100_000, 10_000)))
     assert 5 < small < 8
@@ -231,9 +231,10 @@ def test_the_limit_of_a_step_grows_with_its_work() -> None:
 
 def test_a_first_step_has_ample_time_and_a_limit() -> None:
     """Guards clients of ranks that hang at once, and slow machines and compilers from being taken for hung ones."""
-    cpu, cuda = Watchdog(20.0, "cpu"), Watchdog(20.0, "cuda")
-    assert 20 < cpu.limit(batch(0, 10)) < 60
-    assert cpu.limit(batch(0, 100_000)) > 3600
+    small, cpu, cuda = Watchdog(20.0, "cpu", 10**8), Watchdog(20.0, "cpu", 8 * 10**9), Watchdog(20.0, "cuda", 8 * 10**9)
+    assert 20 < small.limit(batch(0, 10)) < 30
+    assert 60 < cpu.limit(batch(0, 10)) < 300
+    assert cpu.limit(batch(0, 2048)) > 2048 * 2  # two seconds a token
     assert 300 < cuda.limit(batch(0, 10)) < 360
     assert 600 < cuda.limit(batch(0, 32_768)) < 1800
     cuda.observe(batch(0, 10), 0.01)

@@ -360,8 +360,7 @@ class AsyncEngine:
                 try:
                     outputs = self.engine.step()
                 except EngineError as error:
-                    if not self._closing.is_set():
-                        self._recover(error)
+                    self._recover(error)
                 else:
                     self._publish(outputs)
         except BaseException as error:
@@ -420,6 +419,8 @@ class AsyncEngine:
 
     def _recover(self, error: EngineError, delay: float = 0.0) -> None:
         """New ranks for the old; every request waits for them."""
+        if self._closing.is_set():  # and `stop` has ended them
+            return
         logger.warning("%s; starting new ranks", error)
         self._in_loop(self._set_state, State.RUNNING, State.RECOVERING)
         self._in_loop(self._notify, "recovering")

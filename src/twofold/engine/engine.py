@@ -55,7 +55,7 @@ class LLMEngine:
     ) -> None:
         self.runtime, self.tokenizer = runtime, tokenizer
         self._make_executor = make_executor
-        self.watchdog = Watchdog(runtime.engine.step_timeout, runtime.device)
+        self.watchdog = Watchdog(runtime.engine.step_timeout, runtime.device, executor.reports[0].num_parameters)
         self.block_pool = self._open(executor)
         self.vocab_size = executor.reports[0].vocab_size
         self.max_steps_in_flight = 1 if runtime.device == "cpu" else 2

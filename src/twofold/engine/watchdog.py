@@ -8,16 +8,16 @@ SLACK = 10.0  # a step may be this much slower than any before it
 DECAY = 0.98  # of the slowest pace, with each step
 STEP_TOKENS = 64.0  # what a step costs besides its tokens, in tokens
 PAIRS_PER_TOKEN = 4096.0  # attended pairs that cost as much as a token; more in most models, so this is lenient
-UNKNOWN_PACE = {"cpu": 0.25, "cuda": 0.005}  # seconds a token that nobody is slower than: large models, few cores
+UNKNOWN_PACE = {"cpu": 3e-10, "cuda": 1e-12}  # seconds a token and parameter: at 7 GFLOP/s, at 2 TFLOP/s
 START_UP = {"cpu": 0.0, "cuda": 300.0}  # seconds for what new ranks do once: compile kernels
 
 
 class Watchdog:
     """Learns the pace of these ranks on this model; the limit grows with a step's tokens and what they attend to."""
 
-    def __init__(self, step_timeout: float, device: str) -> None:
+    def __init__(self, step_timeout: float, device: str, num_parameters: int) -> None:
         self.step_timeout = step_timeout
-        self._unknown_pace, self._start_up = UNKNOWN_PACE[device], START_UP[device]
+        self._unknown_pace, self._start_up = UNKNOWN_PACE[device] * num_parameters, START_UP[device]
         self._slowest: float | None = None  # seconds a token, of late
         self._ranks_are_new = True
 

@@ -14,6 +14,7 @@ class RankReport:
     num_blocks: int  # that its memory has room for
     bytes_per_block: int
     vocab_size: int
+    num_parameters: int
     seconds: dict[str, float] = field(default_factory=dict)  # start-up phase -> its time
 
 

@@ -42,7 +42,7 @@ class LocalExecutor:
 
     def __init__(self, runtime: RuntimeConfig, start_timeout: float | None = None) -> None:
         self._start_timeout = start_timeout
-        self._folder = tempfile.mkdtemp(prefix="twofold-")
+        self._folder = tempfile.mkdtemp(prefix="twofold-")  # of the collective store, shared weights and rows
         self._processes: list[subprocess.Popen[bytes]] = []
         self._connections: list[connection.Connection[Any, Any]] = []
         self._lifelines: list[int] = []
@@ -52,7 +52,7 @@ class LocalExecutor:
             for rank in range(runtime.num_ranks):
                 self._start(rank, runtime)
             for rank, conn in enumerate(self._connections):
-                conn.send(RankStart(rank=rank, runtime=runtime, folder=self._folder))
+                conn.send(RankStart(rank=rank, runtime=runtime))
             self.reports = self._receive(start_timeout)
         except BaseException:
             self._kill()  # ranks that still import PyTorch hear of nothing else
@@ -65,7 +65,7 @@ class LocalExecutor:
         environment = os.environ | {"OMP_NUM_THREADS": str(runtime.num_threads)}
         with theirs, _no_interrupts():
             process = subprocess.Popen(
-                [*self.command, str(theirs.fileno()), str(life_read)],
+                [*self.command, str(theirs.fileno()), str(life_read), self._folder],
                 pass_fds=[theirs.fileno(), life_read],
                 env=environment,
                 stdin=subprocess.DEVNULL,

@@ -8,8 +8,8 @@ Only rows travel, and what one looks like is the business of the layer's cache (
 N is the largest number of tokens that any rank has in the step. Every rank pads its part of the step to N, so all ranks
 send the same shape and a rank without tokens takes part like the others. Padding rows are written to the null block.
 
-Where each request is whole on one rank, as in a step of decodes, nobody attends to a row of another rank in this step.
-Then each layer writes its own rows, and those of all layers travel together when the last one is done.
+In a step of decodes each request is whole on one rank, and nobody attends to a row of another rank. Then each layer
+writes its own rows, and those of all layers travel together when the last one is done.
 """
 
 import time
@@ -27,7 +27,7 @@ class ExchangePlan:
     """Where a step's rows go; the same on every rank."""
 
     slots: torch.Tensor  # [P * N] gathered row -> slot of the cache
-    is_whole: bool  # no request has tokens on two ranks
+    is_whole: bool  # no request has tokens on two ranks, and rows are so few that those of all layers fit together
 
 
 class Exchange(Protocol):
@@ -40,13 +40,14 @@ class Exchange(Protocol):
         """Starts a step."""
 
     def publish(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
-        """Starts writing every rank's rows [N, row_width] into `cache` [num_slots, row_width].
+        """Starts writing rows [N, row_width] into `cache` [num_slots, row_width]: those of every rank that this one may
+        attend to in this step.
 
         `rows` must stay as they are until `complete`.
         """
 
     def complete(self) -> None:
-        """Work enqueued from now on sees all rows that were published and that it may attend to."""
+        """Work enqueued from now on sees what `publish` started to write."""
 
     def end(self, stacks: Sequence[torch.Tensor]) -> None:
         """Ends a step: work enqueued from now on sees the rows of all ranks and layers.
@@ -72,7 +73,7 @@ class AllGatherExchange:
 
     def publish(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
         slots = self._plan.slots
-        if self._plan.is_whole:
+        if self._plan.is_whole or self.mesh.size == 1:
             write_rows(rows, slots[self.mesh.rank * len(rows) : (self.mesh.rank + 1) * len(rows)], cache)
         else:
             self._send(rows, slots, cache)

@@ -39,17 +39,23 @@ class CUDAGraphs:
 
     def __init__(
         self, forward: Forward, num_ranks: int, max_num_seqs: int, max_num_blocks: int, block_size: int,
-        copies_blocks: bool, exchange: Exchange, device: torch.device,
+        max_copied_tokens: int | None, exchange: Exchange, device: torch.device,
     ) -> None:  # fmt: skip
-        """`copies_blocks`: attention makes a copy of all blocks of its rows, for which a graph must set room aside."""
+        """`max_copied_tokens`: attention makes a copy of all blocks of its rows, of so many tokens at most, for which a
+        graph must set room aside. None if it makes none."""
         self._forward, self._exchange = forward, exchange
         self._num_ranks, self._device = num_ranks, device
-        self._max_num_blocks, self._block_size, self._copies_blocks = max_num_blocks, block_size, copies_blocks
-        most = -(-max_num_seqs // num_ranks)
-        self.decode_sizes = sorted(
-            {size for size in (1, 2, 4, *range(8, most + 8, DECODE_ROUNDING)) if size < most + DECODE_ROUNDING}
+        self._max_num_blocks, self._block_size = max_num_blocks, block_size
+        self._copies_blocks = max_copied_tokens is not None
+        most = -(-max_num_seqs // num_ranks) + DECODE_ROUNDING
+        self.decode_sizes = [size for size in (1, 2, 4) if size < most] + list(
+            range(DECODE_ROUNDING, most, DECODE_ROUNDING)
         )
-        self.prefill_sizes = list(range(PREFILL_ROUNDING, MAX_PREFILL_TOKENS + 1, PREFILL_ROUNDING))
+        self.prefill_sizes = [
+            size
+            for size in range(PREFILL_ROUNDING, MAX_PREFILL_TOKENS + 1, PREFILL_ROUNDING)
+            if max_copied_tokens is None or self._max_row_blocks(size) * block_size <= max_copied_tokens
+        ]
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._pool = torch.cuda.graph_pool_handle()
 
@@ -94,7 +100,7 @@ class CUDAGraphs:
             metadata=metadata,
             hidden_states=torch.empty(0),
         )
-        plan = ExchangePlan(graph.slots, is_whole=is_decode or self._num_ranks == 1)
+        plan = ExchangePlan(graph.slots, is_whole=is_decode)
         for _ in range(2):  # kernels are compiled and chosen outside of the recording
             self._forward(graph.input_ids, graph.position_ids, metadata, plan)
         torch.cuda.synchronize()

@@ -33,7 +33,7 @@ class InputBatch:
     sampled_request_idx: IntArray  # [S] my sampled row -> request of the step
     all_sampled_request_idx: IntArray  # [P * max S] gathered sampled row -> request of the step, -1 is padding
     all_sampled_state_idx: torch.Tensor  # [P * max S] gathered sampled row -> line of RequestStates
-    is_decode: bool  # all rows of all ranks are of one token each, and of a request each
+    is_decode: bool  # all rows of all ranks are of one token each, and each of another request
     max_num_rows: int  # of any rank, one of padding among them
     max_decode_len: int  # tokens of the longest request of which any rank has a row of one token
     max_row_blocks: int  # of any rank: blocks of its rows, each row's own, and the padding's
@@ -50,7 +50,7 @@ def prepare(
 ) -> InputBatch:
     """Plans the step for everyone and builds this rank's inputs.
 
-    `pad` rounds N up, given the most tokens of any rank and whether all rows are of one token each.
+    `pad` rounds N up, given the most tokens of any rank and whether this is a step of decodes.
 
     Every rank's tokens in the order of ranks, each rank's part padded to N tokens:
 
@@ -72,8 +72,7 @@ def prepare(
     slot += position % block_size
     rank_end = np.cumsum(part.num_tokens)
     rank_start = rank_end - part.num_tokens
-    is_whole = len(part.length) == len(batch)  # a row for each request
-    is_decode = is_whole and bool((part.length == 1).all())
+    is_decode = len(part.length) == len(batch) and bool((part.length == 1).all())
     padded = pad(int(part.num_tokens.max()), is_decode)  # N
     slots = np.zeros(num_ranks * padded, np.int64)
     slots[np.arange(total) + np.repeat(np.arange(num_ranks) * padded - rank_start, part.num_tokens)] = slot
@@ -154,7 +153,7 @@ def prepare(
             else int(row_blocks[rows.stop] - row_blocks[rows.start + num_decode_rows] + padding_blocks[rank]),
             num_decode_rows=num_decode_rows,
         ),
-        exchange=ExchangePlan(on_device["slots"], is_whole),
+        exchange=ExchangePlan(on_device["slots"], is_whole=is_decode),
         input_ids=input_ids,
         position_ids=on_device["position_ids"],
         state_idx=state_idx,

@@ -11,7 +11,6 @@ class RankStart:
 
     rank: int
     runtime: RuntimeConfig
-    folder: str  # where the ranks of this machine meet: collective store, shared weights
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,6 +7,7 @@ import torch
 from numpy.typing import NDArray
 
 from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.mla import piece_tokens
 from twofold.attention.op import AttentionBackend, ForwardContext, forward_context
 from twofold.attention.spec import LatentSpec
 from twofold.engine.step import Step, StepResult
@@ -110,10 +111,10 @@ class ModelRunner:
         ]
         if not kinds:
             return
+        copied = [piece_tokens(spec, dtype.itemsize) for spec in self.model.specs if isinstance(spec, LatentSpec)]
         graphs = CUDAGraphs(
             self._forward_eager, self.mesh.size, states.max_num_seqs, states.block_tables.shape[1],
-            self.cache.block_size, any(isinstance(spec, LatentSpec) for spec in self.model.specs),
-            self.exchange, self.device,
+            self.cache.block_size, min(copied) if copied else None, self.exchange, self.device,
         )  # fmt: skip
         with torch.inference_mode():
             for is_decode in kinds:

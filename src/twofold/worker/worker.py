@@ -2,6 +2,7 @@
 
 import logging
 import os
+import shutil
 import signal
 import sys
 import threading
@@ -85,6 +86,7 @@ class Worker:
         """What there is room for. On CUDA found by running the largest step that the scheduler may send."""
         runtime = self.runtime
         block_bytes = bytes_per_block(self.model.specs, runtime.block_size, runtime.dtype)
+        num_parameters = sum(parameter.numel() for parameter in self.model.body.parameters())
         memory = runtime.engine.kv_cache_memory_bytes
         if self.device.type == "cuda":
             with self._phase("compile and profile"):
@@ -98,7 +100,9 @@ class Worker:
         elif memory is None:
             one_request = (-(-runtime.max_model_len // runtime.block_size) + 1) * block_bytes
             memory = max(CPU_CACHE_BYTES, one_request)
-        return RankReport(self.mesh.rank, memory // block_bytes, block_bytes, self.model.vocab_size, self.seconds)
+        return RankReport(
+            self.mesh.rank, memory // block_bytes, block_bytes, self.model.vocab_size, num_parameters, self.seconds
+        )
 
     def _profile(self) -> int:
         """Bytes left for the cache after a step of max_num_batched_tokens, all of it written to the null block."""
@@ -200,23 +204,25 @@ def _load(runtime: RuntimeConfig, mesh: Mesh, device: torch.device, folder: Path
     return model
 
 
-def _end_with_the_engine(lifeline: int) -> None:
+def _end_with_the_engine(lifeline: int, folder: str) -> None:
     """Waits until the engine's end of the pipe closes, however the engine ended."""
     os.read(lifeline, 1)
+    shutil.rmtree(folder, ignore_errors=True)  # an engine that was killed could not
     os._exit(1)
 
 
 def main() -> None:
-    conn: Connection[Any, Any] = Connection(int(sys.argv[1]))
+    socket, lifeline, folder = sys.argv[1:]
+    conn: Connection[Any, Any] = Connection(int(socket))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine
-    threading.Thread(target=_end_with_the_engine, args=(int(sys.argv[2]),), daemon=True).start()
+    threading.Thread(target=_end_with_the_engine, args=(int(lifeline), folder), daemon=True).start()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
         start: RankStart = conn.recv()
         if start.rank:  # the ranks are alike: what one of them warns of is enough
             logging.getLogger("twofold").setLevel(logging.ERROR)
-        worker = Worker(start.rank, start.runtime, start.folder)
+        worker = Worker(start.rank, start.runtime, folder)
         conn.send(worker.report())
         conn.send(worker.allocate(conn.recv()))
         worker.serve(conn)
