@@ -64,6 +64,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
             for layer_type in LAYER_TYPES
         },
     },
+    "codegen": {"rotary_dim": 8},
     "ctrl": {"dff": 64},
     "dbrx": {
         "attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 2.0},
@@ -71,6 +72,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
     },
     "dots1": {"n_shared_experts": 1, "layer_types": LAYER_TYPES},
     "gpt_neo": {"attention_types": [[["global", "local"], 2]], "window_size": WINDOW},
+    "gptj": {"rotary_dim": 8},
     "lfm2_moe": {"layer_types": ["full_attention"] * 4, "num_dense_layers": 1},
     "longcat_flash": {"head_dim": 8, "qk_head_dim": 24, "num_layers": 2, "num_hidden_layers": 4},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2},

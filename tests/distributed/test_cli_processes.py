@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from shutil import copytree
 
@@ -85,6 +86,15 @@ def test_explain_does_without_pytorch() -> None:
     assert "├──0───┤├──1───┤" in answer.stdout.decode()
 
 
+@pytest.fixture
+def _interruptible() -> Iterator[None]:
+    """In the background of a shell script Ctrl-C is ignored, by all that is started from there, too."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_interruptible")
 @pytest.mark.parametrize("when", ["loading", "answering"])
 def test_an_interrupt_leaves_no_process(model: Path, when: str) -> None:
     process = subprocess.Popen(
