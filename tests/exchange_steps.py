@@ -4,9 +4,11 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from twofold.attention.spec import AttentionSpec
 from twofold.parallel.exchange import AllGatherExchange, ExchangePlan
+from twofold.worker.kv_cache import KVCache
 
-NUM_SLOTS = 4096
+NUM_SLOTS, BLOCK_SIZE = 4096, 16
 WIDTHS = [1024, 512, 1024, 1024, 512]  # of the rows of each layer: two stacks; an odd number of layers
 STEPS = [  # rows of each rank; whether those of all layers travel together
     (1, False), (100, False), (3, True), (512, False), (3, False), (16, True), (800, False), (1, True), (400, True),
@@ -29,35 +31,30 @@ def rows_of(step: int, rank: int, layer: int, num_rows: int) -> torch.Tensor:
     return torch.randn(num_rows, WIDTHS[layer], generator=mine).bfloat16()
 
 
-def make_caches(device: torch.device) -> tuple[list[torch.Tensor], list[torch.Tensor]]:
-    """Caches of each layer, and the stacks that they are parts of."""
-    stacks = {
-        width: torch.zeros(WIDTHS.count(width), NUM_SLOTS, width, dtype=torch.bfloat16, device=device)
-        for width in dict.fromkeys(WIDTHS)
-    }
-    parts = {width: iter(stack) for width, stack in stacks.items()}
-    return [next(parts[width]) for width in WIDTHS], list(stacks.values())
+def make_cache(device: torch.device) -> KVCache:
+    specs = [AttentionSpec(1, 1, width // 2, width // 2, 1.0) for width in WIDTHS]
+    return KVCache(specs, NUM_SLOTS // BLOCK_SIZE, BLOCK_SIZE, torch.bfloat16, device)
 
 
 def take_steps(
     exchange: AllGatherExchange, rank: int, size: int, device: torch.device, lag: Callable[[], None]
 ) -> list[torch.Tensor]:
     """One rank's part of all steps; `lag` makes it slow. → its caches."""
-    caches, stacks = make_caches(device)
+    cache = make_cache(device)
     for step, (num_rows, is_whole) in enumerate(STEPS):
         exchange.begin(ExchangePlan(slots_of(step, size * num_rows).to(device), is_whole))
-        for layer, cache in enumerate(caches):
-            exchange.publish(rows_of(step, rank, layer, num_rows).to(device), cache)
+        for layer, slots in enumerate(cache.slots):
+            exchange.publish(rows_of(step, rank, layer, num_rows).to(device), slots)
             if rank == step % size:  # ranks are not equally fast
                 lag()
             exchange.complete()
-        exchange.end(stacks)
-    return [cache.cpu() for cache in caches]
+        exchange.end(cache.stacks)
+    return [slots.cpu() for slots in cache.slots]
 
 
 def expected_caches(size: int, nums_of_rows: Sequence[int]) -> list[torch.Tensor]:
     """What steps of so many rows on each rank must leave, whichever way they travel."""
-    caches, _ = make_caches(torch.device("cpu"))
+    caches = [torch.zeros(NUM_SLOTS, width, dtype=torch.bfloat16) for width in WIDTHS]
     for step, num_rows in enumerate(nums_of_rows):
         slots = slots_of(step, size * num_rows)
         for layer, cache in enumerate(caches):

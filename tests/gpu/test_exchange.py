@@ -15,7 +15,7 @@ from exchange_steps import (
     WIDTHS,
     assert_equal,
     expected_caches,
-    make_caches,
+    make_cache,
     rows_of,
     slots_of,
     take_steps,
@@ -54,16 +54,16 @@ def replay_steps(
     exchange: AllGatherExchange, rank: int, size: int, device: torch.device, is_whole: bool
 ) -> list[torch.Tensor]:
     """Step after step from one graph, with nothing between them that ranks would wait for."""
-    caches, stacks = make_caches(device)
+    cache = make_cache(device)
     slots = torch.zeros(size * GRAPH_ROWS, dtype=torch.long, device=device)
     rows = [rows_of(0, rank, layer, GRAPH_ROWS).to(device) for layer in range(len(WIDTHS))]
 
     def step_once() -> None:
         exchange.begin(ExchangePlan(slots, is_whole))
-        for mine, cache in zip(rows, caches, strict=True):
-            exchange.publish(mine, cache)
+        for mine, cache_slots in zip(rows, cache.slots, strict=True):
+            exchange.publish(mine, cache_slots)
             exchange.complete()
-        exchange.end(stacks)
+        exchange.end(cache.stacks)
 
     step_once()
     torch.cuda.synchronize()
@@ -86,7 +86,7 @@ def replay_steps(
             torch.cuda._sleep(10**7)
         graph.replay()
     torch.cuda.synchronize()
-    return [cache.cpu() for cache in caches]
+    return [cache_slots.cpu() for cache_slots in cache.slots]
 
 
 def test_all_ranks_get_all_rows(tmp_path: Path) -> None:
