@@ -2,6 +2,7 @@
 
 import copy
 import sys
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -346,6 +347,26 @@ def test_absorbed_and_expanded_agree() -> None:
         metadata = make_metadata(starts, [1] * 4, tables, num_decode_rows)
         out = mla.attend(query, pages, spec, metadata, SDPABackend())
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
+
+
+def test_graphs_know_no_rows_on_the_host() -> None:
+    """Graphs of decodes could not be recorded: what only longer rows need was asserted of all steps."""
+    torch.manual_seed(0)
+    spec, pages = latent_spec(), torch.randn(12, 8, 40)
+    known = make_metadata([0, 7, 20, 39], [1] * 4, [[3], [4], [6, 9, 2], [1, 5, 7, 8, 10]], 4)
+    query, nothing = torch.randn(4, 4, 24), np.empty(0, np.int64)
+    metadata = replace(known, query_start_np=nothing, seq_lens_np=nothing, block_tables_np=nothing.astype(np.int32))
+
+    class Kernels(SDPABackend):
+        def attend_absorbed(
+            self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+        ) -> torch.Tensor:
+            return super().attend_absorbed(query, pages, spec, known)
+
+    out = mla.attend(query, pages, spec, metadata, Kernels())
+    torch.testing.assert_close(out.double(), attend_plainly(query, pages, spec, known), rtol=0, atol=1e-5)
+    with pytest.raises(AssertionError, match="a graph knows no rows"):
+        mla.attend(query, pages, spec, replace(metadata, num_decode_rows=3), Kernels())
 
 
 def test_rows_of_one_prompt_expand_their_keys_once(monkeypatch: pytest.MonkeyPatch) -> None:

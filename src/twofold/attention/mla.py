@@ -56,8 +56,8 @@ def attend(
     num_decode_rows, out = metadata.num_decode_rows, None
     if num_decode_rows < len(metadata.seq_lens):
         out = kernels.attend_at_once(query, pages, spec, metadata)
+        assert out is not None or len(metadata.query_start_np), "a graph knows no rows that pieces could be made for"
     if out is None:
-        assert len(metadata.query_start_np), "a graph knows no rows that pieces could be made for"
         out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
         out[metadata.num_tokens :] = 0
         for rows in shared_prefixes(metadata, num_decode_rows, pages.shape[1]):
