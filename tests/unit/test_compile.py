@@ -74,8 +74,6 @@ def test_complex_rotations_become_real() -> None:
     for length in (5, 9):
         query, key = torch.randn(1, 4, length, 16), torch.randn(1, 1, length, 16)
         angles = torch.polar(torch.ones(1, length, 8), torch.randn(1, length, 8))
-        for turned, expected in zip(
-            compiled(query, key, angles), apply_rotary_emb(query, key, angles), strict=True
-        ):
+        for turned, expected in zip(compiled(query, key, angles), apply_rotary_emb(query, key, angles), strict=True):
             torch.testing.assert_close(turned, expected)
     assert kinds == [True, False]

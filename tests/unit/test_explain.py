@@ -84,9 +84,7 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
     policy=st.sampled_from(["dual_chunk_swap", "contiguous"]),
     width=st.integers(40, 200),
 )
-def test_whatever_is_drawn_is_true(
-    requests: list[tuple[int, int]], num_ranks: int, policy: str, width: int
-) -> None:
+def test_whatever_is_drawn_is_true(requests: list[tuple[int, int]], num_ranks: int, policy: str, width: int) -> None:
     lens, computed = [list(column) for column in zip(*requests, strict=True)]
     batch = make_batch(lens, computed)
     part = partition(batch, num_ranks, policy)

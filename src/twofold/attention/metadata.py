@@ -1,6 +1,6 @@
 """A step's rows on this rank, as attention kernels want them."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -25,3 +25,16 @@ class AttentionMetadata:
     max_seq_len: int
     num_row_blocks: int  # blocks of the other rows of V', each row's own; in a graph the most that there may be
     num_decode_rows: int  # leading rows of V' that have one token each
+
+    def of_last_tokens(self) -> "AttentionMetadata":
+        """The same rows with one token each, their last."""
+        num_rows, device = len(self.seq_lens), self.query_start.device
+        return replace(
+            self,
+            num_tokens=len(self.seq_lens_np),
+            query_start_np=np.arange(len(self.seq_lens_np) + 1),
+            query_start=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
+            max_query_len=1,
+            num_row_blocks=0,
+            num_decode_rows=num_rows,
+        )

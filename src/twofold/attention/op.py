@@ -52,7 +52,13 @@ class ForwardContext:
     exchange: Exchange
     backend: AttentionBackend
     metadata: AttentionMetadata
+    last: AttentionMetadata | None = None  # rows' last tokens, where only they are read (`models/last_layer.py`)
     layer: int = -1  # whose attention runs now
+    kept: torch.Tensor | None = None  # rows of the last layer, which travel while it runs again
+
+
+class Published(Exception):  # noqa: N818  (nothing went wrong)
+    """The last layer's rows are on their way; what else it makes of these tokens nobody reads."""
 
 
 _current = threading.local()
@@ -71,8 +77,12 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
 def _publish(rows: torch.Tensor) -> torch.Tensor:
     """Sends my cache rows [N, row_width] on their way into every rank's pages. Returns nothing worth reading."""
     context: ForwardContext = _current.context
-    context.layer += 1
-    context.exchange.publish(rows, context.cache.slots[context.layer])
+    if context.kept is None:
+        context.layer += 1
+        context.exchange.publish(rows, context.cache.slots[context.layer])
+        if context.last is not None and context.layer == len(context.specs) - 1:
+            context.metadata, context.kept = context.last, rows
+            raise Published
     return rows.new_empty(0)
 
 

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from twofold.attention.spec import AttentionSpec
 from twofold.config import EngineConfig
 from twofold.errors import ModelError
+from twofold.models.last_layer import LastLayer, use_last_layer
 from twofold.models.source import ModelSource
 from twofold.models.support import probe, refusal
 
@@ -26,6 +27,10 @@ class DecoderModel:
         self.model = model
         self.specs: list[AttentionSpec] = probe(model)
         self.body: torch.nn.Module = model.base_model
+        self.layers = _layers(self.body, len(self.specs))
+        self.last_layer: LastLayer | None = None
+        if self.layers is not None:
+            self.last_layer = use_last_layer(self.layers, self.specs, self._run)
         head = model.get_output_embeddings()
         # Some families embed more ids than they can predict.
         self.vocab_size: int = min(model.get_input_embeddings().num_embeddings, len(head.weight))
@@ -38,11 +43,18 @@ class DecoderModel:
         except Exception as error:
             raise ModelError(f"{type(model).__name__} is not served: its head cannot run apart ({error})") from error
 
-    def hidden_states(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        """input_ids [T], position_ids [T] → [T, hidden_size]."""
-        out = self.body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)
-        hidden: torch.Tensor = out[0][0]
-        return hidden
+    def hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, read: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """input_ids [T], position_ids [T] → [T, hidden_size], or [V, hidden_size] of the tokens `read` [V] only."""
+        if self.last_layer is not None:
+            self.last_layer.read = read
+        hidden = self._run(input_ids, position_ids)
+        return hidden if read is None or self.last_layer is not None else hidden[read]
+
+    def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)[0]
+        return hidden[0]
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
         """hidden_states [S, hidden_size] → [S, vocab_size]."""
@@ -51,6 +63,12 @@ class DecoderModel:
             input_ids=hidden_states.new_zeros(1, len(hidden_states), dtype=torch.long)
         ).logits
         return logits[0]
+
+
+def _layers(body: torch.nn.Module, num_attentions: int) -> torch.nn.ModuleList | None:
+    """The list of modules that the forward pass goes through, one an attention; None if they cannot be told apart."""
+    lists = (module for module in body.modules() if isinstance(module, torch.nn.ModuleList))
+    return next((modules for modules in lists if len(modules) == num_attentions), None)
 
 
 class _Given(torch.nn.Module):

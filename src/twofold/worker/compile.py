@@ -15,7 +15,7 @@ from twofold.models.packing import pack_projections
 
 def compile_layers(model: DecoderModel, num_ranks: int) -> bool:
     """Compiles each decoder layer in place at its first call; False if the model's layers cannot be told apart."""
-    layers = decoder_layers(model)
+    layers = model.layers
     if layers is None:
         return False
     # With several ranks queries stay apart: they are projected while keys and values travel.
@@ -27,14 +27,6 @@ def compile_layers(model: DecoderModel, num_ranks: int) -> bool:
     for layer in layers:
         layer.compile(dynamic=True)
     return True
-
-
-def decoder_layers(model: DecoderModel) -> torch.nn.ModuleList | None:
-    """The list of modules that the forward pass goes through, one an attention layer."""
-    for module in model.body.modules():
-        if isinstance(module, torch.nn.ModuleList) and len(module) == len(model.specs):
-            return module
-    return None
 
 
 class RewriteLayers(CustomGraphPass):

@@ -14,7 +14,7 @@ from twofold.attention.metadata import AttentionMetadata
 from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.worker.input_batch import InputBatch
 
-Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan], torch.Tensor]
+Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan, bool], torch.Tensor]
 
 MAX_PREFILL_TOKENS = 2048  # of a rank; longer steps keep the GPU busy while the next kernels are launched
 PREFILL_ROUNDING = 128
@@ -30,7 +30,7 @@ class _Graph:
     position_ids: torch.Tensor  # [N]
     slots: torch.Tensor  # [P * N]
     metadata: AttentionMetadata
-    hidden_states: torch.Tensor  # [N, hidden_size]
+    hidden_states: torch.Tensor  # [N, hidden_size]; of rows' last tokens [PREFILL_ROWS, hidden_size] in a prefill
     exchange_bytes: int = 0  # received in a replay
 
 
@@ -102,22 +102,24 @@ class CUDAGraphs:
         )
         plan = ExchangePlan(graph.slots, is_whole=is_decode)
         for _ in range(2):  # kernels are compiled and chosen outside of the recording
-            self._forward(graph.input_ids, graph.position_ids, metadata, plan)
+            self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode)
         torch.cuda.synchronize()
         before = self._exchange.num_bytes
         # Other threads (NCCL's watchdog) go on using CUDA meanwhile.
         with torch.cuda.graph(graph.graph, pool=self._pool, capture_error_mode="thread_local"):
-            graph.hidden_states = self._forward(graph.input_ids, graph.position_ids, metadata, plan)
+            graph.hidden_states = self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode)
         graph.exchange_bytes = self._exchange.num_bytes - before
         self._graphs[n, is_decode] = graph
 
     def replay(self, batch: InputBatch) -> torch.Tensor | None:
-        """Hidden states [N, hidden_size] of a step, or None where no graph fits it."""
+        """Hidden states of a step, or None where no graph fits it."""
         n, is_decode = len(batch.input_ids), batch.is_decode
         graph = self._graphs.get((n, is_decode))
         if graph is None:
             return None
         if not is_decode:
+            if batch.reads_all:
+                return None
             if batch.max_num_rows > PREFILL_ROWS or batch.max_decode_len > PREFILL_DECODE_LEN:
                 return None
             if self._copies_blocks and batch.max_row_blocks > graph.metadata.num_row_blocks:

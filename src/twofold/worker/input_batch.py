@@ -29,11 +29,12 @@ class InputBatch:
     state_idx: IntArray  # [R] request of the step -> line of RequestStates
     row_request_idx: IntArray  # [V] my row -> request of the step
     row_start: IntArray  # [V] my row -> position of its first token
-    sampled_token_idx: torch.Tensor  # [S] my sampled row -> its token in my tensors
+    sampled_idx: torch.Tensor  # [S] my sampled row -> its place among the hidden states
     sampled_request_idx: IntArray  # [S] my sampled row -> request of the step
     all_sampled_request_idx: IntArray  # [P * max S] gathered sampled row -> request of the step, -1 is padding
     all_sampled_state_idx: torch.Tensor  # [P * max S] gathered sampled row -> line of RequestStates
     is_decode: bool  # all rows of all ranks are of one token each, and each of another request
+    reads_all: bool  # hidden states are those of all N tokens, not only of the last one of each row and the padding
     max_num_rows: int  # of any rank, one of padding among them
     max_decode_len: int  # tokens of the longest request of which any rank has a row of one token
     max_row_blocks: int  # of any rank: blocks of its rows, each row's own, and the padding's
@@ -100,6 +101,8 @@ def prepare(
         part.request_idx[sampled_row]
     )
     my_sampled_row = sampled_row[bounds[rank] : bounds[rank + 1]]
+    in_prompt = batch.num_computed_tokens < states.num_prompt_tokens[state_idx] - 1  # [R]
+    reads_all = is_decode or bool((in_prompt & states.wants_prompt_logprobs[state_idx]).any())
 
     # My rows, and those of the padding tokens: decode rows without keys, or one row that attends to itself in the null
     # block.
@@ -124,7 +127,7 @@ def prepare(
             "newest": newest,
             "newest_state": my_state[newest],
             "slots": slots,
-            "sampled_token": row_end[my_sampled_row] - 1 - mine.start,
+            "sampled": row_end[my_sampled_row] - 1 - mine.start if reads_all else my_sampled_row - rows.start,
             # Padding's token goes to the line that no request has.
             "all_sampled_state": np.where(all_sampled >= 0, state_idx[all_sampled], states.max_num_seqs),
             "query_start": np.concatenate([query_start, padding_start]).astype(np.int32),
@@ -159,11 +162,12 @@ def prepare(
         state_idx=state_idx,
         row_request_idx=part.request_idx[rows],
         row_start=part.start[rows],
-        sampled_token_idx=on_device["sampled_token"],
+        sampled_idx=on_device["sampled"],
         sampled_request_idx=part.request_idx[my_sampled_row],
         all_sampled_request_idx=all_sampled,
         all_sampled_state_idx=on_device["all_sampled_state"],
         is_decode=is_decode,
+        reads_all=reads_all,
         max_num_rows=int(np.diff(part.row_ptr).max()) + 1,
         max_decode_len=int((part.start[part.length == 1] + 1).max(initial=0)),
         max_row_blocks=int((np.diff(row_blocks[part.row_ptr]) + padding_blocks).max()),

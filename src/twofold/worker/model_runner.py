@@ -127,17 +127,27 @@ class ModelRunner:
         return num_tokens if self.graphs is None else self.graphs.pad(num_tokens, is_decode)
 
     def _forward(self, batch: InputBatch) -> torch.Tensor:
-        """→ hidden states [N, hidden_size]; a rank without tokens runs padding and joins the exchange."""
+        """→ hidden states [N, hidden_size], or [V', hidden_size] of each row's last token if the batch reads no others.
+
+        A rank without tokens runs padding and joins the exchange.
+        """
         if self.graphs is not None and (hidden_states := self.graphs.replay(batch)) is not None:
             return hidden_states
-        return self._forward_eager(batch.input_ids, batch.position_ids, batch.metadata, batch.exchange)
+        return self._forward_eager(batch.input_ids, batch.position_ids, batch.metadata, batch.exchange, batch.reads_all)
 
     def _forward_eager(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, metadata: AttentionMetadata, plan: ExchangePlan
+        self,
+        input_ids: torch.Tensor,
+        position_ids: torch.Tensor,
+        metadata: AttentionMetadata,
+        plan: ExchangePlan,
+        reads_all: bool,
     ) -> torch.Tensor:
+        read = None if reads_all else metadata.query_start[1:].long() - 1  # [V'] row -> its last token
+        last = metadata.of_last_tokens() if read is not None and self.model.last_layer is not None else None
         self.exchange.begin(plan)
-        with forward_context(ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, metadata)):
-            hidden_states = self.model.hidden_states(input_ids, position_ids)
+        with forward_context(ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, metadata, last)):
+            hidden_states = self.model.hidden_states(input_ids, position_ids, read)
         self.exchange.end(self.cache.stacks)
         return hidden_states
 
@@ -147,7 +157,7 @@ class ModelRunner:
         """Samples the rows that this rank owns → token ids [S], on the device."""
         if not len(batch.sampled_request_idx):
             return torch.empty(0, dtype=torch.long, device=self.device), None
-        logits = self.model.logits(hidden_states[batch.sampled_token_idx])
+        logits = self.model.logits(hidden_states[batch.sampled_idx])
         return sample(logits, self._sampling_batch(step, batch))
 
     def _sampling_batch(self, step: Step, batch: InputBatch) -> SamplingBatch:
@@ -183,8 +193,7 @@ class ModelRunner:
         states, bounds = self.states, batch.metadata.query_start_np
         wanted: dict[str, list[tuple[int, LogprobTensors]]] = {}
         lines = batch.state_idx[batch.row_request_idx]
-        asking = [row for row, line in enumerate(lines) if (p := states.params[line]) and p.prompt_logprobs is not None]
-        for row in asking:
+        for row in np.flatnonzero(states.wants_prompt_logprobs[lines]).tolist():
             line, start = int(lines[row]), int(batch.row_start[row])
             params = states.params[line]
             assert params is not None

@@ -19,6 +19,7 @@ class RequestStates:
         self.block_tables = np.zeros((max_num_seqs, max_num_blocks), np.int32)
         self.num_tokens = np.zeros(max_num_seqs, np.int64)  # known on the CPU
         self.num_prompt_tokens = np.zeros(max_num_seqs, np.int64)
+        self.wants_prompt_logprobs = np.zeros(max_num_seqs, bool)
         self.num_blocks = np.zeros(max_num_seqs, np.int64)
         self.seeds = np.zeros(max_num_seqs, np.uint64)
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
@@ -40,6 +41,7 @@ class RequestStates:
             self.num_prompt_tokens[index] = new.num_prompt_tokens
             self.seeds[index] = new.seed % 2**64
             self.params[index] = new.sampling_params
+            self.wants_prompt_logprobs[index] = new.sampling_params.prompt_logprobs is not None
             self.num_blocks[index] = 0
             self._append_blocks(index, new.block_ids)
         for request_id, block_ids in step.new_block_ids.items():
