@@ -7,7 +7,7 @@ PARTS = {"projections": "#4c78a8", "attention": "#f58518", "rest": "#bab0ac", "e
 
 
 def draw_ttft(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time against length, speed-up against ranks, and where the time goes, side by side."""
+    """Time against length, speed-up against ranks if there are several numbers of them, and where the time goes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -16,7 +16,9 @@ def draw_ttft(rows: list[dict[str, Any]], path: Path) -> None:
     lens = sorted({row["prompt_len"] for row in rows})
     sizes = sorted({row["pcp"] for row in rows})
     of = {(row["prompt_len"], row["pcp"]): row for row in rows}
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(15, 4.5), constrained_layout=True)
+    num_panels = 3 if len(sizes) > 1 else 2
+    figure, panels = plt.subplots(1, num_panels, figsize=(5 * num_panels, 4.5), constrained_layout=True)
+    left, middle, right = panels[0], panels[1], panels[-1]
     for size in sizes:
         known = [length for length in lens if (length, size) in of]
         times = [of[length, size]["median_ms"] for length in known]
@@ -24,15 +26,16 @@ def draw_ttft(rows: list[dict[str, Any]], path: Path) -> None:
     left.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="time to first token, ms")
     left.set_title("Time to first token")
     left.legend()
-    for length in lens:
-        known_sizes = [size for size in sizes if (length, size) in of]
-        if 1 in known_sizes and len(known_sizes) > 1:
-            base = of[length, 1]["median_ms"]
-            middle.plot(known_sizes, [base / of[length, size]["median_ms"] for size in known_sizes], "o-", label=length)
-    middle.plot(sizes, sizes, color="#cccccc", linestyle="--", label="linear")
-    middle.set(xlabel="ranks", ylabel="speed-up")
-    middle.set_title("Speed-up")
-    middle.legend(title="tokens")
+    if num_panels == 3:
+        for length in lens:
+            known_sizes = [size for size in sizes if (length, size) in of]
+            if 1 in known_sizes and len(known_sizes) > 1:
+                speed_up = [of[length, 1]["median_ms"] / of[length, size]["median_ms"] for size in known_sizes]
+                middle.plot(known_sizes, speed_up, "o-", label=length)
+        middle.plot(sizes, sizes, color="#cccccc", linestyle="--", label="linear")
+        middle.set(xlabel="ranks", ylabel="speed-up")
+        middle.set_title("Speed-up")
+        middle.legend(title="tokens")
     parted = [row for row in rows if "breakdown_ms" in row]
     names = [f"{row['prompt_len']} / {row['pcp']}" for row in parted]
     bottom = [0.0] * len(parted)
@@ -44,6 +47,6 @@ def draw_ttft(rows: list[dict[str, Any]], path: Path) -> None:
     right.tick_params(axis="x", rotation=60)
     right.set_title("Where the time goes")
     if parted:
-        right.legend()
+        right.legend(loc="upper left", bbox_to_anchor=(1, 1))
     figure.savefig(path, dpi=120)
     plt.close(figure)

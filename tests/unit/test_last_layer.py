@@ -1,0 +1,103 @@
+"""The last layer for the tokens that are read: what is left out, and what must not be."""
+
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from harness import generate, make_engine, prompt_logprobs, reference_logprobs
+from test_families import reference_continuation
+from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
+
+from twofold import SamplingParams
+from twofold.engine.engine import LLMEngine
+from twofold.models import last_layer
+from twofold.models.loader import DecoderModel
+
+PROMPT_LENS = (70, 9, 1)
+
+
+def make_prompts() -> list[list[int]]:
+    rng = np.random.default_rng(3)
+    return [rng.integers(3, VOCAB_SIZE, length).tolist() for length in PROMPT_LENS]
+
+
+def count_tokens(engine: LLMEngine) -> list[tuple[list[int], list[int]]]:
+    """Of each rank: tokens that the first layer's MLP sees in each step, and those that the last one's sees."""
+    counts = []
+    for model in engine.executor.models:  # type: ignore[attr-defined]
+        of_first: list[int] = []
+        of_last: list[int] = []
+        for layer, seen in ((model.layers[0], of_first), (model.layers[-1], of_last)):
+            layer.mlp.register_forward_hook(
+                lambda _module, args, _out, seen=seen: seen.append(args[0].shape[1])  # type: ignore[misc]
+            )
+        counts.append((of_first, of_last))
+    return counts
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3])
+def test_most_tokens_end_before_the_last_layer(num_ranks: int) -> None:
+    """Chunks of 40 tokens, prompts of one and decodes meet in its steps; a rank's padding is a row, too."""
+    model = tiny_model(tiny_config("llama"))
+    engine = make_engine(model, num_ranks, max_num_batched_tokens=40)
+    try:
+        counts = count_tokens(engine)
+        prompts = make_prompts()
+        params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+        outputs = generate(engine, prompts, params)
+        for prompt, output in zip(prompts, outputs, strict=True):
+            expected = reference_continuation(model, prompt)
+            assert output.outputs[0].token_ids[: len(expected)] == expected
+        most_rows = 2 * len(prompts) + 1
+        for of_first, of_last in counts:
+            assert len(of_first) == len(of_last)
+            assert max(of_last) <= most_rows < max(of_first)
+            assert min(of_last) > 0
+    finally:
+        engine.shutdown()
+
+
+def test_prompt_logprobs_read_all_tokens() -> None:
+    """One request that asks is enough, and only as long as its prompt is computed."""
+    model = tiny_model(tiny_config("llama"))
+    engine = make_engine(model, 2)
+    try:
+        counts = count_tokens(engine)
+        prompts = make_prompts()
+        for found, prompt in zip(prompt_logprobs(engine, prompts), prompts, strict=True):
+            np.testing.assert_allclose(found, reference_logprobs(model, prompt), rtol=0, atol=1e-4)
+        for of_first, of_last in counts:
+            assert of_first == of_last
+            assert max(of_last) > 20
+    finally:
+        engine.shutdown()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_last_layer_that_comes_out_differently_stays(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Here tokens get the rotations of others."""
+
+    def others(given: Any, num_tokens: int, read: torch.Tensor) -> Any:
+        return of_tokens(given, num_tokens, torch.tensor([1, 6]))
+
+    of_tokens = last_layer._of_tokens
+    monkeypatch.setattr(last_layer, "_of_tokens", others)
+    decoder = DecoderModel(tiny_model(tiny_config("llama")).to(dtype))
+    assert decoder.last_layer is None
+    assert decoder.layers is not None
+    assert not any(isinstance(layer, last_layer.LastLayer) for layer in decoder.layers)
+
+
+@pytest.mark.parametrize("model_type", ["llama", "deepseek_v2", "gemma2", "gpt_oss"])
+def test_bfloat16_does_not_hide_that_nothing_changes(model_type: str) -> None:
+    assert DecoderModel(tiny_model(tiny_config(model_type)).to(torch.bfloat16)).last_layer is not None
+
+
+def test_families_find_what_they_look_for_in_a_layer() -> None:
+    """Some ask a layer what kind of attention it has, before they call it."""
+    layer = torch.nn.Linear(2, 3)
+    stand_in = last_layer.LastLayer(layer)
+    assert stand_in.out_features == 3
+    with pytest.raises(AttributeError, match="attention_type"):
+        _ = stand_in.attention_type
