@@ -21,11 +21,9 @@ from twofold.attention.backends.sdpa import SDPABackend
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import expand, piece_tokens
 from twofold.attention.spec import AttentionSpec, LatentSpec
+from twofold.worker.cuda_graphs import MAX_PREFILL_TOKENS
 
 logger = logging.getLogger(__name__)
-
-# Longer rows of latents go in pieces: a head and its tail then share what is expanded, and graphs hold none of them.
-AT_ONCE_QUERIES = 2048
 
 
 class FlashAttnBackend:
@@ -67,8 +65,9 @@ class FlashAttnBackend:
         self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
     ) -> torch.Tensor | None:
         """query [N, H, D], pages [num_blocks, block_size, L + R] → [N, H, Dv]."""
+        # Longer rows go in pieces: a head and its tail then share what is expanded. Graphs hold none of them.
         num_keys = metadata.num_row_blocks * pages.shape[1]
-        fits = metadata.max_query_len <= AT_ONCE_QUERIES and num_keys <= piece_tokens(spec, query.itemsize)
+        fits = metadata.max_query_len <= MAX_PREFILL_TOKENS and num_keys <= piece_tokens(spec, query.itemsize)
         if self._flash is None or not fits or not self._is_served(query, spec):
             return None
         rows = self._longer(metadata)
