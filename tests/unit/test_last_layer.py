@@ -58,8 +58,23 @@ def test_most_tokens_end_before_the_last_layer(num_ranks: int) -> None:
         engine.shutdown()
 
 
+def test_one_request_that_asks_has_all_tokens_read_as_long_as_its_prompt_is_computed() -> None:
+    model = tiny_model(tiny_config("llama"))
+    engine = make_engine(model, 1, max_num_batched_tokens=40)
+    try:
+        [(of_first, of_last)] = count_tokens(engine)
+        rng = np.random.default_rng(4)
+        prompts = [rng.integers(3, VOCAB_SIZE, length).tolist() for length in (20, 70)]
+        asks, does_not = (SamplingParams(temperature=0, max_tokens=4, prompt_logprobs=n) for n in (0, None))
+        output, _ = generate(engine, prompts, [asks, does_not])
+        assert output.prompt_logprobs is not None
+        assert of_first[:3] == [20 + 20, 1 + 39, 1 + 11]
+        assert of_last[:3] == [20 + 20, 1 + 1, 1 + 1]
+    finally:
+        engine.shutdown()
+
+
 def test_prompt_logprobs_read_all_tokens() -> None:
-    """One request that asks is enough, and only as long as its prompt is computed."""
     model = tiny_model(tiny_config("llama"))
     engine = make_engine(model, 2)
     try:
@@ -92,6 +107,18 @@ def test_a_last_layer_that_comes_out_differently_stays(monkeypatch: pytest.Monke
 @pytest.mark.parametrize("model_type", ["llama", "deepseek_v2", "gemma2", "gpt_oss"])
 def test_bfloat16_does_not_hide_that_nothing_changes(model_type: str) -> None:
     assert DecoderModel(tiny_model(tiny_config(model_type)).to(torch.bfloat16)).last_layer is not None
+
+
+def test_a_last_layer_that_comes_out_as_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NaN is neither more nor less than what may change, and `max` passes over it."""
+
+    def broken(self: last_layer.LastLayer, *args: Any, **kwargs: Any) -> Any:
+        out = forward(self, *args, **kwargs)
+        return out if self.read is None else out * torch.nan
+
+    forward = last_layer.LastLayer.forward
+    monkeypatch.setattr(last_layer.LastLayer, "forward", broken)
+    assert DecoderModel(tiny_model(tiny_config("llama"))).last_layer is None
 
 
 def test_families_find_what_they_look_for_in_a_layer() -> None:

@@ -75,7 +75,12 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
 
 
 def _publish(rows: torch.Tensor) -> torch.Tensor:
-    """Sends my cache rows [N, row_width] on their way into every rank's pages. Returns nothing worth reading."""
+    """Sends my cache rows [N, row_width] on their way into every rank's pages. Returns nothing worth reading.
+
+    Raises:
+        Published: the last layer need do no more for these tokens. It is run again for those of `last`, whose rows
+            are then on their way already.
+    """
     context: ForwardContext = _current.context
     if context.kept is None:
         context.layer += 1

@@ -9,8 +9,8 @@ from torch.profiler import ProfilerActivity, profile
 
 KINDS = (  # the first that matches a kernel's name
     ("exchange", re.compile(r"nccl|AllGather|_scatter_kernel|index_copy|indexFunc|Memcpy PtoP|barrier", re.I)),
-    ("attention", re.compile(r"flash|fmha|paged|attention|_split_kernel|_merge_kernel", re.I)),
-    ("projections", re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitK|gemv|group_mm|grouped", re.I)),
+    ("attention", re.compile(r"flash|fmha|paged|attention|_attend_run|_merge_runs|_gather_kernel", re.I)),
+    ("projections", re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitK|gemv|group_mm|grouped|_linear_kernel", re.I)),
 )
 Interval = tuple[float, float]
 
