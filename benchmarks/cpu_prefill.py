@@ -81,7 +81,6 @@ def main() -> None:
     print(f"{args.scaling_len} tokens, 2 ranks of one thread over 1 rank of one thread: {speed_up}x")
     if args.output_json:
         result = environment() | {
-            "command": "python benchmarks/cpu_prefill.py",
             "dtype": args.dtype,
             "transformers_over_twofold": ratios,
             "speed_up_2_ranks": speed_up,

@@ -142,8 +142,7 @@ def main() -> int:
         ],
     )
     if args.output_json:
-        command = {"command": " ".join(["python", *sys.argv])}
-        result = environment() | command | {"model": args.model, "rows": rows}
+        result = environment() | {"model": args.model, "rows": rows}
         Path(args.output_json).write_text(json.dumps(result, indent=1) + "\n")
     return 0
 

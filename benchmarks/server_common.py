@@ -4,7 +4,6 @@ import asyncio
 import contextlib
 import json
 import random
-import shlex
 import sys
 import tempfile
 from argparse import ArgumentParser, Namespace
@@ -94,5 +93,5 @@ def memory_mib(server: Server) -> dict[str, float]:
 def write(args: Namespace, result: dict[str, Any]) -> None:
     print(json.dumps(result, indent=1))
     if args.output_json:
-        whole = environment() | {"command": shlex.join(["python", *sys.argv]), "model": args.model, **result}
+        whole = environment() | {"model": args.model, **result}
         Path(args.output_json).write_text(json.dumps(whole, indent=1) + "\n")

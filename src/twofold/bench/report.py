@@ -2,6 +2,7 @@
 
 import os
 import platform
+import shlex
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -28,10 +29,15 @@ def environment() -> dict[str, Any]:
         hardware["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return {
         "commit": _commit(),
-        "command": " ".join(["twofold", *sys.argv[1:]]),
+        "command": shlex.join([*_program(sys.argv[0]), *sys.argv[1:]]),
         "versions": versions,
         "hardware": hardware,
     }
+
+
+def _program(path: str) -> list[str]:
+    is_script = path.endswith(".py") and Path(path).stem not in ("main", "__main__")  # those are `python -m twofold...`
+    return ["python", path] if is_script else ["twofold"]
 
 
 def _commit() -> str:
