@@ -11,7 +11,6 @@ import argparse
 import itertools
 import json
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -26,6 +25,7 @@ from twofold.attention.backends.flash_attn import FlashAttnBackend
 from twofold.attention.backends.paged_decode import PagedDecode, Tuning
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.spec import AttentionSpec
+from twofold.bench.report import environment
 
 LLAMA = AttentionSpec(num_heads=32, num_kv_heads=8, qk_head_dim=128, v_head_dim=128, scaling=128**-0.5)
 LATENT = AttentionSpec(num_heads=16, num_kv_heads=1, qk_head_dim=576, v_head_dim=512, scaling=192**-0.5)
@@ -215,11 +215,6 @@ def _describe(tuning: Tuning) -> str:
     )
 
 
-def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False)
-    return done.stdout.strip() or "unknown"
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="try the constants of the decode kernels")
@@ -234,14 +229,7 @@ def main() -> None:
     else:
         rows = time_decode(args.repeats) + time_prefill(args.repeats) + time_host()
     if args.output_json:
-        report = {
-            "command": "python " + " ".join(sys.argv),
-            "commit": _commit(),
-            "versions": {"torch": torch.__version__, "triton": triton.__version__, "python": sys.version.split()[0]},
-            "hardware": torch.cuda.get_device_name(),
-            "rows": rows,
-        }
-        args.output_json.write_text(json.dumps(report, indent=2) + "\n")
+        args.output_json.write_text(json.dumps(environment() | {"rows": rows}, indent=2) + "\n")
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ def draw_ttft(rows: list[dict[str, Any]], path: Path) -> None:
     of = {(row["prompt_len"], row["pcp"]): row for row in rows}
     num_panels = 3 if len(sizes) > 1 else 2
     figure, panels = plt.subplots(1, num_panels, figsize=(5 * num_panels, 4.5), constrained_layout=True)
-    left, middle, right = panels[0], panels[1], panels[-1]
+    left, *middle, right = panels
     for size in sizes:
         known = [length for length in lens if (length, size) in of]
         times = [of[length, size]["median_ms"] for length in known]
@@ -26,16 +26,16 @@ def draw_ttft(rows: list[dict[str, Any]], path: Path) -> None:
     left.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="time to first token, ms")
     left.set_title("Time to first token")
     left.legend()
-    if num_panels == 3:
+    for panel in middle:
         for length in lens:
             known_sizes = [size for size in sizes if (length, size) in of]
             if 1 in known_sizes and len(known_sizes) > 1:
                 speed_up = [of[length, 1]["median_ms"] / of[length, size]["median_ms"] for size in known_sizes]
-                middle.plot(known_sizes, speed_up, "o-", label=length)
-        middle.plot(sizes, sizes, color="#cccccc", linestyle="--", label="linear")
-        middle.set(xlabel="ranks", ylabel="speed-up")
-        middle.set_title("Speed-up")
-        middle.legend(title="tokens")
+                panel.plot(known_sizes, speed_up, "o-", label=length)
+        panel.plot(sizes, sizes, color="#cccccc", linestyle="--", label="linear")
+        panel.set(xlabel="ranks", ylabel="speed-up")
+        panel.set_title("Speed-up")
+        panel.legend(title="tokens")
     parted = [row for row in rows if "breakdown_ms" in row]
     names = [f"{row['prompt_len']} / {row['pcp']}" for row in parted]
     bottom = [0.0] * len(parted)
