@@ -29,6 +29,7 @@ from twofold.worker.model_runner import LaunchedStep, ModelRunner
 from twofold.worker.request_states import RequestStates
 
 COLLECT = "collect"  # to a rank: the engine waits for the next answer
+SURE = 1e-3  # a lead in logits that rounding does not turn around
 
 
 class ThreadMesh:
@@ -211,3 +212,16 @@ def reference_logprobs(model: PreTrainedModel, prompt: Sequence[int]) -> np.ndar
     logits = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0].float()
     chosen = logits[:-1].log_softmax(-1).gather(-1, torch.tensor(list(prompt[1:]))[:, None])
     return chosen[:, 0].numpy()
+
+
+@torch.no_grad()
+def reference_continuation(model: PreTrainedModel, prompt: list[int], num_tokens: int) -> list[int]:
+    """Transformers' greedy tokens, as far as each is clear."""
+    tokens = list(prompt)
+    for _ in range(num_tokens):
+        ids = torch.tensor([tokens])
+        best = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1].topk(2)
+        if best.values[0] - best.values[1] < SURE:
+            break
+        tokens.append(int(best.indices[0]))
+    return tokens[len(prompt) :]

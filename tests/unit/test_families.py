@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import generate, make_engine, prompt_logprobs, reference_logprobs
+from harness import generate, make_engine, prompt_logprobs, reference_continuation, reference_logprobs
 from tiny_models import LAYER_TYPES, VOCAB_SIZE, WINDOW, default_config, tiny_config, tiny_model
 from transformers import PretrainedConfig, PreTrainedModel
 
@@ -134,25 +134,11 @@ REFUSED_VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
 PROMPT_LENS = (1, 2, 3, 5, 37, 70)
 STEP_TOKENS = {1: 4096, 2: 40, 3: 4096}  # ranks -> max_num_batched_tokens: with two ranks prompts come in chunks
 NUM_NEW_TOKENS = 4
-SURE = 1e-3  # a lead in logits that rounding does not turn around
 
 
 def make_prompts() -> list[list[int]]:
     rng = np.random.default_rng(0)
     return [rng.integers(3, VOCAB_SIZE, length).tolist() for length in PROMPT_LENS]
-
-
-@torch.no_grad()
-def reference_continuation(model: PreTrainedModel, prompt: list[int]) -> list[int]:
-    """Transformers' greedy tokens, as far as each is clear."""
-    tokens = list(prompt)
-    for _ in range(NUM_NEW_TOKENS):
-        ids = torch.tensor([tokens])
-        best = model(ids, attention_mask=torch.ones_like(ids), use_cache=False).logits[0, -1].topk(2)
-        if best.values[0] - best.values[1] < SURE:
-            break
-        tokens.append(int(best.indices[0]))
-    return tokens[len(prompt) :]
 
 
 def compare(config: PretrainedConfig) -> None:
@@ -161,7 +147,7 @@ def compare(config: PretrainedConfig) -> None:
     prompts = make_prompts()
     expected = [reference_logprobs(model, prompt) for prompt in prompts]
     assert np.concatenate(expected).std() > 0.03, "the model says the same of all tokens: it could not be told apart"
-    continuations = [reference_continuation(model, prompt) for prompt in prompts]
+    continuations = [reference_continuation(model, prompt, NUM_NEW_TOKENS) for prompt in prompts]
     for num_ranks, max_num_batched_tokens in STEP_TOKENS.items():
         engine = make_engine(model, num_ranks, max_num_batched_tokens=max_num_batched_tokens)
         try:
@@ -231,6 +217,15 @@ def test_what_is_refused_is_refused_before_it_is_loaded() -> None:
     """`twofold models` has nothing but configurations to go by, and must not promise what loading then denies."""
     for model_type in {*SERVED, *REFUSED}.intersection(causal_model_types()):
         assert (refusal(default_config(model_type)) is None) == (examine(model_type) is None), model_type
+
+
+def test_a_model_of_which_nothing_comes_is_refused() -> None:
+    """`max` passes over NaN that comes late, here in the hidden states alone."""
+    model = tiny_model(tiny_config("llama"))
+    with torch.no_grad():
+        model.base_model.norm.weight.fill_(torch.nan)
+    with pytest.raises(ModelError, match="change nan"):
+        probe(model)
 
 
 @pytest.mark.parametrize("name", VARIANTS)

@@ -5,8 +5,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from harness import generate, make_engine, prompt_logprobs, reference_logprobs
-from test_families import reference_continuation
+from harness import generate, make_engine, prompt_logprobs, reference_continuation, reference_logprobs
 from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 
 from twofold import SamplingParams
@@ -47,7 +46,7 @@ def test_most_tokens_end_before_the_last_layer(num_ranks: int) -> None:
         params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
         outputs = generate(engine, prompts, params)
         for prompt, output in zip(prompts, outputs, strict=True):
-            expected = reference_continuation(model, prompt)
+            expected = reference_continuation(model, prompt, 4)
             assert output.outputs[0].token_ids[: len(expected)] == expected
         most_rows = 2 * len(prompts) + 1
         for of_first, of_last in counts:

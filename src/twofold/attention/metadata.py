@@ -26,6 +26,10 @@ class AttentionMetadata:
     num_row_blocks: int  # blocks of the other rows of V', each row's own; in a graph the most that there may be
     num_decode_rows: int  # leading rows of V' that have one token each
 
+    def last_token_idx(self) -> torch.Tensor:
+        """[V'] row -> its last token."""
+        return self.query_start[1:].long() - 1
+
     def of_last_tokens(self) -> "AttentionMetadata":
         """The same rows with one token each, their last."""
         num_rows, device = len(self.seq_lens), self.query_start.device

@@ -8,9 +8,10 @@ each layer's attention computes.
 
 import inspect
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
@@ -208,9 +209,8 @@ def probe(model: PreTrainedModel) -> list[AttentionSpec]:
             f"{name} is not served: {num_attending} of its {num_layers} layers attend through the attention interface"
         )
     places = shuffled.argsort()[kept]
-    change = max(
-        _change(now[places], then[kept])
-        for now, then in zip([*second.tokens(), mixed], [*first.tokens(), hidden], strict=True)
+    change = largest_change(
+        [part[places] for part in (*second.tokens(), mixed)], [part[kept] for part in (*first.tokens(), hidden)]
     )
     if not change < (1e-3 if hidden.dtype == torch.float32 else 0.1):
         raise ModelError(
@@ -243,8 +243,13 @@ def _run(
     return hidden_states
 
 
-def _change(now: torch.Tensor, then: torch.Tensor) -> float:
-    return float((now.float() - then.float()).norm() / then.float().norm().clamp(min=1e-30))
+def largest_change(now: Sequence[torch.Tensor], then: Sequence[torch.Tensor]) -> float:
+    """Of each tensor relative to what it was; NaN if any is, which `max` would pass over."""
+    changes = [
+        float((x.float() - y.float()).norm() / y.float().norm().clamp(min=1e-30))
+        for x, y in zip(now, then, strict=True)
+    ]
+    return float(np.max(changes))
 
 
 def _use_attention(model: PreTrainedModel, name: str) -> None:

@@ -143,7 +143,7 @@ class ModelRunner:
         plan: ExchangePlan,
         reads_all: bool,
     ) -> torch.Tensor:
-        read = None if reads_all else metadata.query_start[1:].long() - 1  # [V'] row -> its last token
+        read = None if reads_all else metadata.last_token_idx()  # [V']
         last = metadata.of_last_tokens() if read is not None and self.model.last_layer is not None else None
         self.exchange.begin(plan)
         with forward_context(ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, metadata, last)):
