@@ -40,13 +40,13 @@ L2_BYTES = 50 << 20
 class DecodeCase:
     """B rows of n keys in several layers' pages."""
 
-    def __init__(self, spec: AttentionSpec, num_rows: int, seq_len: int, row_width: int) -> None:
+    def __init__(self, spec: AttentionSpec, num_rows: int, seq_len: int, entry_width: int) -> None:
         self.spec, self.num_rows, self.seq_len = spec, num_rows, seq_len
-        self.bytes = num_rows * seq_len * row_width * 2
+        self.bytes = num_rows * seq_len * entry_width * 2
         num_blocks = -(-seq_len // BLOCK_SIZE)
         total = num_rows * num_blocks + 1
         self.layers = [
-            torch.empty(total, BLOCK_SIZE, row_width, dtype=torch.bfloat16, device="cuda").normal_()
+            torch.empty(total, BLOCK_SIZE, entry_width, dtype=torch.bfloat16, device="cuda").normal_()
             for _ in range(min(64, max(1, -(-5 * L2_BYTES // self.bytes))))
         ]
         self.tables = torch.zeros(num_rows, CAPACITY // BLOCK_SIZE, dtype=torch.int32, device="cuda")
@@ -89,8 +89,8 @@ def time_decode(repeats: int) -> list[dict[str, Any]]:
     rows = []
     for name, spec, shapes in (("decode", LLAMA, DECODE), ("latent decode", LATENT, LATENT_DECODE)):
         for num_rows, seq_len in shapes:
-            row_width = spec.row_width if spec is LLAMA else spec.qk_head_dim
-            case = DecodeCase(spec, num_rows, seq_len, row_width)
+            entry_width = spec.entry_width if spec is LLAMA else spec.qk_head_dim
+            case = DecodeCase(spec, num_rows, seq_len, entry_width)
             us = case.time(PagedDecode(), repeats)
             rows.append(
                 {"kernel": name, "batch": num_rows, "context": seq_len, "us": us, "gb_per_s": case.bytes / us / 1e3}
@@ -129,7 +129,7 @@ def time_prefill(repeats: int) -> list[dict[str, Any]]:
     for prompt_len, num_ranks in PREFILL:
         metadata, flops = rank0_step(prompt_len, num_ranks)
         pages = torch.empty(
-            prompt_len // BLOCK_SIZE + 1, BLOCK_SIZE, LLAMA.row_width, dtype=torch.bfloat16, device="cuda"
+            prompt_len // BLOCK_SIZE + 1, BLOCK_SIZE, LLAMA.entry_width, dtype=torch.bfloat16, device="cuda"
         ).normal_()
         query = torch.randn(metadata.num_tokens, LLAMA.num_heads, LLAMA.qk_head_dim, device="cuda").bfloat16()
 
@@ -153,7 +153,7 @@ def time_host(calls: int = 200) -> list[dict[str, Any]]:
     """What a call costs the CPU: it bounds short steps that no graph holds."""
     backend, rows = FlashAttnBackend(), []
     metadata, _ = rank0_step(1024, 4)
-    pages = torch.zeros(9, BLOCK_SIZE, LLAMA.row_width, dtype=torch.bfloat16, device="cuda")
+    pages = torch.zeros(9, BLOCK_SIZE, LLAMA.entry_width, dtype=torch.bfloat16, device="cuda")
     query = torch.randn(256, LLAMA.num_heads, LLAMA.qk_head_dim, device="cuda").bfloat16()
     decode, tables = PagedDecode(), metadata.block_tables[:1]
     runs: dict[str, Callable[[], object]] = {
@@ -176,7 +176,7 @@ def time_host(calls: int = 200) -> list[dict[str, Any]]:
 def sweep(repeats: int) -> list[dict[str, Any]]:
     """First the shape of a program, then how many programs and how short a run."""
     shapes = [(1, 1024), (1, 131072), (32, 1024), (32, 8192), (128, 1024)]
-    cases = [DecodeCase(LLAMA, num_rows, seq_len, LLAMA.row_width) for num_rows, seq_len in shapes]
+    cases = [DecodeCase(LLAMA, num_rows, seq_len, LLAMA.entry_width) for num_rows, seq_len in shapes]
     shapes += [(1, 1024), (32, 1024)]
     cases += [DecodeCase(LATENT, num_rows, seq_len, LATENT.qk_head_dim) for num_rows, seq_len in shapes[-2:]]
     rows: list[dict[str, Any]] = []

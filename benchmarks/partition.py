@@ -12,7 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from twofold.bench.report import environment
-from twofold.engine.step import ScheduledBatch
+from twofold.contract import ScheduledBatch
 from twofold.parallel.partition import partition
 
 

@@ -20,12 +20,12 @@ import torch
 
 from twofold.bench.report import environment, print_table
 from twofold.config import EngineConfig
-from twofold.engine.step import NewRequest, ScheduledBatch, Step
-from twofold.parallel.exchange import AllGatherExchange, write_rows
+from twofold.contract import Breakdown, NewRequest, ScheduledBatch, Step
+from twofold.parallel.exchange import AllGatherExchange, write_entries
 from twofold.runtime import settle
 from twofold.sampling_params import SamplingParams
 from twofold.worker import worker
-from twofold.worker.profile import Breakdown, StepProfiler
+from twofold.worker.profile import StepProfiler
 
 
 class AloneMesh:
@@ -53,10 +53,10 @@ class AloneExchange(AllGatherExchange):
     def _gather(self, rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
         begin, end = self.mesh.rank * len(rows), (self.mesh.rank + 1) * len(rows)
         gathered = self._received[: self.mesh.size * rows.numel()].view(-1, rows.shape[1])
-        write_rows(rows, slots[begin:end], cache)
+        write_entries(rows, slots[begin:end], cache)
         for part in (slice(begin), slice(end, len(gathered))):
             if len(gathered[part]):
-                write_rows(gathered[part], slots[part], cache)
+                write_entries(gathered[part], slots[part], cache)
 
 
 class Rank:

@@ -5,8 +5,8 @@ from collections.abc import Callable, Sequence
 import torch
 
 from twofold.attention.spec import AttentionSpec
+from twofold.kv.cache import KVCache
 from twofold.parallel.exchange import AllGatherExchange, ExchangePlan
-from twofold.worker.kv_cache import KVCache
 
 NUM_SLOTS, BLOCK_SIZE = 4096, 16
 WIDTHS = [1024, 512, 1024, 1024, 512]  # of the rows of each layer: two stacks; an odd number of layers
@@ -41,8 +41,8 @@ def take_steps(
 ) -> list[torch.Tensor]:
     """One rank's part of all steps; `lag` makes it slow. → its caches."""
     cache = make_cache(device)
-    for step, (num_rows, is_whole) in enumerate(STEPS):
-        exchange.begin(ExchangePlan(slots_of(step, size * num_rows).to(device), is_whole))
+    for step, (num_rows, defer_exchange) in enumerate(STEPS):
+        exchange.begin(ExchangePlan(slots_of(step, size * num_rows).to(device), defer_exchange))
         for layer, slots in enumerate(cache.slots):
             exchange.publish(rows_of(step, rank, layer, num_rows).to(device), slots)
             if rank == step % size:  # ranks are not equally fast

@@ -14,17 +14,15 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from twofold.attention.backends import make_backend
-from twofold.config import EngineConfig
+from twofold.config import EngineConfig, RuntimeConfig
+from twofold.contract import RankReport, Step, StepResult
 from twofold.engine.engine import LLMEngine
-from twofold.engine.step import Step, StepResult
-from twofold.executor.base import RankReport
+from twofold.kv.cache import KVCache, bytes_per_block
 from twofold.models.loader import DecoderModel
 from twofold.models.source import ModelSource
 from twofold.outputs import RequestOutput
 from twofold.parallel.exchange import AllGatherExchange
-from twofold.runtime import RuntimeConfig
 from twofold.sampling_params import SamplingParams
-from twofold.worker.kv_cache import KVCache, bytes_per_block
 from twofold.worker.model_runner import LaunchedStep, ModelRunner
 from twofold.worker.request_states import RequestStates
 

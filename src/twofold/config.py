@@ -1,15 +1,22 @@
 """Engine arguments: frozen, and validated once, where they are made. The names are vLLM's where vLLM has one."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 from twofold.errors import ConfigError
-from twofold.parallel.partition import POLICIES
+
+if TYPE_CHECKING:
+    import torch
+    from transformers import PretrainedConfig
+
+    from twofold.models.source import ModelSource
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn")
 EXCHANGES = ("auto", "all_gather", "push")
+PARTITION_POLICIES = ("dual_chunk_swap", "contiguous")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +56,7 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
-        _check_choice("partition_policy", self.partition_policy, tuple(POLICIES))
+        _check_choice("partition_policy", self.partition_policy, PARTITION_POLICIES)
         _check_choice("device", self.device, DEVICES)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
@@ -65,6 +72,27 @@ class EngineConfig:
         timeout = self.step_timeout
         _check(isinstance(timeout, int | float) and 0 < timeout < 1e6, "step_timeout", timeout, "above 0 and below 1e6")
         _check(isinstance(self.seed, int) and 0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeConfig:
+    """What a rank needs to know; sent to each when it starts."""
+
+    engine: EngineConfig
+    source: "ModelSource"
+    model_config: "PretrainedConfig" = field(repr=False)
+    device: str  # cpu, or cuda
+    dtype: "torch.dtype"
+    max_model_len: int
+    max_num_batched_tokens: int
+    block_size: int
+    attention_backend: str
+    eos_token_ids: frozenset[int]
+    num_threads: int  # of each rank, on a CPU
+
+    @property
+    def num_ranks(self) -> int:
+        return self.engine.prefill_context_parallel_size
 
 
 def _check(ok: bool, name: str, value: object, limit: str) -> None:

@@ -2,39 +2,16 @@
 
 import contextlib
 import os
-from dataclasses import dataclass, field
 
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from twofold.config import EngineConfig
+from twofold.config import EngineConfig, RuntimeConfig
 from twofold.errors import ConfigError, ModelError
 from twofold.models.source import ModelSource, load_config, load_tokenizer, resolve
 from twofold.models.support import refusal
 
-CPU_CACHE_BYTES = 2 << 30  # a rank's cache on a CPU unless told otherwise; untouched pages cost nothing
 RANKS_PER_CORE = 4  # more would wait for each other
-
-
-@dataclass(frozen=True, slots=True)
-class RuntimeConfig:
-    """What a rank needs to know; sent to each when it starts."""
-
-    engine: EngineConfig
-    source: ModelSource
-    model_config: PretrainedConfig = field(repr=False)
-    device: str  # cpu, or cuda
-    dtype: torch.dtype
-    max_model_len: int
-    max_num_batched_tokens: int
-    block_size: int
-    attention_backend: str
-    eos_token_ids: frozenset[int]
-    num_threads: int  # of each rank, on a CPU
-
-    @property
-    def num_ranks(self) -> int:
-        return self.engine.prefill_context_parallel_size
 
 
 def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase | None]:

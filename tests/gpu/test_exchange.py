@@ -44,14 +44,14 @@ def run_rank(rank: int, size: int, folder: str) -> None:
         torch.save(
             take_steps(exchange, rank, size, device, lambda: torch.cuda._sleep(10**6)), f"{folder}/{name}-{rank}"
         )
-        for is_whole in (False, True):
-            caches = replay_steps(exchange, rank, size, device, is_whole)
-            torch.save(caches, f"{folder}/{name}-graph-{is_whole}-{rank}")
+        for defer_exchange in (False, True):
+            caches = replay_steps(exchange, rank, size, device, defer_exchange)
+            torch.save(caches, f"{folder}/{name}-graph-{defer_exchange}-{rank}")
     mesh.close()
 
 
 def replay_steps(
-    exchange: AllGatherExchange, rank: int, size: int, device: torch.device, is_whole: bool
+    exchange: AllGatherExchange, rank: int, size: int, device: torch.device, defer_exchange: bool
 ) -> list[torch.Tensor]:
     """Step after step from one graph, with nothing between them that ranks would wait for."""
     cache = make_cache(device)
@@ -59,7 +59,7 @@ def replay_steps(
     rows = [rows_of(0, rank, layer, GRAPH_ROWS).to(device) for layer in range(len(WIDTHS))]
 
     def step_once() -> None:
-        exchange.begin(ExchangePlan(slots, is_whole))
+        exchange.begin(ExchangePlan(slots, defer_exchange))
         for mine, cache_slots in zip(rows, cache.slots, strict=True):
             exchange.publish(mine, cache_slots)
             exchange.complete()
@@ -102,6 +102,6 @@ def test_all_ranks_get_all_rows(tmp_path: Path) -> None:
     for name in ("all_gather", "push"):
         for rank in range(size):
             assert_equal(torch.load(tmp_path / f"{name}-{rank}"), launched, (name, rank))
-            for is_whole in (False, True):
-                kind = f"{name}-graph-{is_whole}-{rank}"
+            for defer_exchange in (False, True):
+                kind = f"{name}-graph-{defer_exchange}-{rank}"
                 assert_equal(torch.load(tmp_path / kind), replayed, kind)

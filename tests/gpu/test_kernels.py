@@ -13,7 +13,7 @@ from twofold.attention.spec import AttentionSpec, LatentSpec
 pytest.importorskip("triton")
 from twofold.attention.backends.flash_attn import FlashAttnBackend
 from twofold.attention.backends.paged_decode import PagedDecode, Tuning
-from twofold.models import expert_linear  # noqa: F401  (defines the op)
+from twofold.models.transforms import expert_linear  # noqa: F401  (defines the op)
 
 pytestmark = [
     pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
@@ -49,7 +49,7 @@ class Case:
 
     spec: AttentionSpec
     query: torch.Tensor  # [T, H, D]
-    pages: torch.Tensor  # [num_blocks, block_size, row_width]
+    blocks: torch.Tensor  # [num_blocks, block_size, entry_width]
     metadata: AttentionMetadata
 
 
@@ -107,15 +107,15 @@ def make_case(
     total = int(num_blocks.sum())
     deal = rng.permutation(np.arange(1, total + 1)).astype(np.int32)
     tables = np.zeros((len(context), max(1, int(num_blocks.max()))), np.int32)
-    pages = torch.full((total + 1, block_size, spec.row_width), POISON, dtype=dtype, device=DEVICE)
+    pages = torch.full((total + 1, block_size, spec.entry_width), POISON, dtype=dtype, device=DEVICE)
     for request, bound in enumerate(np.cumsum(num_blocks).tolist()):
         mine = deal[bound - int(num_blocks[request]) : bound]
         tables[request, : len(mine)] = mine
-        tokens = torch.randn(int(context[request]), spec.row_width, device=DEVICE).to(dtype)
+        tokens = torch.randn(int(context[request]), spec.entry_width, device=DEVICE).to(dtype)
         blocks = torch.from_numpy(mine.astype(np.int64)).to(DEVICE)
         slots = blocks.repeat_interleave(block_size)[: len(tokens)] * block_size
         slots += torch.arange(len(tokens), device=DEVICE) % block_size
-        pages.view(-1, spec.row_width)[slots] = tokens
+        pages.view(-1, spec.entry_width)[slots] = tokens
     metadata = make_metadata(starts, lengths, requests, tables, block_size)
     query = torch.randn(sum(lengths), spec.num_heads, spec.qk_head_dim, device=DEVICE).to(dtype)
     return Case(spec, query, pages, metadata)
@@ -129,8 +129,8 @@ def reference(case: Case) -> torch.Tensor:
     outs = []
     for row, seq_len in enumerate(metadata.seq_lens.tolist()):
         q = case.query[bounds[row] : bounds[row + 1]].double()
-        slots = case.pages[metadata.block_tables[row].long()].flatten(0, 1)[:seq_len]
-        keys, values = (part.double().repeat_interleave(group, 1) for part in spec.split_row(slots))
+        slots = case.blocks[metadata.block_tables[row].long()].flatten(0, 1)[:seq_len]
+        keys, values = (part.double().repeat_interleave(group, 1) for part in spec.unpack(slots))
         logits = torch.einsum("lhd,khd->hlk", q, keys) * spec.scaling
         if spec.softcap is not None:
             logits = spec.softcap * torch.tanh(logits / spec.softcap)
@@ -161,7 +161,7 @@ def decode_rows(seq_lens: list[int]) -> list[tuple[int, int, int]]:
 
 def run_decode(case: Case, decode: PagedDecode | None = None) -> torch.Tensor:
     metadata = case.metadata
-    return (decode or PagedDecode())(case.query, case.pages, case.spec, metadata.block_tables, metadata.seq_lens)
+    return (decode or PagedDecode())(case.query, case.blocks, case.spec, metadata.block_tables, metadata.seq_lens)
 
 
 @pytest.fixture(autouse=True)
@@ -218,7 +218,7 @@ class TestPagedDecode:
             query = torch.cat([case.query, torch.randn_like(case.query)])
             tables = torch.cat([metadata.block_tables, torch.zeros_like(metadata.block_tables)])
             seq_lens = torch.cat([metadata.seq_lens, torch.zeros_like(metadata.seq_lens)])
-            out = PagedDecode()(query, case.pages, case.spec, tables, seq_lens)
+            out = PagedDecode()(query, case.blocks, case.spec, tables, seq_lens)
             assert_close(out[:2], reference(case), torch.bfloat16)
             assert bool((out[2:] == 0).all())
 
@@ -229,7 +229,7 @@ class TestPagedDecode:
         wide[:, :, 1] = case.query
         out = torch.full((5, 32, 128), torch.nan, dtype=torch.bfloat16, device=DEVICE)
         metadata = case.metadata
-        PagedDecode()(wide[:, :, 1], case.pages, case.spec, metadata.block_tables, metadata.seq_lens, out=out[1:3])
+        PagedDecode()(wide[:, :, 1], case.blocks, case.spec, metadata.block_tables, metadata.seq_lens, out=out[1:3])
         assert_close(out[1:3], expected, torch.bfloat16)
         assert bool(out[[0, 3, 4]].isnan().all())
 
@@ -241,8 +241,8 @@ class TestPagedDecode:
         case = make_case(pages_spec, decode_rows([1, 100, 3000]), block_size, torch.bfloat16)
         spec = AttentionSpec(num_heads, 1, 576, 512, 192**-0.5)
         metadata = case.metadata
-        out = PagedDecode()(case.query, case.pages, spec, metadata.block_tables, metadata.seq_lens)
-        doubled = torch.cat([case.pages, case.pages[..., :512]], -1)
+        out = PagedDecode()(case.query, case.blocks, spec, metadata.block_tables, metadata.seq_lens)
+        doubled = torch.cat([case.blocks, case.blocks[..., :512]], -1)
         assert_close(out, reference(Case(spec, case.query, doubled, metadata)), torch.bfloat16)
 
     def test_graph_holds_for_other_lengths_and_tables(self) -> None:
@@ -252,7 +252,7 @@ class TestPagedDecode:
             for seed, lengths in enumerate([[4096] * 8, [1, 2, 3], [4000, 1, 700, 128, 129, 64, 65, 31], [2500]])
         ]
         query = torch.zeros(num_rows, 32, 128, dtype=torch.bfloat16, device=DEVICE)
-        pages = torch.zeros(max(len(case.pages) for case in cases), 128, spec.row_width, device=DEVICE).bfloat16()
+        pages = torch.zeros(max(len(case.blocks) for case in cases), 128, spec.entry_width, device=DEVICE).bfloat16()
         tables = torch.zeros(num_rows, capacity // 128, dtype=torch.int32, device=DEVICE)
         seq_lens = torch.zeros(num_rows, dtype=torch.int32, device=DEVICE)
         decode(query, pages, spec, tables, seq_lens)
@@ -264,7 +264,7 @@ class TestPagedDecode:
             count = len(case.query)
             for static, fresh in (
                 (query, case.query),
-                (pages, case.pages),
+                (pages, case.blocks),
                 (tables, case.metadata.block_tables),
                 (seq_lens, case.metadata.seq_lens),
             ):
@@ -303,13 +303,13 @@ class TestFlashAttnBackend:
     )
     def test_mixed_step(self, backend: FlashAttnBackend, heads: str, features: str, block_size: int) -> None:
         case = make_case(make_spec(heads, **FEATURES[features]), prefill_rows(), block_size, torch.bfloat16)
-        out = backend.attend(case.query, case.pages, case.spec, case.metadata)
+        out = backend.attend(case.query, case.blocks, case.spec, case.metadata)
         assert_close(out, reference(case), torch.bfloat16)
 
     @pytest.mark.parametrize("rows", [prefill_rows()[:2], prefill_rows()[2:], prefill_rows()[2:4]])
     def test_rows_of_one_kind(self, backend: FlashAttnBackend, rows: list[tuple[int, int, int]]) -> None:
         case = make_case(make_spec("llama"), rows, 128, torch.bfloat16)
-        out = backend.attend(case.query, case.pages, case.spec, case.metadata)
+        out = backend.attend(case.query, case.blocks, case.spec, case.metadata)
         assert_close(out, reference(case), torch.bfloat16)
 
     @pytest.mark.parametrize("features", FEATURES)
@@ -317,7 +317,7 @@ class TestFlashAttnBackend:
         backend = FlashAttnBackend()
         case = make_case(make_spec("qwen-7", **FEATURES[features]), prefill_rows(), 128, torch.float32)
         for _ in range(2):
-            out = backend.attend(case.query, case.pages, case.spec, case.metadata)
+            out = backend.attend(case.query, case.blocks, case.spec, case.metadata)
         assert_close(out, reference(case), torch.float32)
         assert [record.levelname for record in caplog.records if record.name.startswith("twofold")] == ["WARNING"]
 
@@ -344,10 +344,10 @@ class TestFlashAttnBackend:
         case = make_case(spec, prefill_rows(), block_size, torch.bfloat16)
         if not at_once:
             monkeypatch.setattr(mla, "PIECE_BYTES", 200 * 16 * 320 * 2)
-        called = backend.attend_at_once(case.query, case.pages, spec, case.metadata)
+        called = backend.attend_at_once(case.query, case.blocks, spec, case.metadata)
         assert (called is not None) == at_once
-        out = mla.attend(case.query, case.pages, spec, case.metadata, backend)
-        keys, values = mla.expand(case.pages, spec)
+        out = mla.attend(case.query, case.blocks, spec, case.metadata, backend)
+        keys, values = mla.expand(case.blocks, spec)
         pages = torch.cat([keys.flatten(2), values.flatten(2)], -1)
         expected = reference(Case(AttentionSpec(16, 16, 192, 128, spec.scaling), case.query, pages, case.metadata))
         assert_close(out, expected, torch.bfloat16)
@@ -356,14 +356,14 @@ class TestFlashAttnBackend:
         """Rows whose queries moved into the latents' space."""
         spec = make_latent_spec()
         case = make_case(AttentionSpec(16, 1, 576, 0, spec.scaling), decode_rows([1, 100, 3000]), 128, torch.bfloat16)
-        out = backend.attend_absorbed(case.query, case.pages, spec, case.metadata)
-        doubled = torch.cat([case.pages, case.pages[..., :512]], -1)
+        out = backend.attend_absorbed(case.query, case.blocks, spec, case.metadata)
+        doubled = torch.cat([case.blocks, case.blocks[..., :512]], -1)
         assert_close(out, reference(Case(spec.absorbed, case.query, doubled, case.metadata)), torch.bfloat16)
 
     def test_long_prompt(self, backend: FlashAttnBackend) -> None:
         """Rank 0's head and tail of 16k tokens over 4 ranks; the tail reads everyone's keys."""
         case = make_case(make_spec("llama"), [(0, 0, 2048), (0, 14336, 2048)], 128, torch.bfloat16)
-        out = backend.attend(case.query, case.pages, case.spec, case.metadata)
+        out = backend.attend(case.query, case.blocks, case.spec, case.metadata)
         picked = torch.tensor([0, 1, 127, 128, 2047, 2048, 2049, 3000, 4095], device=DEVICE)
         assert_close(out[picked], _reference_of(case, picked), torch.bfloat16)
 
@@ -375,9 +375,9 @@ def _reference_of(case: Case, tokens: torch.Tensor) -> torch.Tensor:
     rows = np.searchsorted(bounds, tokens.cpu().numpy(), side="right") - 1
     ends = seq_lens[rows] - (bounds[rows + 1] - 1 - tokens.cpu().numpy())
     alone = make_metadata(
-        (ends - 1).tolist(), [1] * len(ends), rows.tolist(), metadata.block_tables_np, case.pages.shape[1]
+        (ends - 1).tolist(), [1] * len(ends), rows.tolist(), metadata.block_tables_np, case.blocks.shape[1]
     )
-    return reference(Case(case.spec, case.query[tokens], case.pages, alone))
+    return reference(Case(case.spec, case.query[tokens], case.blocks, alone))
 
 
 class TestExpertLinear:

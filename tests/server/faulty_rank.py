@@ -12,7 +12,7 @@ from pathlib import Path
 
 import torch
 
-from twofold.engine.step import Step
+from twofold.contract import Step
 from twofold.worker import worker
 from twofold.worker.model_runner import LaunchedStep, ModelRunner
 

@@ -8,7 +8,7 @@ from twofold.attention.backends.sdpa import SDPABackend, attend_row
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.rows import merge
 from twofold.attention.spec import AttentionSpec
-from twofold.engine.step import NewRequest, ScheduledBatch, Step
+from twofold.contract import NewRequest, ScheduledBatch, Step
 from twofold.sampling_params import SamplingParams
 from twofold.worker.input_batch import prepare
 from twofold.worker.request_states import RequestStates
@@ -159,9 +159,9 @@ def test_rows_in_pages(tables: list[list[int]], features: dict) -> None:
     spec = make_spec(**features)
     generator = torch.Generator().manual_seed(1)
     _, metadata = make_rows(tables)
-    pages = torch.full((NUM_BLOCKS, BLOCK_SIZE, spec.row_width), torch.nan)  # blocks that nobody has
+    pages = torch.full((NUM_BLOCKS, BLOCK_SIZE, spec.entry_width), torch.nan)  # blocks that nobody has
     pages[0] = 1e30  # the null block
-    slots = pages.view(-1, spec.row_width)
+    slots = pages.view(-1, spec.entry_width)
     expected = []
     query = torch.randn(sum(scheduled for _, scheduled, _ in ROWS), NUM_HEADS, HEAD_DIM, generator=generator)
     begin = 0
@@ -169,10 +169,10 @@ def test_rows_in_pages(tables: list[list[int]], features: dict) -> None:
         seq_len = computed + scheduled
         for block in table:
             pages[block] = -1e30  # unwritten tails hold what was there before: anything finite
-        rows = torch.randn(seq_len, spec.row_width, generator=generator)
+        rows = torch.randn(seq_len, spec.entry_width, generator=generator)
         for position, row in enumerate(rows):
             slots[table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE] = row
-        keys, values = spec.split_row(rows)
+        keys, values = spec.unpack(rows)
         expected.append(reference(query[begin : begin + scheduled], keys, values, spec))
         begin += scheduled
     before = pages.clone()
@@ -187,7 +187,7 @@ def test_padding_is_finite() -> None:
     spec = make_spec()
     _, metadata = make_rows(CONTIGUOUS)
     num_tokens = metadata.num_tokens
-    pages = torch.randn(NUM_BLOCKS, BLOCK_SIZE, spec.row_width)
+    pages = torch.randn(NUM_BLOCKS, BLOCK_SIZE, spec.entry_width)
     query = torch.randn(num_tokens + 3, NUM_HEADS, HEAD_DIM)
     query[num_tokens:] = torch.nan
     out = SDPABackend().attend(query, pages, spec, metadata)

@@ -19,7 +19,7 @@ from twofold.cli import generate
 from twofold.cli.arguments import ENGINE_HELP, add_engine_arguments, chosen
 from twofold.cli.main import main
 from twofold.config import EngineConfig
-from twofold.engine.step import Step
+from twofold.contract import Step
 
 Run = Callable[..., tuple[int, str, str]]
 

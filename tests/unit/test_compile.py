@@ -12,8 +12,8 @@ from torch._inductor.decomposition import select_decomp_table
 from transformers import PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
 
-from twofold.models.packing import pack_projections
-from twofold.worker.compile import RewriteLayers
+from twofold.models.transforms.compile import RewriteLayers
+from twofold.models.transforms.packing import pack_projections
 
 QKV, KV, GATE_UP = 2, 1, 1  # products fewer in a layer
 

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from twofold.contract import TokenLogprobs
 from twofold.engine.detokenizer import Detokenizer, to_logprobs, token_bytes
-from twofold.engine.step import TokenLogprobs
 from twofold.outputs import Logprob
 from twofold.sampling_params import SamplingParams
 

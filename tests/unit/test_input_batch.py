@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from twofold import SamplingParams
-from twofold.engine.step import NewRequest, ScheduledBatch, Step
+from twofold.contract import NewRequest, ScheduledBatch, Step
 from twofold.worker.input_batch import InputBatch, prepare
 from twofold.worker.request_states import RequestStates
 
@@ -39,7 +39,7 @@ def test_a_step_is_the_same_on_all_ranks(
     num_ranks: int, requests: list[tuple[int, int]], is_decode: bool, max_decode_len: int
 ) -> None:
     for batch in prepare_all(num_ranks, *requests):
-        assert batch.is_decode == batch.exchange.is_whole == is_decode
+        assert batch.is_decode == batch.exchange.defer_exchange == is_decode
         assert batch.max_decode_len == max_decode_len
 
 
@@ -51,4 +51,4 @@ def test_a_prompt_of_one_token_a_chunk_is_no_decode(num_ranks: int) -> None:
     for batch in prepare_all(num_ranks, (0, 2 * num_ranks)):
         assert (batch.partition.length == 1).all()
         assert not batch.is_decode
-        assert not batch.exchange.is_whole
+        assert not batch.exchange.defer_exchange

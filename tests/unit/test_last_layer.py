@@ -10,8 +10,8 @@ from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 
 from twofold import SamplingParams
 from twofold.engine.engine import LLMEngine
-from twofold.models import last_layer
 from twofold.models.loader import DecoderModel
+from twofold.models.transforms import last_layer
 
 PROMPT_LENS = (70, 9, 1)
 

@@ -168,14 +168,14 @@ def test_only_latents_are_stored_and_sent(deepseek: PreTrainedModel) -> None:
     runners = engine.executor.runners
     for runner in runners:
         stored = sum(stack.untyped_storage().nbytes() for stack in runner.cache.stacks)
-        assert stored / (num_blocks * block_size) / len(runner.cache.pages) == ROW_WIDTH * 4
+        assert stored / (num_blocks * block_size) / len(runner.cache.blocks) == ROW_WIDTH * 4
         assert runner.exchange.num_bytes == 2 * (num_tokens - num_tokens // num_ranks) * ROW_WIDTH * 4
         sent = [shape for shape in runner.mesh.calls if len(shape) == 2]
         assert sent == [(num_tokens // num_ranks, ROW_WIDTH)] * 2
     assert engine.executor.reports[0].bytes_per_block == 2 * block_size * ROW_WIDTH * 4
     [new] = [new for step in engine.executor.steps for new in step.new]
     for layer in range(2):
-        mine = [runner.cache.pages[layer][new.block_ids] for runner in runners]
+        mine = [runner.cache.blocks[layer][new.block_ids] for runner in runners]
         assert mine[0].abs().sum(-1).min() > 0, "a slot was not written"
         assert all(torch.equal(pages, mine[0]) for pages in mine[1:])
     engine.shutdown()
@@ -190,7 +190,7 @@ def test_latents_hold_what_transformers_caches(deepseek: PreTrainedModel) -> Non
         cache = deepseek(torch.tensor([prompt]), use_cache=True).past_key_values
     [new] = [new for step in engine.executor.steps for new in step.new]
     for layer in range(2):
-        rows = engine.executor.runners[1].cache.pages[layer][new.block_ids].flatten(0, 1)[:32]
+        rows = engine.executor.runners[1].cache.blocks[layer][new.block_ids].flatten(0, 1)[:32]
         expected = torch.cat([cache.layers[layer].keys[0, 0], cache.layers[layer].values[0, 0]], dim=-1)
         torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
     engine.shutdown()

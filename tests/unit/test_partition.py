@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from twofold.engine.step import ScheduledBatch
+from twofold.contract import ScheduledBatch
 from twofold.errors import ConfigError
 from twofold.parallel.partition import POLICIES, Partition, contiguous, dual_chunk_swap, partition
 

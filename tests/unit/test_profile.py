@@ -8,7 +8,7 @@ import pytest
 import twofold
 from twofold.worker.profile import KINDS
 
-OURS = {"attention/backends": "attention", "parallel": "exchange", "models": "projections"}
+OURS = {"attention/backends": "attention", "kv": "exchange", "models/transforms": "projections"}
 JITTED = re.compile(r"^@triton\.jit.*?^def (\w+)", re.M | re.S)
 ROOT = Path(twofold.__file__).parent
 

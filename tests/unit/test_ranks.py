@@ -193,10 +193,10 @@ def test_caches_are_equal_on_all_ranks(model: PreTrainedModel, num_ranks: int, s
             engine.abort_request(names[rng.integers(len(names))])
         engine.step()
         for layer in range(NUM_LAYERS):
-            written = caches[0].pages[layer][1:]
+            written = caches[0].blocks[layer][1:]
             for other in caches[1:]:
-                assert torch.equal(written.view(torch.int32), other.pages[layer][1:].view(torch.int32))
-    assert all(cache.pages[0][1:].any() for cache in caches)
+                assert torch.equal(written.view(torch.int32), other.blocks[layer][1:].view(torch.int32))
+    assert all(cache.blocks[0][1:].any() for cache in caches)
     while engine.has_unfinished_requests:
         engine.step()
     assert engine.is_idle

@@ -11,11 +11,11 @@ from harness import ThreadExecutor, make_engine
 from tiny_models import tiny_config, tiny_model
 
 from twofold import LLM
+from twofold.contract import ScheduledBatch, Step
 from twofold.engine import engine as engine_module
 from twofold.engine.block_pool import BlockPool
 from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import Scheduler
-from twofold.engine.step import ScheduledBatch, Step
 from twofold.engine.watchdog import SLACK, Watchdog
 from twofold.errors import EngineError
 from twofold.sampling_params import SamplingParams

@@ -11,10 +11,10 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
 
+from twofold.contract import Step
 from twofold.engine.block_pool import NULL_BLOCK_ID, BlockPool
 from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import Scheduler
-from twofold.engine.step import Step
 from twofold.errors import EngineError, RequestError
 from twofold.sampling_params import SamplingParams
 

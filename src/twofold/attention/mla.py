@@ -6,7 +6,7 @@
 
 Rows of a prompt expand the latents of their keys: all of them at once, or in bounded pieces that are merged by
 log-sum-exp. A row of one token would expand its whole prefix for one query, so it goes the other way: its query moves
-into the space of the cache rows, attends to them as they lie in the pages, and what it gets moves out through
+into the space of the cache rows, attends to them as they lie in the kv_cache, and what it gets moves out through
 `value_weight`.
 
 How a model comes to hand over latents is told in `models/latents.py`.
@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.rows import merge, row_slots
+from twofold.attention.rows import merge, row_entries
 from twofold.attention.spec import LatentSpec
 
 PIECE_BYTES = 1 << 30  # of heads expanded at once: more pieces to merge take longer, larger ones take memory
@@ -29,7 +29,7 @@ class LatentKernels(Protocol):
     """What latent attention needs of a backend."""
 
     def attend_at_once(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
     ) -> torch.Tensor | None:
         """All rows but the leading ones of one token, whose part of the output is left as it is: query [N, H, D], pages
         [num_blocks, block_size, L + R] → [N, H, Dv]; None where that takes too much memory, or no kernel serves."""
@@ -44,41 +44,44 @@ class LatentKernels(Protocol):
         """
 
     def attend_absorbed(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """The first B rows, one token each: query [B, H, L + R], pages [num_blocks, block_size, L + R] → [B, H, L]."""
+        """The first B rows, of one token each.
+
+        query [B, H, L + R], kv_cache [num_blocks, block_size, L + R] → [B, H, L].
+        """
 
 
 def attend(
-    query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata, kernels: LatentKernels
+    query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata, kernels: LatentKernels
 ) -> torch.Tensor:
-    """query [N, H, D], pages [num_blocks, block_size, L + R] → [N, H, Dv]."""
+    """query [N, H, D], kv_cache [num_blocks, block_size, L + R] → [N, H, Dv]."""
     num_decode_rows, out = metadata.num_decode_rows, None
     if num_decode_rows < len(metadata.seq_lens):
-        out = kernels.attend_at_once(query, pages, spec, metadata)
+        out = kernels.attend_at_once(query, kv_cache, spec, metadata)
         assert out is not None or len(metadata.query_start_np), "a graph knows no rows that pieces could be made for"
     if out is None:
         out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
         out[metadata.num_tokens :] = 0
-        for rows in shared_prefixes(metadata, num_decode_rows, pages.shape[1]):
-            _attend_pieces(query, pages, spec, metadata, kernels, rows, out)
+        for rows in shared_prefixes(metadata, num_decode_rows, kv_cache.shape[1]):
+            _attend_pieces(query, kv_cache, spec, metadata, kernels, rows, out)
     if num_decode_rows:
-        absorbed = kernels.attend_absorbed(absorb(query[:num_decode_rows], spec), pages, spec, metadata)
-        release(absorbed, spec, out[:num_decode_rows])
+        absorbed = kernels.attend_absorbed(absorb(query[:num_decode_rows], spec), kv_cache, spec, metadata)
+        project_values(absorbed, spec, out[:num_decode_rows])
     return out
 
 
 def absorb(query: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
     """Queries in the space of the cache rows: [B, H, D] → [B, H, L + R]."""
     straight, rotated = query.split([spec.qk_head_dim - spec.qk_rope_head_dim, spec.qk_rope_head_dim], dim=-1)
-    absorbed = query.new_empty(*query.shape[:2], spec.row_width)
+    absorbed = query.new_empty(*query.shape[:2], spec.entry_width)
     latent = absorbed[..., : spec.kv_lora_rank].transpose(0, 1)  # [H, B, L]
     torch.bmm(straight.transpose(0, 1), spec.key_weight, out=latent)
     absorbed[..., spec.kv_lora_rank :] = rotated
     return absorbed
 
 
-def release(latents: torch.Tensor, spec: LatentSpec, out: torch.Tensor) -> None:
+def project_values(latents: torch.Tensor, spec: LatentSpec, out: torch.Tensor) -> None:
     """Averages of latents [B, H, L] as averages of values, written to `out` [B, H, Dv]."""
     torch.bmm(latents.transpose(0, 1), spec.value_weight.mT, out=out.transpose(0, 1))
 
@@ -106,7 +109,7 @@ def piece_tokens(spec: LatentSpec, itemsize: int) -> int:
     return max(PIECE_BYTES // (spec.num_heads * (spec.qk_head_dim + spec.v_head_dim) * itemsize), 1)
 
 
-def most_bytes(spec: LatentSpec, num_tokens: int) -> int:
+def max_attention_bytes(spec: LatentSpec, num_tokens: int) -> int:
     """Memory that attention of so many queries takes at most: a piece, and three of their outputs in float32."""
     return PIECE_BYTES + 3 * num_tokens * spec.num_heads * spec.v_head_dim * 4
 
@@ -133,7 +136,7 @@ def shared_prefixes(metadata: AttentionMetadata, first_row: int, block_size: int
 
 def _attend_pieces(
     query: torch.Tensor,
-    pages: torch.Tensor,
+    kv_cache: torch.Tensor,
     spec: LatentSpec,
     metadata: AttentionMetadata,
     kernels: LatentKernels,
@@ -153,7 +156,7 @@ def _attend_pieces(
         sums[row] = (so_far if seq_lens[row] <= step else torch.empty_like(so_far, dtype=torch.float32)), lse
     for low in range(0, total, step):
         high = min(low + step, total)
-        keys, values = expand(row_slots(pages, metadata, rows[-1], low, high), spec)
+        keys, values = expand(row_entries(kv_cache, metadata, rows[-1], low, high), spec)
         for row in rows:
             so_far, lse = sums[row]
             end = seq_lens[row]

@@ -5,8 +5,8 @@
 
 They are two so that rows can travel while this rank still computes its queries.
 
-The model passes its projections and nothing else; which rows they are, where the pages lie and who else computes is in
-the *forward context* that the model runner sets around the forward pass.
+The model passes its projections and nothing else. Which rows they are, where their blocks lie and who else computes is
+in the *forward context* that the model runner sets around the forward pass.
 """
 
 import threading
@@ -22,22 +22,22 @@ from twofold.attention import mla
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import LatentKernels
 from twofold.attention.spec import AttentionSpec, LatentSpec
+from twofold.kv.cache import KVCache
 from twofold.parallel.exchange import Exchange
-from twofold.worker.kv_cache import KVCache
 
 ATTENTION_NAME = "twofold"
 
 
 class AttentionBackend(LatentKernels, Protocol):
-    """A kernel family: attention of a step's rows over pages."""
+    """A kernel family: attention of a step's rows over kv_cache."""
 
-    def can_record(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
+    def can_capture(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
         """Whether such rows are read on the device only, so that a CUDA graph of it serves other steps too."""
 
     def attend(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """query [N, H, D], pages [num_blocks, block_size, row_width] → [N, H, Dv]."""
+        """query [N, H, D], kv_cache [num_blocks, block_size, entry_width] → [N, H, Dv]."""
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ class ForwardContext:
     kept: torch.Tensor | None = None  # rows of the last layer, which travel while it runs again
 
 
-class Published(Exception):  # noqa: N818  (nothing went wrong)
+class StopAfterPublish(Exception):  # noqa: N818  (nothing went wrong)
     """The last layer's rows are on their way; what else it makes of these tokens nobody reads."""
 
 
@@ -75,11 +75,11 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
 
 
 def _publish(rows: torch.Tensor) -> torch.Tensor:
-    """Sends my cache rows [N, row_width] on their way into every rank's pages. Returns nothing worth reading.
+    """Sends my cache rows [N, entry_width] on their way into every rank's kv_cache. Returns nothing worth reading.
 
     Raises:
-        Published: the last layer need do no more for these tokens. It is run again for those of `last`, whose rows
-            are then on their way already.
+        StopAfterPublish: the last layer need do no more for these tokens. It is run again for those of `last`,
+            whose rows are then on their way already.
     """
     context: ForwardContext = _current.context
     if context.kept is None:
@@ -87,7 +87,7 @@ def _publish(rows: torch.Tensor) -> torch.Tensor:
         context.exchange.publish(rows, context.cache.slots[context.layer])
         if context.last is not None and context.layer == len(context.specs) - 1:
             context.metadata, context.kept = context.last, rows
-            raise Published
+            raise StopAfterPublish
     return rows.new_empty(0)
 
 
@@ -99,10 +99,10 @@ def _attend(query: torch.Tensor, rows: torch.Tensor, published: torch.Tensor, v_
     context: ForwardContext = _current.context
     spec = context.specs[context.layer]
     context.exchange.complete()
-    pages, metadata = context.cache.pages[context.layer], context.metadata
+    kv_cache, metadata = context.cache.blocks[context.layer], context.metadata
     if isinstance(spec, LatentSpec):
-        return mla.attend(query, pages, spec, metadata, context.backend)
-    return context.backend.attend(query, pages, spec, metadata)
+        return mla.attend(query, kv_cache, spec, metadata, context.backend)
+    return context.backend.attend(query, kv_cache, spec, metadata)
 
 
 _library = torch.library.Library("twofold", "DEF")

@@ -19,12 +19,12 @@ class AttentionSpec:
     sinks: torch.Tensor | None = None  # [H] logits that take part in the softmax's sum and have no value
 
     @property
-    def row_width(self) -> int:
+    def entry_width(self) -> int:
         """Numbers in a token's cache row: keys of all heads, then values of all heads."""
         return self.num_kv_heads * (self.qk_head_dim + self.v_head_dim)
 
-    def split_row(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of rows [..., row_width] as keys [..., Hk, D] and values [..., Hk, Dv]."""
+    def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of rows [..., entry_width] as keys [..., Hk, D] and values [..., Hk, Dv]."""
         keys, values = rows.split([self.num_kv_heads * self.qk_head_dim, self.num_kv_heads * self.v_head_dim], dim=-1)
         return (
             keys.unflatten(-1, (self.num_kv_heads, self.qk_head_dim)),
@@ -45,19 +45,19 @@ class LatentSpec(AttentionSpec):
     weight: torch.Tensor  # [H * (D - R + Dv), L] latent -> for each head its key up to those R, then its value
 
     @property
-    def row_width(self) -> int:
+    def entry_width(self) -> int:
         """Numbers in a token's cache row: its latent, then the rotated part of its keys."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
-    def split_row(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of rows [..., row_width] as latents [..., 1, L] and rotated parts [..., 1, R]."""
+    def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of rows [..., entry_width] as latents [..., 1, L] and rotated parts [..., 1, R]."""
         latents, rotated = rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
         return latents.unsqueeze(-2), rotated.unsqueeze(-2)
 
     @property
     def absorbed(self) -> AttentionSpec:
         """The same attention with queries in the space of cache rows: a row is a key, its first L numbers a value."""
-        return AttentionSpec(self.num_heads, 1, self.row_width, self.kv_lora_rank, self.scaling)
+        return AttentionSpec(self.num_heads, 1, self.entry_width, self.kv_lora_rank, self.scaling)
 
     @property
     def key_weight(self) -> torch.Tensor:

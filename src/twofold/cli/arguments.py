@@ -6,8 +6,15 @@ from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
-from twofold.config import ATTENTION_BACKENDS, DEVICES, DTYPES, EXCHANGES, LOAD_FORMATS, EngineConfig
-from twofold.parallel.partition import POLICIES
+from twofold.config import (
+    ATTENTION_BACKENDS,
+    DEVICES,
+    DTYPES,
+    EXCHANGES,
+    LOAD_FORMATS,
+    PARTITION_POLICIES,
+    EngineConfig,
+)
 
 
 def _one_of(choices: Any) -> str:
@@ -17,7 +24,7 @@ def _one_of(choices: Any) -> str:
 ENGINE_HELP = {
     "model": "directory, hub name, .gguf file, or demo (SmolLM2-135M-Instruct)",
     "prefill_context_parallel_size": "ranks that share the prefill of each prompt",
-    "partition_policy": f"which rank computes which part of a prompt: {_one_of(POLICIES)}",
+    "partition_policy": f"which rank computes which part of a prompt: {_one_of(PARTITION_POLICIES)}",
     "dtype": _one_of(DTYPES),
     "device": _one_of(DEVICES),
     "max_model_len": "tokens of prompt and answer together; by default what the model was made for",

@@ -18,7 +18,7 @@ from rich.console import Console
 from rich.text import Text
 
 from twofold import ConfigError
-from twofold.engine.step import ScheduledBatch
+from twofold.contract import ScheduledBatch
 from twofold.parallel.partition import POLICIES, Partition, partition
 
 if TYPE_CHECKING:

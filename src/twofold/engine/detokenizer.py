@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from twofold.engine.step import TokenLogprobs
+from twofold.contract import TokenLogprobs
 from twofold.outputs import Logprob, Logprobs
 from twofold.sampling_params import SamplingParams
 

@@ -13,19 +13,19 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.config import EngineConfig
+from twofold.config import EngineConfig, RuntimeConfig
+from twofold.contract import ScheduledBatch, StepResult
 from twofold.engine.block_pool import BlockPool
 from twofold.engine.output_processor import OutputProcessor
 from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import Scheduler
 from twofold.engine.stats import EngineStats
-from twofold.engine.step import ScheduledBatch, StepResult
 from twofold.engine.watchdog import Watchdog
 from twofold.errors import ConfigError, EngineError, RequestError, TwofoldError
 from twofold.executor.base import Executor
 from twofold.executor.local import LocalExecutor
 from twofold.outputs import RequestOutput
-from twofold.runtime import RuntimeConfig, settle
+from twofold.runtime import settle
 from twofold.sampling_params import SamplingParams
 
 if TYPE_CHECKING:

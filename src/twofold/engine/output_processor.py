@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from twofold.contract import TokenLogprobs
 from twofold.engine.detokenizer import Detokenizer, to_logprobs
 from twofold.engine.request import Request, RequestStatus
-from twofold.engine.step import TokenLogprobs
 from twofold.outputs import CompletionOutput, Logprobs, PromptLogprobs, RequestMetrics, RequestOutput
 from twofold.sampling_params import SamplingParams
 

@@ -21,9 +21,9 @@ from itertools import count
 
 import numpy as np
 
+from twofold.contract import NewRequest, ScheduledBatch, Step
 from twofold.engine.block_pool import BlockPool
 from twofold.engine.request import Request, RequestStatus
-from twofold.engine.step import NewRequest, ScheduledBatch, Step
 from twofold.errors import EngineError, RequestError
 
 

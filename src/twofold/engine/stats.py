@@ -4,7 +4,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from twofold.engine.step import ScheduledBatch, StepResult
+from twofold.contract import ScheduledBatch, StepResult
 
 
 @dataclass(slots=True)

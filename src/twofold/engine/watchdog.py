@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from twofold.engine.step import ScheduledBatch
+from twofold.contract import ScheduledBatch
 
 SLACK = 10.0  # a step may be this much slower than any before it
 DECAY = 0.98  # of the slowest pace, with each step

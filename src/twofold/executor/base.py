@@ -1,21 +1,8 @@
 """How the engine reaches its ranks. It schedules; they compute."""
 
-from dataclasses import dataclass, field
 from typing import Protocol
 
-from twofold.engine.step import Step, StepResult
-
-
-@dataclass(frozen=True, slots=True)
-class RankReport:
-    """What a rank says once its model is loaded."""
-
-    rank: int
-    num_blocks: int  # that its memory has room for
-    bytes_per_block: int
-    vocab_size: int
-    num_parameters: int
-    seconds: dict[str, float] = field(default_factory=dict)  # start-up phase -> its time
+from twofold.contract import RankReport, Step, StepResult
 
 
 class Executor(Protocol):

@@ -15,14 +15,12 @@ from multiprocessing import connection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from twofold.engine.step import Step, StepResult
+from twofold.config import RuntimeConfig
+from twofold.contract import Failure, Profile, RankReport, RankStart, Step, StepResult
 from twofold.errors import ModelError, RankDiedError, RankFailedError
-from twofold.executor.base import RankReport
-from twofold.runtime import RuntimeConfig
-from twofold.worker.messages import Failure, Profile, RankStart
 
 if TYPE_CHECKING:
-    from twofold.worker.profile import Breakdown
+    from twofold.contract import Breakdown
 
 SHUTDOWN_SECONDS = 5.0
 LOOK_SECONDS = 0.5  # between looks at ranks that do not answer

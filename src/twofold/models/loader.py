@@ -12,9 +12,9 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from twofold.attention.spec import AttentionSpec
 from twofold.config import EngineConfig
 from twofold.errors import ModelError
-from twofold.models.last_layer import LastLayer, use_last_layer
 from twofold.models.source import ModelSource
 from twofold.models.support import probe, refusal
+from twofold.models.transforms.last_layer import LastLayer, use_last_layer
 
 
 class DecoderModel:

@@ -21,7 +21,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from twofold.attention.op import ATTENTION_NAME
 from twofold.attention.spec import AttentionSpec
 from twofold.errors import ModelError
-from twofold.models.latents import Attention, keep_latents
+from twofold.models.transforms.latents import Attention, keep_latents
 
 # A part of multimodal models that has a causal model of its own, which AutoModelForCausalLM does not know.
 if "mistral4" in CONFIG_MAPPING_NAMES:

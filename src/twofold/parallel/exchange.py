@@ -27,7 +27,9 @@ class ExchangePlan:
     """Where a step's rows go; the same on every rank."""
 
     slots: torch.Tensor  # [P * N] gathered row -> slot of the cache
-    is_whole: bool  # no request has tokens on two ranks, and rows are so few that those of all layers fit together
+    defer_exchange: (
+        bool  # no request has tokens on two ranks, and rows are so few that those of all layers fit together
+    )
 
 
 class Exchange(Protocol):
@@ -40,8 +42,9 @@ class Exchange(Protocol):
         """Starts a step."""
 
     def publish(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
-        """Starts writing rows [N, row_width] into `cache` [num_slots, row_width]: those of every rank that this one may
-        attend to in this step.
+        """Starts writing rows [N, entry_width] into `cache` [num_slots, entry_width].
+
+        Those of every rank that this one may attend to in this step are written.
 
         `rows` must stay as they are until `complete`.
         """
@@ -52,7 +55,7 @@ class Exchange(Protocol):
     def end(self, stacks: Sequence[torch.Tensor]) -> None:
         """Ends a step: work enqueued from now on sees the rows of all ranks and layers.
 
-        A stack [layers, num_slots, row_width] is the caches of all layers with rows of that width.
+        A stack [layers, num_slots, entry_width] is the caches of all layers with rows of that width.
         """
 
 
@@ -73,25 +76,25 @@ class AllGatherExchange:
 
     def publish(self, rows: torch.Tensor, cache: torch.Tensor) -> None:
         slots = self._plan.slots
-        if self._plan.is_whole or self.mesh.size == 1:
-            write_rows(rows, slots[self.mesh.rank * len(rows) : (self.mesh.rank + 1) * len(rows)], cache)
+        if self._plan.defer_exchange or self.mesh.size == 1:
+            write_entries(rows, slots[self.mesh.rank * len(rows) : (self.mesh.rank + 1) * len(rows)], cache)
         else:
             self._send(rows, slots, cache)
 
     def end(self, stacks: Sequence[torch.Tensor]) -> None:
         size = self.mesh.size
-        if not self._plan.is_whole or size == 1:
+        if not self._plan.defer_exchange or size == 1:
             return
         for stack in stacks:
-            num_layers, num_slots, row_width = stack.shape
+            num_layers, num_slots, entry_width = stack.shape
             first_slots = torch.arange(0, num_layers * num_slots, num_slots, device=stack.device)[:, None]
             slots = self._plan.slots.view(size, 1, -1) + first_slots  # [P, layers, N] gathered row -> slot of the stack
-            cache = stack.view(-1, row_width)
+            cache = stack.view(-1, entry_width)
             self._send(cache.index_select(0, slots[self.mesh.rank].flatten()), slots.flatten(), cache)
             self.complete()
 
     def _send(self, rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
-        """Starts writing every rank's rows [n, row_width] to slots [P * n] of `cache`."""
+        """Starts writing every rank's rows [n, entry_width] to slots [P * n] of `cache`."""
         self.num_bytes += rows.nbytes * (self.mesh.size - 1)
         if self._stream is None:
             start = time.perf_counter()
@@ -106,7 +109,7 @@ class AllGatherExchange:
     def _gather(self, rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
         gathered = rows.new_empty(self.mesh.size * len(rows), rows.shape[1])
         self.mesh.all_gather(gathered, rows)
-        write_rows(gathered, slots, cache)
+        write_entries(gathered, slots, cache)
 
     def complete(self) -> None:
         if self._stream is not None and self._is_busy:  # a graph cannot wait for a stream that it has not used
@@ -154,12 +157,12 @@ class PushExchange(AllGatherExchange):
             peer = (rank + distance) % size
             handle.get_buffer(peer, rows.shape, rows.dtype, rank * rows.numel()).copy_(rows)
         begin, end = rank * num_rows, (rank + 1) * num_rows
-        write_rows(rows, slots[begin:end], cache)  # mine never go through the buffer
+        write_entries(rows, slots[begin:end], cache)  # mine never go through the buffer
         handle.barrier(channel=0)
         gathered = handle.get_buffer(rank, (size * num_rows, rows.shape[1]), rows.dtype)
         for part in (slice(begin), slice(end, size * num_rows)):
             if len(gathered[part]):
-                write_rows(gathered[part], slots[part], cache)
+                write_entries(gathered[part], slots[part], cache)
 
 
 class SharedMemoryExchange(AllGatherExchange):
@@ -184,15 +187,15 @@ class SharedMemoryExchange(AllGatherExchange):
         gathered = buffer[:num_bytes].view(rows.dtype).view(size * len(rows), rows.shape[1])
         gathered[self.mesh.rank * len(rows) : (self.mesh.rank + 1) * len(rows)] = rows
         self.mesh.all_gather(self._flags, self._flag)
-        write_rows(gathered, slots, cache)
+        write_entries(gathered, slots, cache)
 
 
-def write_rows(rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
-    """cache[slots[i]] = rows[i]. rows [n, row_width], slots [n], cache [num_slots, row_width]."""
+def write_entries(rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
+    """cache[slots[i]] = rows[i]. rows [n, entry_width], slots [n], cache [num_slots, entry_width]."""
     if rows.device.type == "cuda":
-        from twofold.parallel.scatter import scatter_rows  # Triton is on GPU machines only
+        from twofold.kv.scatter import scatter_entries  # Triton is on GPU machines only
 
-        scatter_rows(rows, slots, cache)
+        scatter_entries(rows, slots, cache)
     else:
         cache.index_copy_(0, slots, rows)
 

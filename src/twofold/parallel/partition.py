@@ -18,7 +18,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.engine.step import ScheduledBatch
+from twofold.contract import ScheduledBatch
 from twofold.errors import ConfigError
 
 IntArray = NDArray[np.int64]

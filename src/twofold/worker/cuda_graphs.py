@@ -100,7 +100,7 @@ class CUDAGraphs:
             metadata=metadata,
             hidden_states=torch.empty(0),
         )
-        plan = ExchangePlan(graph.slots, is_whole=is_decode)
+        plan = ExchangePlan(graph.slots, defer_exchange=is_decode)
         for _ in range(2):  # kernels are compiled and chosen outside of the recording
             self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode)
         torch.cuda.synchronize()
@@ -118,7 +118,7 @@ class CUDAGraphs:
         if graph is None:
             return None
         if not is_decode:
-            if batch.reads_all:
+            if batch.needs_all_hidden_states:
                 return None
             if batch.max_num_rows > PREFILL_ROWS or batch.max_decode_len > PREFILL_DECODE_LEN:
                 return None

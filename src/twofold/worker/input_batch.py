@@ -9,7 +9,7 @@ import torch
 from numpy.typing import NDArray
 
 from twofold.attention.metadata import AttentionMetadata
-from twofold.engine.step import ScheduledBatch
+from twofold.contract import ScheduledBatch
 from twofold.parallel.exchange import ExchangePlan
 from twofold.parallel.partition import Partition, partition
 from twofold.worker.request_states import RequestStates
@@ -34,7 +34,9 @@ class InputBatch:
     all_sampled_request_idx: IntArray  # [P * max S] gathered sampled row -> request of the step, -1 is padding
     all_sampled_state_idx: torch.Tensor  # [P * max S] gathered sampled row -> line of RequestStates
     is_decode: bool  # all rows of all ranks are of one token each, and each of another request
-    reads_all: bool  # hidden states are those of all N tokens, not only of the last one of each row and the padding
+    needs_all_hidden_states: (
+        bool  # hidden states are those of all N tokens, not only of the last one of each row and the padding
+    )
     max_num_rows: int  # of any rank, one of padding among them
     max_decode_len: int  # tokens of the longest request of which any rank has a row of one token
     max_row_blocks: int  # of any rank: blocks of its rows, each row's own, and the padding's
@@ -102,7 +104,7 @@ def prepare(
     )
     my_sampled_row = sampled_row[bounds[rank] : bounds[rank + 1]]
     in_prompt = batch.num_computed_tokens < states.num_prompt_tokens[state_idx] - 1  # [R]
-    reads_all = is_decode or bool((in_prompt & states.wants_prompt_logprobs[state_idx]).any())
+    needs_all_hidden_states = is_decode or bool((in_prompt & states.wants_prompt_logprobs[state_idx]).any())
 
     # My rows, and those of the padding tokens: decode rows without keys, or one row that attends to itself in the null
     # block.
@@ -127,7 +129,9 @@ def prepare(
             "newest": newest,
             "newest_state": my_state[newest],
             "slots": slots,
-            "sampled": row_end[my_sampled_row] - 1 - mine.start if reads_all else my_sampled_row - rows.start,
+            "sampled": row_end[my_sampled_row] - 1 - mine.start
+            if needs_all_hidden_states
+            else my_sampled_row - rows.start,
             # Padding's token goes to the line that no request has.
             "all_sampled_state": np.where(all_sampled >= 0, state_idx[all_sampled], states.max_num_seqs),
             "query_start": np.concatenate([query_start, padding_start]).astype(np.int32),
@@ -156,7 +160,7 @@ def prepare(
             else int(row_blocks[rows.stop] - row_blocks[rows.start + num_decode_rows] + padding_blocks[rank]),
             num_decode_rows=num_decode_rows,
         ),
-        exchange=ExchangePlan(on_device["slots"], is_whole=is_decode),
+        exchange=ExchangePlan(on_device["slots"], defer_exchange=is_decode),
         input_ids=input_ids,
         position_ids=on_device["position_ids"],
         state_idx=state_idx,
@@ -167,7 +171,7 @@ def prepare(
         all_sampled_request_idx=all_sampled,
         all_sampled_state_idx=on_device["all_sampled_state"],
         is_decode=is_decode,
-        reads_all=reads_all,
+        needs_all_hidden_states=needs_all_hidden_states,
         max_num_rows=int(np.diff(part.row_ptr).max()) + 1,
         max_decode_len=int((part.start[part.length == 1] + 1).max(initial=0)),
         max_row_blocks=int((np.diff(row_blocks[part.row_ptr]) + padding_blocks).max()),

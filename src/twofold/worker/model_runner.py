@@ -10,14 +10,14 @@ from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import piece_tokens
 from twofold.attention.op import AttentionBackend, ForwardContext, forward_context
 from twofold.attention.spec import LatentSpec
-from twofold.engine.step import Step, StepResult
+from twofold.contract import Step, StepResult
+from twofold.kv.cache import KVCache
 from twofold.models.loader import DecoderModel
 from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.mesh import Mesh
 from twofold.sampling_params import SamplingParams
 from twofold.worker.cuda_graphs import CUDAGraphs
 from twofold.worker.input_batch import InputBatch, prepare
-from twofold.worker.kv_cache import KVCache
 from twofold.worker.request_states import RequestStates
 from twofold.worker.sampler import LogprobTensors, SamplingBatch, compute_logprobs, sample
 
@@ -101,13 +101,13 @@ class ModelRunner:
         params += [p for p in states.params if p is not None]
         return any(_counts_tokens(p) for p in params)
 
-    def record_graphs(self) -> None:
+    def capture_graphs(self) -> None:
         """Records CUDA graphs of short steps; the cache must stay where it is from now on."""
-        states, dtype = self.states, self.cache.pages[0].dtype
+        states, dtype = self.states, self.cache.blocks[0].dtype
         kinds = [
             is_decode
             for is_decode in (False, True)
-            if all(self.backend.can_record(spec, dtype, is_decode) for spec in self.model.specs)
+            if all(self.backend.can_capture(spec, dtype, is_decode) for spec in self.model.specs)
         ]
         if not kinds:
             return
@@ -133,7 +133,9 @@ class ModelRunner:
         """
         if self.graphs is not None and (hidden_states := self.graphs.replay(batch)) is not None:
             return hidden_states
-        return self._forward_eager(batch.input_ids, batch.position_ids, batch.metadata, batch.exchange, batch.reads_all)
+        return self._forward_eager(
+            batch.input_ids, batch.position_ids, batch.metadata, batch.exchange, batch.needs_all_hidden_states
+        )
 
     def _forward_eager(
         self,
@@ -141,9 +143,9 @@ class ModelRunner:
         position_ids: torch.Tensor,
         metadata: AttentionMetadata,
         plan: ExchangePlan,
-        reads_all: bool,
+        needs_all_hidden_states: bool,
     ) -> torch.Tensor:
-        read = None if reads_all else metadata.last_token_idx()  # [V']
+        read = None if needs_all_hidden_states else metadata.last_token_idx()  # [V']
         last = metadata.of_last_tokens() if read is not None and self.model.last_layer is not None else None
         self.exchange.begin(plan)
         with forward_context(ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, metadata, last)):

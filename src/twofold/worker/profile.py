@@ -1,11 +1,12 @@
 """Where a step's time goes on this rank's GPU: read off the kernels' own start and end times."""
 
 import re
-from dataclasses import dataclass
 
 import torch
 from torch._C._autograd import DeviceType
 from torch.profiler import ProfilerActivity, profile
+
+from twofold.contract import Breakdown
 
 KINDS = (  # the first that matches a kernel's name
     ("exchange", re.compile(r"nccl|AllGather|_scatter_kernel|index_copy|indexFunc|Memcpy PtoP|barrier", re.I)),
@@ -13,16 +14,6 @@ KINDS = (  # the first that matches a kernel's name
     ("projections", re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitK|gemv|group_mm|grouped|_linear_kernel", re.I)),
 )
 Interval = tuple[float, float]
-
-
-@dataclass(frozen=True, slots=True)
-class Breakdown:
-    """Milliseconds of one or more steps, as one rank saw them. The kinds overlap where streams do."""
-
-    kinds: dict[str, float]  # projections, attention, exchange, rest: time in which a kernel of the kind ran
-    exposed_exchange: float  # time in which nothing else ran, waits for slower ranks included
-    busy: float  # time in which any kernel ran
-    kernels: list[tuple[str, float, int]]  # the longest: name, total time, launches
 
 
 class StepProfiler:

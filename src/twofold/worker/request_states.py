@@ -4,7 +4,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from twofold.engine.step import Step
+from twofold.contract import Step
 from twofold.sampling_params import SamplingParams
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from twofold.engine.step import TokenLogprobs
+from twofold.contract import TokenLogprobs
 from twofold.sampling_params import SamplingParams
 
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)

@@ -19,24 +19,23 @@ import torch
 import transformers
 
 from twofold.attention.backends import make_backend
-from twofold.attention.mla import most_bytes
+from twofold.attention.mla import max_attention_bytes
 from twofold.attention.spec import LatentSpec
-from twofold.engine.step import NewRequest, ScheduledBatch, Step
+from twofold.config import RuntimeConfig
+from twofold.contract import Breakdown, Failure, NewRequest, Profile, RankReport, RankStart, ScheduledBatch, Step
 from twofold.errors import ModelError
-from twofold.executor.base import RankReport
-from twofold.models.experts import use_few_token_experts
+from twofold.kv.cache import KVCache, bytes_per_block
 from twofold.models.loader import DecoderModel, empty_model, fix_rope, load_model, share_weights
+from twofold.models.transforms.experts import use_few_token_experts
 from twofold.parallel.exchange import make_exchange
 from twofold.parallel.mesh import Mesh, make_mesh
-from twofold.runtime import CPU_CACHE_BYTES, RuntimeConfig
 from twofold.sampling_params import SamplingParams
 from twofold.worker.cuda_graphs import DECODE_ROUNDING, PREFILL_ROUNDING
-from twofold.worker.kv_cache import KVCache, bytes_per_block
-from twofold.worker.messages import Failure, Profile, RankStart
 from twofold.worker.model_runner import LaunchedStep, ModelRunner
-from twofold.worker.profile import Breakdown, StepProfiler
+from twofold.worker.profile import StepProfiler
 from twofold.worker.request_states import RequestStates
 
+CPU_CACHE_BYTES = 2 << 30  # a rank's cache on a CPU unless told otherwise; memory that is never written costs nothing
 POLL_SECONDS = 50e-6  # between looks at the GPU and at the engine
 
 
@@ -69,7 +68,7 @@ class Worker:
 
     def _max_exchange_bytes(self) -> int:
         """Rows of the largest step in the layer with the widest ones, or in all layers if they are decodes."""
-        runtime, widths = self.runtime, [spec.row_width for spec in self.model.specs]
+        runtime, widths = self.runtime, [spec.entry_width for spec in self.model.specs]
         # Each rank's part is padded to the longest, by no more than a token a request and a graph's rounding.
         padding = runtime.num_ranks * (runtime.engine.max_num_seqs + PREFILL_ROUNDING)
         num_decodes = runtime.engine.max_num_seqs + runtime.num_ranks * DECODE_ROUNDING
@@ -92,7 +91,7 @@ class Worker:
             with self._phase("compile and profile"):
                 use_few_token_experts(self.model.body)
                 if not runtime.engine.enforce_eager:
-                    from twofold.worker.compile import compile_layers  # the compiler takes seconds to import
+                    from twofold.models.transforms.compile import compile_layers  # the compiler takes seconds to import
 
                     compile_layers(self.model, self.mesh.size)
                 room = self._profile()
@@ -130,7 +129,7 @@ class Worker:
         # Nothing was cached before that step; expanding a long prefix takes more.
         num_tokens = -(-runtime.max_num_batched_tokens // self.mesh.size)
         latents = (spec for spec in self.model.specs if isinstance(spec, LatentSpec))
-        peak += max((most_bytes(spec, num_tokens) for spec in latents), default=0)
+        peak += max((max_attention_bytes(spec, num_tokens) for spec in latents), default=0)
         return max(0, int(total * runtime.engine.gpu_memory_utilization) - held_by_others - peak)
 
     def allocate(self, num_blocks: int) -> dict[str, float]:
@@ -140,7 +139,7 @@ class Worker:
             runner.cache = KVCache(self.model.specs, num_blocks, runtime.block_size, runtime.dtype, self.device)
         if self.device.type == "cuda" and not runtime.engine.enforce_eager:
             with self._phase("graphs"):
-                runner.record_graphs()
+                runner.capture_graphs()
         return self.seconds
 
     def serve(self, conn: "Connection[Any, Any]") -> None:

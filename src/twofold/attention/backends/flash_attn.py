@@ -1,7 +1,7 @@
 """The backend for CUDA: FlashAttention-4 for rows of several tokens, split-KV decode for rows of one.
 
-FlashAttention-4 reads keys and values where they lie, by block table; pages of 128 tokens are a tile of its kernel and
-travel by bulk copies. What it cannot compute (float32, odd heads, older GPUs) goes to the backend that can do anything,
+FlashAttention-4 reads keys and values where they lie, by block table. A block of 128 tokens is a tile of its kernel and
+travels by bulk copies. What it cannot compute (float32, odd heads, older GPUs) goes to the backend that can do anything,
 and the log says so once.
 """
 
@@ -40,38 +40,38 @@ class FlashAttnBackend:
         self._step: AttentionMetadata | None = None  # whose longer rows these are:
         self._longer_rows: AttentionMetadata | None = None
 
-    def can_record(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
+    def can_capture(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
         if is_decode:
             return True
         capability = torch.cuda.get_device_capability()
         return self._flash is not None and refusal(dtype, spec, capability) is None
 
     def attend(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """query [N, H, D], pages [num_blocks, block_size, row_width] → [N, H, Dv]."""
+        """query [N, H, D], kv_cache [num_blocks, block_size, entry_width] → [N, H, Dv]."""
         ones = metadata.num_decode_rows
         if ones == len(metadata.seq_lens):
-            return self._decode(query, pages, spec, metadata.block_tables, metadata.seq_lens)
+            return self._decode(query, kv_cache, spec, metadata.block_tables, metadata.seq_lens)
         # Offsets of the longer rows count the tokens before them too, so their kernel takes all of the queries and
         # leaves room in its output for the other's: no copies.
-        out = self._prefill(query, pages, spec, self._longer(metadata))
+        out = self._prefill(query, kv_cache, spec, self._longer(metadata))
         if ones:
             tables, seq_lens = metadata.block_tables[:ones], metadata.seq_lens[:ones]
-            self._decode(query[:ones], pages, spec, tables, seq_lens, out=out[:ones])
+            self._decode(query[:ones], kv_cache, spec, tables, seq_lens, out=out[:ones])
         return out
 
     def attend_at_once(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
     ) -> torch.Tensor | None:
-        """query [N, H, D], pages [num_blocks, block_size, L + R] → [N, H, Dv]."""
+        """query [N, H, D], kv_cache [num_blocks, block_size, L + R] → [N, H, Dv]."""
         # Longer rows go in pieces: a head and its tail then share what is expanded. Graphs hold none of them.
-        num_keys = metadata.num_row_blocks * pages.shape[1]
+        num_keys = metadata.num_row_blocks * kv_cache.shape[1]
         fits = metadata.max_query_len <= MAX_PREFILL_TOKENS and num_keys <= piece_tokens(spec, query.itemsize)
         if self._flash is None or not fits or not self._is_served(query, spec):
             return None
         rows = self._longer(metadata)
-        copy, tables = gather_row_blocks(pages, rows.block_tables, rows.seq_lens, metadata.num_row_blocks)
+        copy, tables = gather_row_blocks(kv_cache, rows.block_tables, rows.seq_lens, metadata.num_row_blocks)
         keys, values = expand(copy, spec)
         return self._flash_paged(query, keys, values, spec, replace(rows, block_tables=tables))
 
@@ -87,19 +87,19 @@ class FlashAttnBackend:
         return out[0], lse[0].T
 
     def attend_absorbed(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """query [B, H, L + R], pages [num_blocks, block_size, L + R] → [B, H, L]."""
+        """query [B, H, L + R], kv_cache [num_blocks, block_size, L + R] → [B, H, L]."""
         rows = slice(len(query))
-        return self._decode(query, pages, spec.absorbed, metadata.block_tables[rows], metadata.seq_lens[rows])
+        return self._decode(query, kv_cache, spec.absorbed, metadata.block_tables[rows], metadata.seq_lens[rows])
 
     def _prefill(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, rows: AttentionMetadata
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, rows: AttentionMetadata
     ) -> torch.Tensor:
         """→ [N, H, Dv], in which the tokens before the first of `rows` are not written."""
         if self._flash is None or not self._is_served(query, spec):
-            return self._sdpa.attend(query, pages, spec, rows)
-        return self._flash_paged(query, *spec.split_row(pages), spec, rows)
+            return self._sdpa.attend(query, kv_cache, spec, rows)
+        return self._flash_paged(query, *spec.unpack(kv_cache), spec, rows)
 
     def _flash_paged(
         self,
@@ -157,13 +157,13 @@ class FlashAttnBackend:
 
 
 def refusal(dtype: torch.dtype, spec: AttentionSpec, capability: tuple[int, int]) -> str | None:
-    """What keeps FlashAttention-4 from computing a layer over pages on such a GPU."""
+    """What keeps FlashAttention-4 from computing a layer over kv_cache on such a GPU."""
     dim, v_dim = spec.qk_head_dim, spec.v_head_dim
     if capability[0] not in (9, 10, 11):
         return f"paged attention on compute capability {capability[0]}.{capability[1]}"
     if dtype not in (torch.bfloat16, torch.float16):
         return str(dtype).removeprefix("torch.")
-    # Head dims off a multiple of 16 go through bulk copies only, which need pages as large as a tile.
+    # Head dims off a multiple of 16 go through bulk copies only, which need kv_cache as large as a tile.
     fits = v_dim <= dim <= 256 and dim % 16 == v_dim % 16 == 0
     if capability[0] != 9:
         fits = fits and (dim <= 128 or (dim, v_dim) in ((192, 128), (256, 256)))

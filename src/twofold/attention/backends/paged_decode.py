@@ -1,4 +1,4 @@
-"""Attention of rows of one token, read straight from the pages: split along the keys, merged by log-sum-exp.
+"""Attention of rows of one token, read straight from the kv_cache: split along the keys, merged by log-sum-exp.
 
 One query reads its whole context, so this is a matter of bandwidth: all of the GPU must read, even for one row, and
 about as long, even if the rows are of very different lengths. So the keys of the whole batch are cut into runs of about
@@ -51,38 +51,38 @@ class PagedDecode:
     def __call__(
         self,
         query: torch.Tensor,
-        pages: torch.Tensor,
+        kv_cache: torch.Tensor,
         spec: AttentionSpec,
         block_tables: torch.Tensor,
         seq_lens: torch.Tensor,
         out: torch.Tensor | None = None,
     ) -> torch.Tensor:
-        """query [B, H, D], pages [num_blocks, block_size, row_width], block_tables [B, max_blocks], seq_lens [B].
+        """query [B, H, D], kv_cache [num_blocks, block_size, entry_width], block_tables [B, max_blocks], seq_lens [B].
 
-        Returns out [B, H, Dv]; a row without keys gets zeros. Where pages hold nothing but keys, a head's values are
+        Returns out [B, H, Dv]; a row without keys gets zeros. Where kv_cache hold nothing but keys, a head's values are
         the first Dv numbers of them (latents).
         """
-        num_rows, block_size = len(query), pages.shape[1]
+        num_rows, block_size = len(query), kv_cache.shape[1]
         num_heads, num_kv_heads, dim, v_dim = spec.num_heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim
         if query.stride(-1) != 1:
             query = query.contiguous()
         if out is None:
             out = query.new_empty(num_rows, num_heads, v_dim)
         assert out.is_contiguous()
-        assert pages.stride(2) == 1
-        assert pages.stride(1) == pages.shape[2]
+        assert kv_cache.stride(2) == 1
+        assert kv_cache.stride(1) == kv_cache.shape[2]
         if not num_rows:
             return out
 
         main_dim, rest_dim = _pieces(dim)
         padded_v_dim = max(16, triton.next_power_of_2(v_dim))
-        values_in_keys = pages.shape[2] == num_kv_heads * dim
+        values_in_keys = kv_cache.shape[2] == num_kv_heads * dim
         tuning = self._tuning or (LATENTS if values_in_keys else HEADS)
         assert not values_in_keys or main_dim == v_dim, "the values must be the keys' first power of 2"
         group = num_heads // num_kv_heads
         block_h = max(16, min(triton.next_power_of_2(group), 16384 // padded_v_dim))
         head_blocks = triton.cdiv(group, block_h)
-        key_bytes = (main_dim + rest_dim + (0 if values_in_keys else padded_v_dim)) * pages.element_size()
+        key_bytes = (main_dim + rest_dim + (0 if values_in_keys else padded_v_dim)) * kv_cache.element_size()
         block_n = max(16, min(tuning.block_n, 1 << (65536 // key_bytes).bit_length() - 1))
         num_stages = max(1, min(tuning.num_stages, tuning.shared_memory // (block_n * key_bytes)))
         num_warps = tuning.num_warps * (2 if block_h * padded_v_dim > 4096 and not values_in_keys else 1)
@@ -113,7 +113,7 @@ class PagedDecode:
             scale, cap = spec.scaling / spec.softcap, spec.softcap * LOG2E.value
         _attend_run[(num_kv_heads * head_blocks, num_slots)](
             query,
-            pages,
+            kv_cache,
             block_tables,
             spec.sinks,
             out,
@@ -121,14 +121,14 @@ class PagedDecode:
             partial_lse,
             query.stride(0),
             query.stride(1),
-            pages.stride(0),
+            kv_cache.stride(0),
             block_tables.stride(0),
             scale,
             cap,
             **plan,
             softcapped=spec.softcap is not None,
             block_size=block_size,
-            row_width=pages.shape[2],
+            entry_width=kv_cache.shape[2],
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_blocks=head_blocks,
@@ -198,7 +198,7 @@ def _plan(
 @triton.jit(do_not_specialize=["table_stride", "num_rows", "budget", "min_run"])  # type: ignore[untyped-decorator]
 def _attend_run(
     query: tl.tensor,
-    pages: tl.tensor,
+    kv_cache: tl.tensor,
     block_tables: tl.tensor,
     sinks: tl.tensor,
     out: tl.tensor,
@@ -219,7 +219,7 @@ def _attend_run(
     rows_pad: tl.constexpr,
     softcapped: tl.constexpr,
     block_size: tl.constexpr,
-    row_width: tl.constexpr,
+    entry_width: tl.constexpr,
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     head_blocks: tl.constexpr,
@@ -276,7 +276,7 @@ def _attend_run(
         # Where the row has no key its nearest one is read: finite, and in a page that is its own.
         keys = start + offsets
         slots = tl.minimum(tl.maximum(keys, low), last) % block_size
-        tokens = pages + block.to(tl.int64) * block_stride + slots * row_width
+        tokens = kv_cache + block.to(tl.int64) * block_stride + slots * entry_width
         ahead += block_n
         block = tl.load(table + tl.minimum(ahead, last) // block_size)
         k_rows = tokens[:, None] + kv_head * dim

@@ -1,4 +1,4 @@
-"""The backend that runs everywhere: PyTorch's fused attention over each row's gathered pages, merged by log-sum-exp.
+"""The backend that runs everywhere: PyTorch's fused attention over each row's gathered kv_cache, merged by log-sum-exp.
 
 No mask of [Lq, Lk] is made for a row. Its keys come in two parts, and each part needs no mask:
 
@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.rows import merge, row_slots
+from twofold.attention.rows import merge, row_entries
 from twofold.attention.spec import AttentionSpec, LatentSpec
 
 WINDOW_QUERIES = 512  # queries that share one mask of a sliding window
@@ -25,27 +25,27 @@ EXPLICIT_QUERIES = 128  # queries whose logits are materialised at once where no
 class SDPABackend:
     """Attention with torch.nn.functional's kernels, row by row, on any device."""
 
-    def can_record(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
+    def can_capture(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
         return False
 
     def attend(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """query [N, H, D], pages [num_blocks, block_size, row_width] → [N, H, Dv]."""
+        """query [N, H, D], kv_cache [num_blocks, block_size, entry_width] → [N, H, Dv]."""
         out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
         out[metadata.num_tokens :] = 0
         groups = (spec.num_kv_heads, spec.num_heads // spec.num_kv_heads)
         bounds = metadata.query_start_np.tolist()
         for row in range(len(bounds) - 1):
             tokens = slice(bounds[row], bounds[row + 1])
-            keys, values = spec.split_row(row_slots(pages, metadata, row))
+            keys, values = spec.unpack(row_entries(kv_cache, metadata, row))
             q = query[tokens].unflatten(1, groups).permute(1, 2, 0, 3)  # [Hk, G, L, D]
             out_row = attend_row(q, keys.transpose(0, 1), values.transpose(0, 1), spec)  # [Hk, G, L, Dv]
             out[tokens].unflatten(1, groups).copy_(out_row.permute(2, 0, 1, 3))
         return out
 
     def attend_at_once(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
     ) -> torch.Tensor | None:
         return None  # nothing is gained where rows run one by one
 
@@ -58,12 +58,12 @@ class SDPABackend:
         return out[:, 0].transpose(0, 1), lse[:, 0].transpose(0, 1)
 
     def attend_absorbed(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
     ) -> torch.Tensor:
-        """query [B, H, L + R], pages [num_blocks, block_size, L + R] → [B, H, L]."""
+        """query [B, H, L + R], kv_cache [num_blocks, block_size, L + R] → [B, H, L]."""
         out = query.new_zeros(*query.shape[:2], spec.kv_lora_rank)  # padding stays 0
         for row in range(min(len(query), len(metadata.seq_lens_np))):
-            slots = row_slots(pages, metadata, row)[None]
+            slots = row_entries(kv_cache, metadata, row)[None]
             out[row] = attend_row(query[row][None, :, None], slots, slots, spec.absorbed)[0, :, 0]
         return out
 

@@ -15,7 +15,7 @@ MAX_PAIRS = 256  # of a token and an expert: more are worth sorting
 
 def use_few_token_experts(body: torch.nn.Module) -> None:
     """Lets layers on a GPU take their experts' products from here, where they would take grouped ones."""
-    from twofold.models import expert_linear  # noqa: F401  (Triton is on GPU machines only)
+    from twofold.models.transforms import expert_linear  # noqa: F401  (Triton is on GPU machines only)
 
     for module in body.modules():
         config: Any = getattr(module, "config", None)

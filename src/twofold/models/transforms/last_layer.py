@@ -24,15 +24,15 @@ import torch
 
 from twofold.attention.backends.sdpa import SDPABackend
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.op import ForwardContext, Published, forward_context
+from twofold.attention.op import ForwardContext, StopAfterPublish, forward_context
 from twofold.attention.spec import AttentionSpec, LatentSpec
-from twofold.engine.step import NewRequest, ScheduledBatch, Step
+from twofold.contract import NewRequest, ScheduledBatch, Step
+from twofold.kv.cache import KVCache
 from twofold.models.support import largest_change
 from twofold.parallel.exchange import AllGatherExchange
 from twofold.parallel.mesh import SingleRank
 from twofold.sampling_params import SamplingParams
 from twofold.worker.input_batch import InputBatch, prepare
-from twofold.worker.kv_cache import KVCache
 from twofold.worker.request_states import RequestStates
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ class LastLayer(torch.nn.Module):
         """hidden_states [1, T, X] → what the layer returns, of T tokens or of V."""
         if self.read is None:
             return self.layer(hidden_states, *args, **kwargs)
-        with suppress(Published):
+        with suppress(StopAfterPublish):
             self.layer(hidden_states, *args, **kwargs)
         args, kwargs = _of_tokens((args, kwargs), hidden_states.shape[1], self.read)
         return self.layer(hidden_states[:, self.read], *args, **kwargs)

@@ -18,22 +18,22 @@ class KVCache:
         self, specs: Sequence[AttentionSpec], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
         self.num_blocks, self.block_size = num_blocks, block_size
-        num_slots, widths = num_blocks * block_size, [spec.row_width for spec in specs]
-        # Layers with rows of one width lie in one stack, each [layers, num_slots, row_width].
+        num_slots, widths = num_blocks * block_size, [spec.entry_width for spec in specs]
+        # Layers with rows of one width lie in one stack, each [layers, num_slots, entry_width].
         stacks = {
             width: _zeros(widths.count(width) * num_slots * width, dtype, device).view(-1, num_slots, width)
             for width in dict.fromkeys(widths)
         }
         self.stacks = list(stacks.values())
         layers = {width: iter(stack) for width, stack in stacks.items()}
-        self.slots = [next(layers[width]) for width in widths]  # each [num_slots, row_width]
-        # each [num_blocks, block_size, row_width]
-        self.pages = [slots.view(num_blocks, block_size, -1) for slots in self.slots]
+        self.slots = [next(layers[width]) for width in widths]  # each [num_slots, entry_width]
+        # each [num_blocks, block_size, entry_width]
+        self.blocks = [slots.view(num_blocks, block_size, -1) for slots in self.slots]
 
 
 def bytes_per_block(specs: Sequence[AttentionSpec], block_size: int, dtype: torch.dtype) -> int:
     """Memory of one block over all layers."""
-    return sum(spec.row_width for spec in specs) * block_size * dtype.itemsize
+    return sum(spec.entry_width for spec in specs) * block_size * dtype.itemsize
 
 
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

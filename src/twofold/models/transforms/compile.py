@@ -10,7 +10,7 @@ import torch._inductor.config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from twofold.models.loader import DecoderModel
-from twofold.models.packing import pack_projections
+from twofold.models.transforms.packing import pack_projections
 
 
 def compile_layers(model: DecoderModel, num_ranks: int) -> bool:

@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 from numpy.typing import NDArray
 
+from twofold.config import RuntimeConfig
 from twofold.sampling_params import SamplingParams
 
 
@@ -75,3 +76,51 @@ class StepResult:
     num_pairs: int = 0  # (query, key) pairs that this rank attended to in the step
     exchange_bytes: int = 0  # received from other ranks since this one started
     exchange_seconds: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class RankStart:
+    """The first message to a rank."""
+
+    rank: int
+    runtime: RuntimeConfig
+
+
+@dataclass(frozen=True, slots=True)
+class RankReport:
+    """What a rank says once its model is loaded."""
+
+    rank: int
+    num_blocks: int  # that its memory has room for
+    bytes_per_block: int
+    vocab_size: int
+    num_parameters: int
+    seconds: dict[str, float] = field(default_factory=dict)  # start-up phase -> its time
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A rank's last message when it raised."""
+
+    message: str
+    is_model_error: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Profile:
+    """Asks a rank to start noting its kernels, or to stop and answer with a `Breakdown`.
+
+    The answer comes before that of a step in flight.
+    """
+
+    start: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Breakdown:
+    """Milliseconds of one or more steps, as one rank saw them. The kinds overlap where streams do."""
+
+    kinds: dict[str, float]  # projections, attention, exchange, rest: time in which a kernel of the kind ran
+    exposed_exchange: float  # time in which nothing else ran, waits for slower ranks included
+    busy: float  # time in which any kernel ran
+    kernels: list[tuple[str, float, int]]  # the longest: name, total time, launches
