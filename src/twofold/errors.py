@@ -22,7 +22,14 @@ class TwofoldError(Exception):
 
 
 class UserError(TwofoldError, ValueError):
-    """What was asked for cannot be served; the message says what to change."""
+    """What was asked for cannot be served; the message says what to change.
+
+    `field` names the argument, parameter or prompt field that is wrong, where there is one.
+    """
+
+    def __init__(self, message: str, *, field: str | None = None) -> None:
+        super().__init__(message)
+        self.field = field
 
 
 class ConfigError(UserError):

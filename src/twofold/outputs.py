@@ -1,9 +1,18 @@
 """What the engine hands back for a request, under vLLM's names."""
 
 from dataclasses import dataclass, field
+from enum import Enum, auto
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
+
+
+class OutputKind(Enum):
+    """Which outputs a request gives while it runs."""
+
+    CUMULATIVE = auto()  # after each of its steps, all tokens so far
+    DELTA = auto()  # after each of its steps, what is new since the last output
+    FINAL_ONLY = auto()  # one, when it ends
 
 
 @dataclass(slots=True)

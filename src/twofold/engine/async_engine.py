@@ -26,7 +26,7 @@ from typing import Any
 from twofold.engine.detokenizer import token_bytes
 from twofold.engine.engine import LLMEngine
 from twofold.errors import GIVEN_UP, EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
-from twofold.outputs import RequestOutput
+from twofold.outputs import OutputKind, RequestOutput
 from twofold.sampling_params import SamplingParams
 
 CHECK_SECONDS = 1.0  # between looks at idle ranks
@@ -394,7 +394,7 @@ class AsyncEngine:
     def _add(self, part: Part) -> None:
         prompt = {"prompt": part.text, "prompt_token_ids": part.token_ids}
         try:
-            self.engine.add_request(part.request_id, prompt, part.answer.params, deltas=True)
+            self.engine.add_request(part.request_id, prompt, part.answer.params, output_kind=OutputKind.DELTA)
         except TwofoldError as error:
             self._in_loop(part.answer.fail, error)
         else:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twofold.config import EngineConfig, RuntimeConfig
-from twofold.contract import ScheduledBatch, StepResult
+from twofold.contract import Breakdown, RankReport, ScheduledBatch, StepResult
 from twofold.engine.block_pool import BlockPool
 from twofold.engine.output_processor import OutputProcessor
 from twofold.engine.request import Request, RequestStatus
@@ -24,7 +24,7 @@ from twofold.engine.watchdog import Watchdog
 from twofold.errors import ConfigError, EngineError, RequestError, TwofoldError
 from twofold.executor.base import Executor
 from twofold.executor.local import LocalExecutor
-from twofold.outputs import RequestOutput
+from twofold.outputs import OutputKind, RequestOutput
 from twofold.runtime import settle
 from twofold.sampling_params import SamplingParams
 
@@ -113,11 +113,9 @@ class LLMEngine:
         prompt: str | Sequence[int] | dict[str, Any],
         params: SamplingParams,
         *,
-        deltas: bool = False,
+        output_kind: OutputKind = OutputKind.CUMULATIVE,
     ) -> None:
         """Queues a prompt: text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}.
-
-        With `deltas` each of its outputs has only what is new since the last one.
 
         Raises:
             RequestError: the prompt or its parameters cannot be served; nothing else is touched.
@@ -132,7 +130,7 @@ class LLMEngine:
             requests.append(Request(child_id, token_ids, params, seed=seed, eos_token_ids=self.runtime.eos_token_ids))
         for request in requests:
             self.scheduler.add(request)
-        self.outputs.add(request_id, text, params, requests, deltas)
+        self.outputs.add(request_id, text, params, requests, output_kind)
 
     def tokenize(self, prompt: str | Sequence[int] | dict[str, Any]) -> tuple[str | None, list[int]]:
         """→ text if there was one, checked token ids.
@@ -291,7 +289,7 @@ class LLMEngine:
                 request.stop_reason = stop
                 self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
             changed[self.outputs.user_of(request).request_id] = None
-        return [self.outputs.output(request_id) for request_id in changed]
+        return [self.outputs.output(request_id) for request_id in changed if self.outputs.is_due(request_id)]
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Ends a request; its output as far as it came, or None if there is none of that id."""
@@ -302,9 +300,23 @@ class LLMEngine:
             self.scheduler.abort(sequence.request.request_id)
         return self.outputs.output(request_id)
 
+    def profile(self, start: bool) -> list[Breakdown | None]:
+        """Starts noting what kernels run on every rank, or stops; → each rank's breakdown then."""
+        return self.executor.profile(start)
+
+    @property
+    def reports(self) -> list[RankReport]:
+        """What each rank said when it started, in the order of ranks."""
+        return self.executor.reports
+
     @property
     def has_unfinished_requests(self) -> bool:
         return self.scheduler.has_unfinished
+
+    @property
+    def has_work(self) -> bool:
+        """Whether `step` has something to do: a request that is not finished, or a step in flight."""
+        return self.scheduler.has_unfinished or bool(self.scheduler.num_in_flight)
 
     @property
     def is_idle(self) -> bool:

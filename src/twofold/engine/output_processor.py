@@ -9,7 +9,7 @@ import numpy as np
 from twofold.contract import TokenLogprobs
 from twofold.engine.detokenizer import Detokenizer, to_logprobs
 from twofold.engine.request import Request, RequestStatus
-from twofold.outputs import CompletionOutput, Logprobs, PromptLogprobs, RequestMetrics, RequestOutput
+from twofold.outputs import CompletionOutput, Logprobs, OutputKind, PromptLogprobs, RequestMetrics, RequestOutput
 from twofold.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -39,7 +39,7 @@ class UserRequest:
     metrics: RequestMetrics
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs | None = None
-    deltas: bool = False
+    output_kind: OutputKind = OutputKind.CUMULATIVE
 
     @property
     def finished(self) -> bool:
@@ -60,7 +60,7 @@ class OutputProcessor:
         prompt: str | None,
         params: SamplingParams,
         requests: list[Request],
-        deltas: bool = False,
+        output_kind: OutputKind = OutputKind.CUMULATIVE,
     ) -> None:
         """Takes a user's request, as the scheduler's `requests`: one for each answer."""
         prompt_token_ids = requests[0].prompt_token_ids.tolist()
@@ -71,7 +71,7 @@ class OutputProcessor:
             params,
             RequestMetrics(requests[0].arrival_time, num_prompt_tokens=len(prompt_token_ids)),
             prompt_logprobs=None if params.prompt_logprobs is None else [None] * len(prompt_token_ids),
-            deltas=deltas,
+            output_kind=output_kind,
         )
         for index, request in enumerate(requests):
             detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params)
@@ -109,6 +109,11 @@ class OutputProcessor:
             return sequence.detokenizer.append([token])
         return None
 
+    def is_due(self, request_id: str) -> bool:
+        """Whether a request that changed gives an output now."""
+        user = self.user_requests[request_id]
+        return user.finished or user.output_kind is not OutputKind.FINAL_ONLY
+
     def output(self, request_id: str) -> RequestOutput:
         """A user's request as it stands; once it is finished it is forgotten here."""
         user = self.user_requests[request_id]
@@ -123,7 +128,10 @@ class OutputProcessor:
             prompt=user.prompt,
             prompt_token_ids=user.prompt_token_ids,
             prompt_logprobs=user.prompt_logprobs,
-            outputs=[_delta(sequence) if user.deltas else _completion(sequence) for sequence in user.sequences],
+            outputs=[
+                _delta(sequence) if user.output_kind is OutputKind.DELTA else _completion(sequence)
+                for sequence in user.sequences
+            ],
             finished=user.finished,
             metrics=user.metrics,
             num_cached_tokens=user.metrics.num_cached_tokens,

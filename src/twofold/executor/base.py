@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from twofold.contract import RankReport, Step, StepResult
+from twofold.contract import Breakdown, RankReport, Step, StepResult
 
 
 class Executor(Protocol):
@@ -30,6 +30,9 @@ class Executor(Protocol):
         Raises:
             RankDiedError: a rank ended.
         """
+
+    def profile(self, start: bool) -> list[Breakdown | None]:
+        """Starts noting what kernels run on every rank, or stops; → each rank's breakdown then."""
 
     def kill(self) -> None:
         """Ends all ranks at once; from any thread, while another waits for them in `collect` and hears of it."""

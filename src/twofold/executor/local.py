@@ -13,14 +13,11 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 from multiprocessing import connection
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from twofold.config import RuntimeConfig
-from twofold.contract import Failure, Profile, RankReport, RankStart, Step, StepResult
+from twofold.contract import Breakdown, Failure, Profile, RankReport, RankStart, Step, StepResult
 from twofold.errors import ModelError, RankDiedError, RankFailedError
-
-if TYPE_CHECKING:
-    from twofold.contract import Breakdown
 
 SHUTDOWN_SECONDS = 5.0
 LOOK_SECONDS = 0.5  # between looks at ranks that do not answer
@@ -94,7 +91,7 @@ class LocalExecutor:
     def check(self) -> None:
         self._look_at(range(len(self._processes)))
 
-    def profile(self, start: bool) -> "list[Breakdown | None]":
+    def profile(self, start: bool) -> list[Breakdown | None]:
         """Starts noting what kernels run on every rank, or stops; → each rank's breakdown then."""
         self._send(Profile(start))
         return self._receive()

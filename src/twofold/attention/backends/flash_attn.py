@@ -1,8 +1,8 @@
 """The backend for CUDA: FlashAttention-4 for rows of several tokens, split-KV decode for rows of one.
 
 FlashAttention-4 reads keys and values where they lie, by block table. A block of 128 tokens is a tile of its kernel and
-travels by bulk copies. What it cannot compute (float32, odd heads, older GPUs) goes to the backend that can do anything,
-and the log says so once.
+travels by bulk copies. What it cannot compute (float32, odd heads, older GPUs) goes to the backend that can do
+anything, and the log says so once.
 """
 
 import logging
