@@ -13,7 +13,7 @@ import numpy as np
 
 from twofold.bench.report import environment
 from twofold.contract import ScheduledBatch
-from twofold.parallel.partition import partition
+from twofold.parallel.plan import TokenLayout, plan_step
 
 
 def mixed_batch(num_requests: int, num_prefills: int) -> ScheduledBatch:
@@ -21,19 +21,14 @@ def mixed_batch(num_requests: int, num_prefills: int) -> ScheduledBatch:
     rng = np.random.default_rng(0)
     scheduled = np.ones(num_requests, np.int64)
     scheduled[rng.choice(num_requests, num_prefills, replace=False)] = rng.integers(100, 8192, num_prefills)
-    return ScheduledBatch(
-        request_ids=tuple(map(str, range(num_requests))),
-        num_computed_tokens=rng.integers(0, 131072, num_requests),
-        num_scheduled_tokens=scheduled,
-        samples=np.ones(num_requests, np.bool_),
-    )
+    return ScheduledBatch.of(rng.integers(0, 131072, num_requests), scheduled)
 
 
 def microseconds(batch: ScheduledBatch, num_ranks: int, num_runs: int = 2000) -> dict[str, float]:
-    times = np.empty(num_runs)
+    times, layout = np.empty(num_runs), TokenLayout(num_ranks)
     for run in range(num_runs):
         start = time.perf_counter()
-        partition(batch, num_ranks)
+        plan_step(batch, layout)
         times[run] = time.perf_counter() - start
     return {"median": float(np.median(times) * 1e6), "p99": float(np.percentile(times, 99) * 1e6)}
 

@@ -10,22 +10,25 @@ import argparse
 import json
 import statistics
 import sys
-import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
-from unittest.mock import patch
 
 import numpy as np
 import torch
 
+from twofold.attention.backends import make_backend
 from twofold.bench.report import environment, print_table
 from twofold.config import EngineConfig
 from twofold.contract import Breakdown, NewRequest, ScheduledBatch, Step
-from twofold.parallel.exchange import AllGatherExchange, write_entries
+from twofold.models.loader import DecoderModel, load_model
+from twofold.parallel.exchange import Exchange
+from twofold.parallel.transport import OneRank, Transport, write_mine, write_others
 from twofold.runtime import settle
 from twofold.sampling_params import SamplingParams
-from twofold.worker import worker
+from twofold.worker.device import CUDA
 from twofold.worker.profile import StepProfiler
+from twofold.worker.worker import Rank, max_exchange_bytes
 
 
 class AloneMesh:
@@ -43,56 +46,73 @@ class AloneMesh:
         pass
 
 
-class AloneExchange(AllGatherExchange):
-    """Writes everyone's rows to the cache, as after a push."""
+class AloneTransport:
+    """Writes everyone's KV entries to the cache, as after a push."""
+
+    num_bytes, num_seconds = 0, 0.0
 
     def __init__(self, mesh: AloneMesh, device: torch.device, max_num_bytes: int) -> None:
-        super().__init__(mesh, device)
+        self.mesh = mesh
         self._received = torch.randn(max_num_bytes // 2, dtype=torch.bfloat16, device=device)
+        self._stream = torch.cuda.Stream(device, priority=-1)
+        self._is_busy = False
 
-    def _gather(self, rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
-        begin, end = self.mesh.rank * len(rows), (self.mesh.rank + 1) * len(rows)
-        gathered = self._received[: self.mesh.size * rows.numel()].view(-1, rows.shape[1])
-        write_entries(rows, slots[begin:end], cache)
-        for part in (slice(begin), slice(end, len(gathered))):
-            if len(gathered[part]):
-                write_entries(gathered[part], slots[part], cache)
+    def begin(self) -> None:
+        pass
+
+    def send(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+        rank, size = self.mesh.rank, self.mesh.size
+        self._stream.wait_stream(torch.cuda.current_stream())
+        self._is_busy = True
+        with torch.cuda.stream(self._stream):
+            gathered = self._received[: size * entries.numel()].view(-1, entries.shape[1])
+            write_mine(entries, slots, kv_slots, rank)
+            write_others(gathered, slots, kv_slots, rank, size)
+
+    def complete(self) -> None:
+        if self._is_busy:
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._is_busy = False
 
 
-class Rank:
+class AloneRank:
     def __init__(self, args: argparse.Namespace, max_model_len: int) -> None:
         config = EngineConfig(
             model=args.model,
-            prefill_context_parallel_size=args.ranks,
             load_format="dummy",
             skip_tokenizer_init=True,
             max_model_len=max_model_len,
             max_num_seqs=args.max_num_seqs,
+            max_num_batched_tokens=32768 * args.ranks,
         )
-        with patch("torch.cuda.device_count", return_value=args.ranks):
-            runtime, _ = settle(config)
+        runtime, _ = settle(config)
+        device = CUDA(0)
         self.mesh, self.params = AloneMesh(args.ranks), SamplingParams(temperature=0, max_tokens=2)
-        worker.make_mesh = lambda *_: self.mesh  # type: ignore[assignment]
+        weights = load_model(
+            config, runtime.source, runtime.model_config, runtime.dtype, device.torch_device, max_model_len
+        )
+        model = DecoderModel(weights)
+        # Settled for the one GPU that there is; the rank is one of several.
+        runtime = replace(runtime, engine=replace(config, prefill_context_parallel_size=args.ranks))
+        transport: Transport = OneRank()
         if args.ranks > 1:
-            worker.make_exchange = lambda name, mesh, *rest: AloneExchange(mesh, *rest[:2])  # type: ignore[arg-type]
-        worker.device_of = lambda rank, kind: torch.device("cuda:0")
-        with tempfile.TemporaryDirectory() as folder:
-            self.worker = worker.Worker(0, runtime, folder)
-            self.num_blocks = self.worker.report().num_blocks
-            print("start-up:", self.worker.allocate(self.num_blocks), flush=True)
+            max_num_bytes = max_exchange_bytes(runtime, model.specs)
+            transport = AloneTransport(self.mesh, device.torch_device, max_num_bytes)
+        backend = make_backend(runtime.attention_backend)
+        self.rank = Rank(runtime, model, self.mesh, Exchange(self.mesh, transport), backend, device)
+        self.num_blocks = self.rank.report().num_blocks
+        print("start-up:", self.rank.allocate(self.num_blocks).seconds, flush=True)
         self.rng, self.num_steps, self.block_size = np.random.default_rng(0), 0, runtime.block_size
 
     def prefill(self, length: int) -> float:
         """Milliseconds from the step's arrival to its token on the CPU."""
         self.num_steps += 1
-        name, before = f"{self.num_steps}", (f"{self.num_steps - 1}",) if self.num_steps > 1 else ()
-        ids = self.rng.integers(0, self.worker.model.vocab_size, length).astype(np.int32)
+        ids = self.rng.integers(0, self.rank.model.vocab_size, length).astype(np.int32)
         blocks = list(range(1, 1 + -(-length // self.block_size)))
-        new = NewRequest(name, ids, length, blocks, self.params, 0)
-        batch = ScheduledBatch((name,), np.zeros(1, np.int64), np.array([length]), np.ones(1, bool))
-        step = Step(self.num_steps, before, (new,), {}, batch)
+        new = NewRequest(0, 0, ids, length, blocks, self.params, 0)
+        step = Step(self.num_steps, (), (new,), {}, ScheduledBatch.of([0], [length]))
         start = time.perf_counter()
-        self.worker.runner.collect(self.worker.runner.launch(step))
+        self.rank.runner.collect(self.rank.runner.launch(step))
         return (time.perf_counter() - start) * 1e3
 
     def profile(self, length: int) -> Breakdown:
@@ -112,7 +132,7 @@ def main() -> int:
     parser.add_argument("--output-json")
     args = parser.parse_args()
     lens = [int(part) for part in args.lens.split(",")]
-    rank = Rank(args, max(lens) + 2)
+    rank = AloneRank(args, max(lens) + 2)
     rows = []
     for length in lens:
         medians = []

@@ -6,11 +6,11 @@ import torch
 
 from twofold.attention.spec import AttentionSpec
 from twofold.kv.cache import KVCache
-from twofold.parallel.exchange import AllGatherExchange, ExchangePlan
+from twofold.parallel.exchange import Exchange, ExchangePlan
 
 NUM_SLOTS, BLOCK_SIZE = 4096, 16
 WIDTHS = [1024, 512, 1024, 1024, 512]  # of the rows of each layer: two stacks; an odd number of layers
-STEPS = [  # rows of each rank; whether those of all layers travel together
+STEPS = [  # entries of each rank; whether those of all layers travel together
     (1, False), (100, False), (3, True), (512, False), (3, False), (16, True), (800, False), (1, True), (400, True),
     (64, True),
 ]  # fmt: skip
@@ -37,7 +37,7 @@ def make_cache(device: torch.device) -> KVCache:
 
 
 def take_steps(
-    exchange: AllGatherExchange, rank: int, size: int, device: torch.device, lag: Callable[[], None]
+    exchange: Exchange, rank: int, size: int, device: torch.device, lag: Callable[[], None]
 ) -> list[torch.Tensor]:
     """One rank's part of all steps; `lag` makes it slow. → its caches."""
     cache = make_cache(device)

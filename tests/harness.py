@@ -7,6 +7,8 @@ import copy
 import queue
 import threading
 from collections.abc import Sequence
+from contextlib import suppress
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -15,18 +17,17 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from twofold.attention.backends import make_backend
 from twofold.config import EngineConfig, RuntimeConfig
-from twofold.contract import RankReport, Step, StepResult
+from twofold.contract import Breakdown, Profile, Step, StepResult
 from twofold.engine.engine import LLMEngine
-from twofold.kv.cache import KVCache, bytes_per_block
 from twofold.models.loader import DecoderModel
 from twofold.models.source import ModelSource
 from twofold.outputs import RequestOutput
-from twofold.parallel.exchange import AllGatherExchange
+from twofold.parallel.exchange import Exchange
+from twofold.parallel.transport import AllGather, OneRank
 from twofold.sampling_params import SamplingParams
-from twofold.worker.model_runner import LaunchedStep, ModelRunner
-from twofold.worker.request_states import RequestStates
+from twofold.worker.model_runner import ModelRunner
+from twofold.worker.worker import Rank
 
-COLLECT = "collect"  # to a rank: the engine waits for the next answer
 SURE = 1e-3  # a lead in logits that rounding does not turn around
 
 
@@ -49,93 +50,135 @@ class ThreadMesh:
         pass
 
 
+class ThreadChannel:
+    """A rank's way to the engine: what `executor/channel.py: Channel` is between processes."""
+
+    def __init__(self) -> None:
+        self.to_rank: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.to_engine: queue.SimpleQueue[Any] = queue.SimpleQueue()
+        self.engine_waits = threading.Event()
+        self._next: list[Any] = []  # received, and not taken yet
+
+    def send(self, message: Any) -> None:
+        self.engine_waits.clear()
+        self.to_engine.put(message)
+
+    def poll(self, timeout: float) -> bool:
+        if not self._next:
+            with suppress(queue.Empty):
+                self._next.append(self.to_rank.get(timeout=timeout) if timeout else self.to_rank.get_nowait())
+        return bool(self._next)
+
+    def recv(self) -> Any:
+        message = self._next.pop() if self._next else self.to_rank.get()
+        if message is None:
+            raise EOFError
+        return message
+
+
+class LaggingDevice:
+    """A CPU whose steps count as done when the engine waits for them, as a GPU's are done some time after a launch.
+
+    So with two steps in flight the second is launched before the first one's tokens are read.
+    """
+
+    torch_device = torch.device("cpu")
+
+    def __init__(self, engine_waits: threading.Event) -> None:
+        self._engine_waits = engine_waits
+
+    def record(self) -> "LaggingDevice":
+        return self
+
+    def query(self) -> bool:
+        return self._engine_waits.is_set()
+
+    def synchronize(self) -> None:
+        pass
+
+
 class ThreadExecutor:
-    """The executor's interface over threads. Ranks share the weights of one model."""
+    """The executor's interface over threads, each of which runs a rank's own loop. Ranks share one model's weights."""
 
     def __init__(self, model: PreTrainedModel, runtime: RuntimeConfig, num_blocks: int) -> None:
         self.runtime = runtime
+        size = runtime.num_ranks
         weights = {id(tensor): tensor for tensor in model.parameters()}
-        self.models = [DecoderModel(copy.deepcopy(model, memo=dict(weights))) for _ in range(runtime.num_ranks)]
-        block_bytes = bytes_per_block(self.models[0].specs, runtime.block_size, runtime.dtype)
-        self.reports = [
-            RankReport(rank, num_blocks, block_bytes, self.models[0].vocab_size, num_parameters=10**6)
-            for rank in range(runtime.num_ranks)
-        ]
-        self.steps: list[Step] = []
-        self.results: list[list[StepResult]] = []  # of each step, by rank
-
-    def allocate(self, num_blocks: int) -> None:
-        runtime = self.runtime
-        size, device = runtime.num_ranks, torch.device("cpu")
         self.barrier = threading.Barrier(size, timeout=120)  # a rank that skips a collective fails the test
         parts: list[Any] = [None] * size
         self.meshes = [ThreadMesh(rank, parts, self.barrier) for rank in range(size)]
-        self.runners = [
-            ModelRunner(
-                model=model,
-                cache=KVCache(model.specs, num_blocks, runtime.block_size, runtime.dtype, device),
-                states=RequestStates(runtime.engine.max_num_seqs, runtime.max_model_len, runtime.block_size, device),
-                mesh=mesh,
-                exchange=AllGatherExchange(mesh, device),
-                backend=make_backend("sdpa"),
-                policy=runtime.engine.partition_policy,
-                eos_token_ids=runtime.eos_token_ids,
-                device=device,
-            )
-            for model, mesh in zip(self.models, self.meshes, strict=True)
+        self.channels = [ThreadChannel() for _ in range(size)]
+        self.ranks = []
+        for mesh, channel in zip(self.meshes, self.channels, strict=True):
+            device = LaggingDevice(channel.engine_waits)
+            transport = AllGather(mesh, device.torch_device) if size > 1 else OneRank()
+            body = DecoderModel(copy.deepcopy(model, memo=dict(weights)))
+            self.ranks.append(Rank(runtime, body, mesh, Exchange(mesh, transport), make_backend("sdpa"), device))
+        self.reports = [replace(rank.report(), num_blocks=num_blocks) for rank in self.ranks]
+        self.steps: list[Step] = []
+        self.results: list[list[StepResult]] = []  # of each step, by rank
+
+    @property
+    def models(self) -> list[DecoderModel]:
+        return [rank.model for rank in self.ranks]
+
+    @property
+    def runners(self) -> list[ModelRunner]:
+        return [rank.runner for rank in self.ranks]
+
+    def allocate(self, num_blocks: int) -> None:
+        for rank in self.ranks:
+            rank.allocate(num_blocks)
+        self._threads = [
+            threading.Thread(target=self._serve, args=(rank, channel), daemon=True)
+            for rank, channel in zip(self.ranks, self.channels, strict=True)
         ]
-        self._inboxes: list[queue.SimpleQueue[Step | str | None]] = [queue.SimpleQueue() for _ in range(size)]
-        self._outboxes: list[queue.SimpleQueue[Any]] = [queue.SimpleQueue() for _ in range(size)]
-        self._threads = [threading.Thread(target=self._serve, args=(rank,), daemon=True) for rank in range(size)]
         for thread in self._threads:
             thread.start()
 
-    def _serve(self, rank: int) -> None:
-        """As a worker does: with two steps in flight, the second is launched before the first one's tokens are read."""
-        runner, inbox, outbox = self.runners[rank], self._inboxes[rank], self._outboxes[rank]
-        pending: LaunchedStep | None = None
-        num_due = 0  # answers that the engine waits for
+    def _serve(self, rank: Rank, channel: ThreadChannel) -> None:
         try:
-            while (message := inbox.get()) is not None:
-                if isinstance(message, Step):
-                    if pending is not None and runner.needs_tokens_on_cpu(message):
-                        outbox.put(runner.collect(pending))
-                        pending, num_due = None, num_due - 1
-                    launched = runner.launch(message)
-                    if pending is not None:
-                        outbox.put(runner.collect(pending))
-                        num_due -= 1
-                    pending = launched
-                else:
-                    num_due += 1
-                if pending is not None and num_due > 0:
-                    outbox.put(runner.collect(pending))
-                    pending, num_due = None, num_due - 1
+            rank.serve(channel)
+        except EOFError:
+            pass
         except BaseException as error:
             self.barrier.abort()
-            outbox.put(error)
+            channel.send(error)
 
     def submit(self, step: Step) -> None:
         self.steps.append(step)
-        for inbox in self._inboxes:
-            inbox.put(step)
+        self._send(step)
 
     def collect(self, timeout: float | None = None) -> list[StepResult]:
-        for inbox in self._inboxes:
-            inbox.put(COLLECT)
-        results = [outbox.get() for outbox in self._outboxes]
-        errors = [result for result in results if isinstance(result, BaseException)]
-        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
-            raise error
+        results: list[StepResult] = self._receive()
         self.results.append(results)
         return results
+
+    def profile(self, start: bool) -> list[Breakdown | None]:
+        self._send(Profile(start))
+        return [answer.breakdown for answer in self._receive()]
+
+    def _send(self, message: Any) -> None:
+        for channel in self.channels:
+            channel.to_rank.put(message)
+
+    def _receive(self) -> list[Any]:
+        for channel in self.channels:
+            channel.engine_waits.set()
+        answers = [channel.to_engine.get() for channel in self.channels]
+        errors = [answer for answer in answers if isinstance(answer, BaseException)]
+        for error in sorted(errors, key=lambda error: isinstance(error, threading.BrokenBarrierError)):
+            raise error
+        return answers
 
     def check(self) -> None:
         pass
 
+    def kill(self) -> None:
+        pass
+
     def shutdown(self) -> None:
-        for inbox in self._inboxes:
-            inbox.put(None)
+        self._send(None)
         for thread in self._threads:
             thread.join()
 
@@ -168,7 +211,7 @@ def make_engine(
     )
     if num_blocks is None:
         num_blocks = 4 * -(-max_model_len // block_size) + 1
-    engine = LLMEngine(runtime, None, ThreadExecutor(model, runtime, num_blocks))
+    engine = LLMEngine(runtime, None, lambda start_timeout: ThreadExecutor(model, runtime, num_blocks))
     engine.max_steps_in_flight = steps_in_flight
     return engine
 

@@ -1,10 +1,23 @@
-"""What the engine tells every rank about one step, and what each rank answers.
+"""All that crosses between the engine and its ranks. Nothing else does, and it never leaves the machine.
 
-All ranks receive the same `Step`, in the same order. From it each derives every rank's rows (`parallel/partition.py`),
-so planning needs no communication.
+    engine ──► every rank                      each rank ──► engine
+    RankStart                                  RankReport
+    Allocate                                   Allocated
+    Step, Step, ...  (a second one may follow  StepResult, StepResult, ...  (in the order of steps)
+                      before the first answer)
+    Profile                                    Profiled
+                                               Failure, in place of any of these: its last message
+
+All ranks receive the same messages in the same order. From a `Step` each rank derives the plan of all ranks
+(`parallel/plan.py`), so planning needs no communication.
+
+Requests are known here by a number, which is never used twice, and by the place at which every rank keeps their state.
+Ids that users choose stay in the engine.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -12,25 +25,37 @@ from numpy.typing import NDArray
 from twofold.config import RuntimeConfig
 from twofold.sampling_params import SamplingParams
 
+# --- Steps -----------------------------------------------------------------------------------------------------------
+
 
 @dataclass(frozen=True, slots=True)
 class ScheduledBatch:
-    """The step's requests, the same on every rank. R requests; every array is [R]."""
+    """The requests of a step, the same on every rank. R requests; every array is [R]."""
 
-    request_ids: tuple[str, ...]
+    numbers: NDArray[np.int64]
+    state_idx: NDArray[np.int64]  # request -> its place among the ranks' request states
     num_computed_tokens: NDArray[np.int64]
     num_scheduled_tokens: NDArray[np.int64]  # at least 1 each
-    samples: NDArray[np.bool_]  # whether the last scheduled token's logits are sampled
+    num_sampled_tokens: NDArray[np.int64]  # of how many of the last scheduled tokens the next token is sampled
+    prompt_logprobs: NDArray[np.bool_]  # whether log-probabilities of prompt tokens are made in this step
+
+    @classmethod
+    def of(cls, num_computed_tokens: Sequence[int], num_scheduled_tokens: Sequence[int]) -> Self:
+        """Requests 0, 1, ..., each of which gets a token. For what has no scheduler: start-up, `explain`, tests."""
+        computed, scheduled = np.array(num_computed_tokens, np.int64), np.array(num_scheduled_tokens, np.int64)
+        numbers = np.arange(len(scheduled))
+        return cls(numbers, numbers, computed, scheduled, np.ones_like(numbers), np.zeros(len(numbers), bool))
 
     def __len__(self) -> int:
-        return len(self.request_ids)
+        return len(self.numbers)
 
 
 @dataclass(frozen=True, slots=True)
 class NewRequest:
-    """A request scheduled for the first time, or again after a preemption."""
+    """A request that is scheduled for the first time, or again after a preemption."""
 
-    request_id: str
+    number: int
+    state_idx: int
     token_ids: NDArray[np.int32]  # prompt, then what was generated before a preemption
     num_prompt_tokens: int
     block_ids: list[int]
@@ -43,9 +68,9 @@ class Step:
     """One forward pass of all ranks. Applied in the order of the fields."""
 
     step_id: int
-    removed: tuple[str, ...]  # finished, aborted or preempted since the last step: forget them
+    removed: tuple[int, ...]  # state_idx of requests that ended or were preempted since the last step: forget them
     new: tuple[NewRequest, ...]
-    new_block_ids: dict[str, list[int]]  # continuing request -> blocks appended to its table
+    new_block_ids: dict[int, list[int]]  # state_idx of a continuing request -> blocks appended to its table
     batch: ScheduledBatch
 
 
@@ -53,7 +78,7 @@ class Step:
 class TokenLogprobs:
     """Log-probabilities at N positions. K is the largest number asked for in the step; rows hold K + 1 entries.
 
-    Column 0 is the token that was sampled (or, for a prompt, that stands there); columns 1 to K are the K most likely
+    Column 0 is the token that was sampled (or, for a prompt, that stands there). Columns 1 to K are the K most likely
     tokens, best first.
     """
 
@@ -63,19 +88,30 @@ class TokenLogprobs:
 
 
 @dataclass(frozen=True, slots=True)
+class PromptTokenLogprobs:
+    """Log-probabilities of consecutive prompt tokens of one request, the first at `position`."""
+
+    number: int
+    position: int
+    logprobs: TokenLogprobs
+
+
+@dataclass(frozen=True, slots=True)
 class StepResult:
-    """One rank's answer: the tokens that it owns and so sampled. S of them."""
+    """One rank's answer: the tokens that it owns and so sampled, S of them. A request may have several, in order."""
 
     step_id: int
     rank: int
-    request_ids: tuple[str, ...] = ()
-    token_ids: NDArray[np.int32] = field(default_factory=lambda: np.empty(0, np.int32))  # [S]
+    numbers: NDArray[np.int64]  # [S] sampled token -> number of its request
+    token_ids: NDArray[np.int32]  # [S]
     logprobs: TokenLogprobs | None = None  # N = S; None where no request of the step asked
-    # request -> (position of the first entry's token, log-probabilities of consecutive prompt tokens), one a row
-    prompt_logprobs: dict[str, list[tuple[int, TokenLogprobs]]] = field(default_factory=dict)
+    prompt_logprobs: tuple[PromptTokenLogprobs, ...] = ()
     num_pairs: int = 0  # (query, key) pairs that this rank attended to in the step
-    exchange_bytes: int = 0  # received from other ranks since this one started
+    exchange_bytes: int = 0  # received from other ranks in the step
     exchange_seconds: float = 0.0
+
+
+# --- A rank's start and end ------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,14 +124,29 @@ class RankStart:
 
 @dataclass(frozen=True, slots=True)
 class RankReport:
-    """What a rank says once its model is loaded."""
+    """What a rank says once its model is loaded and its memory is measured."""
 
     rank: int
-    num_blocks: int  # that its memory has room for
+    num_blocks: int  # of the cache that it would make
+    max_cache_bytes: int  # that there is room for
     bytes_per_block: int
     vocab_size: int
     num_parameters: int
     seconds: dict[str, float] = field(default_factory=dict)  # start-up phase -> its time
+
+
+@dataclass(frozen=True, slots=True)
+class Allocate:
+    """Asks for the KV cache, the same on every rank."""
+
+    num_blocks: int
+
+
+@dataclass(frozen=True, slots=True)
+class Allocated:
+    """The answer to `Allocate`: from now on the rank takes steps."""
+
+    seconds: dict[str, float]  # start-up phase -> its time
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +157,12 @@ class Failure:
     is_model_error: bool
 
 
+# --- Profiles --------------------------------------------------------------------------------------------------------
+
+
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Asks a rank to start noting its kernels, or to stop and answer with a `Breakdown`.
-
-    The answer comes before that of a step in flight.
-    """
+    """Asks a rank to start noting its kernels, or to stop. The answer may come before that of a step in flight."""
 
     start: bool
 
@@ -124,3 +175,14 @@ class Breakdown:
     exposed_exchange: float  # time in which nothing else ran, waits for slower ranks included
     busy: float  # time in which any kernel ran
     kernels: list[tuple[str, float, int]]  # the longest: name, total time, launches
+
+
+@dataclass(frozen=True, slots=True)
+class Profiled:
+    """The answer to `Profile`."""
+
+    breakdown: Breakdown | None  # None where it was asked to start
+
+
+RankMessage = RankStart | Allocate | Step | Profile
+RankAnswer = RankReport | Allocated | StepResult | Profiled | Failure

@@ -8,8 +8,8 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from twofold.config import EngineConfig
-from twofold.engine.engine import LLMEngine
 from twofold.errors import ConfigError, RequestError, UserError
+from twofold.launch import start_engine
 from twofold.outputs import RequestOutput
 from twofold.sampling_params import SamplingParams
 
@@ -30,7 +30,7 @@ class LLM:
         known = EngineConfig.__dataclass_fields__
         if unknown := [name for name in engine_args if name not in known]:
             raise ConfigError(f"unknown engine argument {unknown[0]!r}; known are {', '.join(known)}")
-        self.engine = LLMEngine.from_config(EngineConfig(model=model, **engine_args))
+        self.engine = start_engine(EngineConfig(model=model, **engine_args))
         self._ids = count()
 
     def generate(

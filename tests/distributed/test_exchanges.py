@@ -11,8 +11,9 @@ import torch.multiprocessing as mp
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from exchange_steps import MAX_NUM_ROWS, NUMS_OF_ROWS, WIDTHS, assert_equal, expected_caches, take_steps
 
-from twofold.parallel.exchange import AllGatherExchange, SharedMemoryExchange
+from twofold.parallel.exchange import Exchange
 from twofold.parallel.mesh import ProcessMesh
+from twofold.parallel.transport import AllGather, SharedMemory
 
 CPU = torch.device("cpu")
 
@@ -20,12 +21,14 @@ CPU = torch.device("cpu")
 def run_rank(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
     mesh = ProcessMesh(rank, size, f"{folder}/store", CPU)
-    exchanges = {
-        "all_gather": AllGatherExchange(mesh, CPU),
-        "shared_memory": SharedMemoryExchange(mesh, CPU, MAX_NUM_ROWS * max(WIDTHS) * 2, folder),
+    transports = {
+        "all_gather": AllGather(mesh, CPU),
+        "shared_memory": SharedMemory(mesh, CPU, MAX_NUM_ROWS * max(WIDTHS) * 2, folder),
     }
-    for name, exchange in exchanges.items():
-        torch.save(take_steps(exchange, rank, size, CPU, lambda: time.sleep(0.002)), f"{folder}/{name}-{rank}")
+    for name, transport in transports.items():
+        torch.save(
+            take_steps(Exchange(mesh, transport), rank, size, CPU, lambda: time.sleep(0.002)), f"{folder}/{name}-{rank}"
+        )
     mesh.close()
 
 

@@ -14,6 +14,7 @@ import torch
 
 from twofold.executor.local import LocalExecutor
 from twofold.worker import worker
+from twofold.worker.device import CUDA
 
 
 def share_gpu() -> None:
@@ -38,5 +39,5 @@ def enough_gpus(num_ranks: int) -> Iterator[dict[str, str]]:
 
 if __name__ == "__main__":
     share_gpu()
-    worker.device_of = lambda rank, kind: torch.device("cuda:0")
+    worker.make_device = lambda rank, runtime: CUDA(0)
     worker.main()

@@ -22,8 +22,9 @@ from exchange_steps import (
 )
 from one_gpu import share_gpu
 
-from twofold.parallel.exchange import AllGatherExchange, ExchangePlan, PushExchange
+from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.mesh import ProcessMesh
+from twofold.parallel.transport import AllGather, Push
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -37,8 +38,8 @@ def run_rank(rank: int, size: int, folder: str) -> None:
     torch.cuda.set_device(device)
     mesh = ProcessMesh(rank, size, f"{folder}/store", device)
     exchanges = {
-        "all_gather": AllGatherExchange(mesh, device),
-        "push": PushExchange(mesh, device, MAX_NUM_ROWS * max(WIDTHS) * 2),
+        "all_gather": Exchange(mesh, AllGather(mesh, device)),
+        "push": Exchange(mesh, Push(mesh, device, MAX_NUM_ROWS * max(WIDTHS) * 2)),
     }
     for name, exchange in exchanges.items():
         torch.save(
@@ -51,7 +52,7 @@ def run_rank(rank: int, size: int, folder: str) -> None:
 
 
 def replay_steps(
-    exchange: AllGatherExchange, rank: int, size: int, device: torch.device, defer_exchange: bool
+    exchange: Exchange, rank: int, size: int, device: torch.device, defer_exchange: bool
 ) -> list[torch.Tensor]:
     """Step after step from one graph, with nothing between them that ranks would wait for."""
     cache = make_cache(device)
@@ -92,7 +93,7 @@ def replay_steps(
 def test_all_ranks_get_all_rows(tmp_path: Path) -> None:
     """Invariant 4, with ranks out of step, steps longer than the push buffers, and buffers used again at once.
 
-    A graph uses the two buffers that it was recorded with. With an odd number of layers it ends with the one that the
+    A graph uses the two buffers that it was captured with. With an odd number of layers it ends with the one that the
     next replay begins with, so a fast rank overwrote rows that a slow one had not read yet, until steps began with a
     barrier.
     """

@@ -9,6 +9,7 @@ from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.rows import merge
 from twofold.attention.spec import AttentionSpec
 from twofold.contract import NewRequest, ScheduledBatch, Step
+from twofold.parallel.plan import TokenLayout, plan_step
 from twofold.sampling_params import SamplingParams
 from twofold.worker.input_batch import prepare
 from twofold.worker.request_states import RequestStates
@@ -114,21 +115,13 @@ ROWS = [(10, 1, 3), (0, 7, 2), (9, 8, 5), (4, 1, 2)]
 def make_rows(block_tables: list[list[int]]) -> tuple[ScheduledBatch, AttentionMetadata]:
     """The rows of ROWS on a single rank, as the worker makes them."""
     states = RequestStates(8, 64, BLOCK_SIZE, torch.device("cpu"))
-    names = tuple(f"r{i}" for i in range(len(ROWS)))
-    batch = ScheduledBatch(
-        request_ids=names,
-        num_computed_tokens=np.array([computed for computed, *_ in ROWS], np.int64),
-        num_scheduled_tokens=np.array([scheduled for _, scheduled, _ in ROWS], np.int64),
-        samples=np.ones(len(ROWS), np.bool_),
-    )
+    batch = ScheduledBatch.of([computed for computed, *_ in ROWS], [scheduled for _, scheduled, _ in ROWS])
     new = tuple(
-        NewRequest(
-            name, np.arange(computed + scheduled, dtype=np.int32), computed + scheduled, table, SamplingParams(), 0
-        )
-        for name, (computed, scheduled, _), table in zip(names, ROWS, block_tables, strict=True)
+        NewRequest(i, i, np.arange(sum(row[:2]), dtype=np.int32), sum(row[:2]), table, SamplingParams(), 0)
+        for i, (row, table) in enumerate(zip(ROWS, block_tables, strict=True))
     )
     states.apply(Step(step_id=0, removed=(), new=new, new_block_ids={}, batch=batch))
-    return batch, prepare(batch, states, 0, 1, "dual_chunk_swap", BLOCK_SIZE).metadata
+    return batch, prepare(batch, plan_step(batch, TokenLayout(1)), states, 0, BLOCK_SIZE).metadata
 
 
 SCATTERED = [[7, 2, 11], [13, 5], [1, 12, 3, 10, 6], [9, 4]]

@@ -213,14 +213,14 @@ class LosingExecutor(ThreadExecutor):
     """Loses its ranks with each step that has the first prompt."""
 
     def submit(self, step: Step) -> None:
-        if "0" in step.batch.request_ids:
+        if 5 in [new.token_ids[0] for new in step.new]:
             raise RankDiedError("rank 1 was killed by signal 9")
         super().submit(step)
 
 
 def test_a_prompt_that_is_given_up_is_a_line_and_exit_code_1(run: Run, tiny_engine: Any) -> None:
     model, num_blocks = tiny_model(tiny_config("llama")), tiny_engine.block_pool.num_blocks
-    tiny_engine._make_executor = lambda: LosingExecutor(model, tiny_engine.runtime, num_blocks)
+    tiny_engine._make_executor = lambda timeout: LosingExecutor(model, tiny_engine.runtime, num_blocks)
     tiny_engine.recover()
     prompts = ("--prompt-token-ids", "5,6,7", "--prompt-token-ids", "8,9")
     code, out, error = run("generate", "--model", "tiny", *prompts, "--json", "-q", "--max-tokens", "2")

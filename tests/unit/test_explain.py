@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from rich.console import Console
 
-from twofold.cli.explain import cell_widths, colour, draw, make_batch, runs_of
+from twofold.cli.explain import cell_widths, colour, draw, runs_of
 from twofold.cli.main import main
-from twofold.parallel.partition import partition
+from twofold.contract import ScheduledBatch
+from twofold.parallel.plan import TokenLayout, plan_step
 
 GOLDEN = """\
 one step: 14 tokens of 3 requests on 2 ranks, dual_chunk_swap
@@ -34,9 +35,9 @@ rank 1 computes 0[2..3] 0[4..5] 1[2] 1[3]
 
 
 def drawn(lens: list[int], computed: list[int], num_ranks: int, policy: str, width: int = 80) -> str:
-    batch = make_batch(lens, computed)
+    batch = ScheduledBatch.of(computed, lens)
     console = Console(file=io.StringIO(), width=width, soft_wrap=True, color_system=None)
-    draw(batch, partition(batch, num_ranks, policy), policy, console)
+    draw(batch, plan_step(batch, TokenLayout(num_ranks, policy)), policy, console)
     return console.file.getvalue()  # type: ignore[attr-defined,no-any-return]
 
 
@@ -86,8 +87,8 @@ def test_a_wrong_argument_is_one_line_and_exit_code_2(
 )
 def test_whatever_is_drawn_is_true(requests: list[tuple[int, int]], num_ranks: int, policy: str, width: int) -> None:
     lens, computed = [list(column) for column in zip(*requests, strict=True)]
-    batch = make_batch(lens, computed)
-    part = partition(batch, num_ranks, policy)
+    batch = ScheduledBatch.of(computed, lens)
+    part = plan_step(batch, TokenLayout(num_ranks, policy))
     tokens = np.zeros(num_ranks, int)
     for request, (length, start) in zip(runs_of(batch, part), requests, strict=True):
         end = 0

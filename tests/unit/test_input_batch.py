@@ -6,6 +6,7 @@ import torch
 
 from twofold import SamplingParams
 from twofold.contract import NewRequest, ScheduledBatch, Step
+from twofold.parallel.plan import TokenLayout, plan_step
 from twofold.worker.input_batch import InputBatch, prepare
 from twofold.worker.request_states import RequestStates
 
@@ -15,15 +16,14 @@ BLOCK_SIZE = 16
 def prepare_all(num_ranks: int, *requests: tuple[int, int]) -> list[InputBatch]:
     """Every rank's part of a step of requests (computed, scheduled)."""
     states = RequestStates(8, 256, BLOCK_SIZE, torch.device("cpu"))
-    ids = tuple(map(str, range(len(requests))))
-    computed, scheduled = (np.array(column, np.int64) for column in zip(*requests, strict=True))
     new = tuple(
-        NewRequest(name, np.arange(total, dtype=np.int32), total, list(range(16)), SamplingParams(), 0)
-        for name, total in zip(ids, (computed + scheduled).tolist(), strict=True)
+        NewRequest(i, i, np.arange(sum(one), dtype=np.int32), sum(one), list(range(16)), SamplingParams(), 0)
+        for i, one in enumerate(requests)
     )
-    batch = ScheduledBatch(ids, computed, scheduled, np.ones(len(ids), bool))
+    batch = ScheduledBatch.of(*zip(*requests, strict=True))
     states.apply(Step(0, (), new, {}, batch))
-    return [prepare(batch, states, rank, num_ranks, "dual_chunk_swap", BLOCK_SIZE) for rank in range(num_ranks)]
+    plan = plan_step(batch, TokenLayout(num_ranks))
+    return [prepare(batch, plan, states, rank, BLOCK_SIZE) for rank in range(num_ranks)]
 
 
 @pytest.mark.parametrize("num_ranks", [1, 2, 4])
@@ -39,8 +39,8 @@ def test_a_step_is_the_same_on_all_ranks(
     num_ranks: int, requests: list[tuple[int, int]], is_decode: bool, max_decode_len: int
 ) -> None:
     for batch in prepare_all(num_ranks, *requests):
-        assert batch.is_decode == batch.exchange.defer_exchange == is_decode
-        assert batch.max_decode_len == max_decode_len
+        assert batch.plan.is_decode == batch.exchange.defer_exchange == is_decode
+        assert batch.plan.max_decode_len == max_decode_len
 
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
@@ -49,6 +49,6 @@ def test_a_prompt_of_one_token_a_chunk_is_no_decode(num_ranks: int) -> None:
     so no graph of decodes, in which they travel at the end, may be used.
     """
     for batch in prepare_all(num_ranks, (0, 2 * num_ranks)):
-        assert (batch.partition.length == 1).all()
-        assert not batch.is_decode
+        assert (batch.plan.length == 1).all()
+        assert not batch.plan.is_decode
         assert not batch.exchange.defer_exchange

@@ -131,15 +131,17 @@ def test_chunks_prefix_hits_and_preemption(deepseek: PreTrainedModel, num_ranks:
         outputs = generate(engine, prompts, GREEDY)
         assert [output.outputs[0].token_ids for output in outputs] == expected
     steps = engine.executor.steps
-    times_new = [new.request_id for step in steps for new in step.new]
+    times_new = [new.number for step in steps for new in step.new]
     assert len(times_new) > 2 * len(prompts), "nobody was preempted"
     hits = [
-        step.batch.num_computed_tokens[step.batch.request_ids.index(new.request_id)]
+        step.batch.num_computed_tokens[step.batch.numbers.tolist().index(new.number)]
         for step in steps
         for new in step.new
     ]
     assert max(hits) >= 40 // 8 * 8, "no prefix was found"
-    assert any((step.batch.num_scheduled_tokens > 1).any() and not step.batch.samples.all() for step in steps)
+    assert any(
+        (step.batch.num_scheduled_tokens > 1).any() and not step.batch.num_sampled_tokens.all() for step in steps
+    )
     engine.shutdown()
 
 

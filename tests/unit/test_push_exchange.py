@@ -15,7 +15,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from exchange_steps import MAX_NUM_ROWS, NUMS_OF_ROWS, WIDTHS, assert_equal, expected_caches, take_steps
 from harness import ThreadMesh
 
-from twofold.parallel.exchange import PushExchange
+from twofold.parallel.exchange import Exchange
+from twofold.parallel.transport import Push
 
 CPU = torch.device("cpu")
 
@@ -57,7 +58,8 @@ def test_all_ranks_get_all_rows(size: int, monkeypatch: pytest.MonkeyPatch) -> N
     parts, buffers, barrier = [None] * size, [None] * size, threading.Barrier(size, timeout=60)
 
     def run_rank(rank: int) -> list[torch.Tensor]:
-        exchange = PushExchange(Mesh(rank, parts, barrier, buffers), CPU, MAX_NUM_ROWS * max(WIDTHS) * 2)
+        mesh = Mesh(rank, parts, barrier, buffers)
+        exchange = Exchange(mesh, Push(mesh, CPU, MAX_NUM_ROWS * max(WIDTHS) * 2))
         return take_steps(exchange, rank, size, CPU, lambda: time.sleep(0.002))
 
     with ThreadPoolExecutor(size) as threads:

@@ -16,7 +16,7 @@ from transformers import PreTrainedModel
 from twofold.engine.engine import LLMEngine
 from twofold.errors import RequestError
 from twofold.outputs import RequestOutput
-from twofold.parallel.partition import partition
+from twofold.parallel.plan import TokenLayout, plan_step
 from twofold.sampling_params import SamplingParams
 
 NUM_LAYERS = 4
@@ -142,9 +142,8 @@ def test_the_answer_is_always_the_same(
     if "chunks" in variant:
         limit = VARIANTS[variant]["max_num_batched_tokens"]
         assert max(step.batch.num_scheduled_tokens.sum() for step in steps) <= limit
-    starts = Counter(new.request_id for step in steps for new in step.new)
-    num_sequences = Counter(child for name in requests for child in children_of(requests[name]))
-    num_preemptions = sum((starts - num_sequences).values())
+    starts = Counter(new.number for step in steps for new in step.new)
+    num_preemptions = sum(count - 1 for count in starts.values())
     assert (num_preemptions > 0) == ("preempted" in variant), "the variant tries something else than it says"
     engine.shutdown()
 
@@ -160,15 +159,6 @@ def test_no_memory_is_read_before_it_is_written(
     outputs = generate(engine, [prompt for prompt, _ in requests], [one for _, one in requests])
     assert_same(outputs, expected["plain"] + expected["counting"])
     engine.shutdown()
-
-
-def children_of(requests: Requests) -> list[str]:
-    """The scheduler's names of what `generate` adds."""
-    return [
-        f"prompt-{number}" + (f"#{index}" if one.n > 1 else "")
-        for number, (_, one) in enumerate(requests)
-        for index in range(one.n)
-    ]
 
 
 @pytest.mark.parametrize("num_ranks", [2, 3, 4])
@@ -217,7 +207,10 @@ def test_every_rank_calls_the_same_collectives(model: PreTrainedModel, num_ranks
     if num_ranks > 1:
         batches = [step.batch for step in executor.steps]
         are_decodes = [bool((batch.num_scheduled_tokens == 1).all()) for batch in batches]
-        num_calls = sum(1 if decode else NUM_LAYERS for decode in are_decodes) + sum(b.samples.any() for b in batches)
+        num_exchanges = sum(1 if is_decode else NUM_LAYERS for is_decode in are_decodes)
+        num_calls = num_exchanges + sum(batch.num_sampled_tokens.any() for batch in batches)
+            b.num_sampled_tokens.any() for b in batches
+        )
         assert len(executor.meshes[0].calls) == num_calls
         assert 0 < sum(are_decodes) < len(batches)
     for mesh in executor.meshes:
@@ -234,17 +227,18 @@ def test_a_token_is_sampled_once_by_its_owner(model: PreTrainedModel, num_ranks:
     executor = executor_of(engine)
     sampling_ranks = set()
     for step, results in zip(executor.steps, executor.results, strict=True):
-        owner = partition(step.batch, num_ranks, policy).owner
+        batch = step.batch
+        owner = plan_step(batch, TokenLayout(num_ranks, policy)).owner
         due = {
-            request_id: int(rank)
-            for request_id, rank, samples in zip(step.batch.request_ids, owner, step.batch.samples, strict=True)
+            number: int(rank)
+            for number, rank, samples in zip(batch.numbers.tolist(), owner, batch.num_sampled_tokens, strict=True)
             if samples
         }
-        assert Counter(request_id for result in results for request_id in result.request_ids) == Counter(due.keys())
+        assert Counter(number for result in results for number in result.numbers.tolist()) == Counter(due.keys())
         for result in results:
-            assert all(due[request_id] == result.rank for request_id in result.request_ids)
-            assert len(result.token_ids) == len(result.request_ids)
-            if result.request_ids:
+            assert all(due[number] == result.rank for number in result.numbers.tolist())
+            assert len(result.token_ids) == len(result.numbers)
+            if len(result.numbers):
                 sampling_ranks.add(result.rank)
     assert sampling_ranks == set(range(num_ranks))
     for runner in executor.runners:  # everyone received every token

@@ -1,7 +1,7 @@
 """Losing the ranks: what the scheduler takes back, whom it blames, and when a step counts as hung."""
 
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from itertools import count
 from typing import Any, ClassVar
 
@@ -25,24 +25,36 @@ from twofold.sampling_params import SamplingParams
 def make_scheduler(names: str, prompt: int = 8, seqs: int = 8) -> Scheduler:
     scheduler = Scheduler(BlockPool(100, 4), seqs, 64, 1000)
     for name in names:
-        scheduler.add(Request(name, np.arange(prompt), SamplingParams(max_tokens=9), seed=0))
+        add(scheduler, name, prompt)
     return scheduler
+
+
+def add(scheduler: Scheduler, name: str, prompt: int = 8) -> Request:
+    """Requests that begin alike would wait for each other: each begins with its name."""
+    request = Request(np.append(ord(name), np.arange(prompt - 1)), SamplingParams(max_tokens=9), seed=0)
+    scheduler.add(request)
+    return request
+
+
+def names_of(requests: Iterable[Request]) -> str:
+    return "".join(chr(request.token_ids[0]) for request in requests)
 
 
 def next_names(scheduler: Scheduler, answer: bool = True) -> str:
     """Runs a step; the requests in it."""
     step = scheduler.schedule()
     assert step is not None
+    requests = [scheduler._requests[number] for number in step.batch.numbers.tolist()]
     if answer:
-        sampled = [name for name, does in zip(step.batch.request_ids, step.batch.samples, strict=True) if does]
-        scheduler.update(step.step_id, dict.fromkeys(sampled, 1))
-    return "".join(step.batch.request_ids)
+        for request in scheduler.complete(step.step_id, step.batch.numbers.tolist()):
+            scheduler.append(request, 1)
+    return names_of(requests)
 
 
 def fail(scheduler: Scheduler) -> str:
     """A step that never comes back; the requests that are blamed for it."""
     next_names(scheduler, answer=False)
-    return "".join(request.request_id for request in scheduler.restart(BlockPool(100, 4)))
+    return names_of(scheduler.restart(BlockPool(100, 4)))
 
 
 def test_suspects_run_one_at_a_time_and_nobody_is_overtaken() -> None:
@@ -76,10 +88,11 @@ def test_a_suspect_that_is_past_the_point_is_one_no_more() -> None:
 
 def test_an_aborted_request_is_not_blamed() -> None:
     """Guards requests that were gone before the step failed."""
-    scheduler = make_scheduler("a")
+    scheduler = make_scheduler("")
+    request = add(scheduler, "a")
     assert fail(scheduler) == ""
     next_names(scheduler, answer=False)
-    scheduler.abort("a")
+    scheduler.abort(request)
     assert scheduler.restart(BlockPool(100, 4)) == []
     assert scheduler.is_idle
 
@@ -130,7 +143,7 @@ def test_answers_do_not_depend_on_losses(num_ranks: int, in_flight: int) -> None
         engine = make_engine(model, num_ranks, max_num_batched_tokens=24, steps_in_flight=in_flight)
         runtime, num_blocks = engine.runtime, engine.block_pool.num_blocks
         FailingExecutor.fail_at, FailingExecutor.count = fail_at, 0
-        engine._make_executor = lambda: FailingExecutor(model, runtime, num_blocks)
+        engine._make_executor = lambda timeout: FailingExecutor(model, runtime, num_blocks)
         engine.recover()
         for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             engine.add_request(str(number), prompt, one, output_kind=OutputKind.DELTA)
@@ -173,7 +186,7 @@ def offline() -> Iterator[LLM]:
     model, llm._ids = tiny_model(tiny_config("llama")), count()
     llm.engine = engine = make_engine(model, 2)
     runtime, num_blocks = engine.runtime, engine.block_pool.num_blocks
-    engine._make_executor = lambda: PoisonedExecutor(model, runtime, num_blocks)
+    engine._make_executor = lambda timeout: PoisonedExecutor(model, runtime, num_blocks)
     yield llm
     llm.shutdown()
 
@@ -196,7 +209,7 @@ def test_generate_ends_when_no_ranks_come_up(offline: LLM, monkeypatch: pytest.M
     make, tries = offline.engine._make_executor, count()
     assert make is not None
 
-    def refuse() -> ThreadExecutor:
+    def refuse(timeout: float | None) -> ThreadExecutor:
         next(tries)
         raise EngineError("no memory")
 
@@ -214,7 +227,7 @@ def test_generate_ends_when_no_ranks_come_up(offline: LLM, monkeypatch: pytest.M
 
 
 def batch(computed: int, scheduled: int) -> ScheduledBatch:
-    return ScheduledBatch(("a",), np.array([computed]), np.array([scheduled]), np.array([True]))
+    return ScheduledBatch.of([computed], [scheduled])
 
 
 def test_the_limit_of_a_step_grows_with_its_work() -> None:

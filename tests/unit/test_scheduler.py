@@ -22,14 +22,44 @@ EOS = 0
 VOCAB_SIZE = 6
 
 
-def make_request(request_id="a", prompt=8, max_tokens=4, *, eos=frozenset(), **params) -> Request:
+NAMES: dict[int, str] = {}  # number of a request -> what the test calls it
+
+
+class NamedRequest(Request):
+    name: str
+
+
+class NamedScheduler(Scheduler):
+    """Knows its requests, and the ranks' states of them, by name."""
+
+    def add(self, request: NamedRequest) -> None:
+        super().add(request)
+        NAMES[request.number] = request.name
+
+    def schedule(self) -> Step | None:
+        step = super().schedule()
+        if step is not None:
+            states = self.__dict__.setdefault("states", {})
+            self.removed = tuple(states.pop(i) for i in step.removed)
+            states.update({new.state_idx: NAMES[new.number] for new in step.new})
+            self.new = [NAMES[new.number] for new in step.new]
+            assert len(set(states.values())) == len(states)
+        return step
+
+    def request(self, name: str) -> Request:
+        return next(request for request in self._requests.values() if request.name == name)
+
+
+def make_request(name="a", prompt=8, max_tokens=4, *, eos=frozenset(), seed=0, **params) -> NamedRequest:
     """`prompt` is its tokens, or how many."""
     tokens = np.arange(10, 10 + prompt) if isinstance(prompt, int) else prompt
-    return Request(request_id, tokens, SamplingParams(max_tokens=max_tokens, **params), seed=0, eos_token_ids=eos)
+    request = NamedRequest(tokens, SamplingParams(max_tokens=max_tokens, **params), seed=seed, eos_token_ids=eos)
+    request.name = name
+    return request
 
 
-def make_scheduler(num_blocks=100, block_size=4, seqs=8, budget=32, max_model_len=1000, caching=True) -> Scheduler:
-    return Scheduler(BlockPool(num_blocks, block_size, caching), seqs, budget, max_model_len)
+def make_scheduler(num_blocks=100, block_size=4, seqs=8, budget=32, max_model_len=1000, caching=True) -> NamedScheduler:
+    return NamedScheduler(BlockPool(num_blocks, block_size, caching), seqs, budget, max_model_len)
 
 
 def next_step(scheduler: Scheduler) -> Step:
@@ -41,13 +71,24 @@ def next_step(scheduler: Scheduler) -> Step:
 def rows(step: Step) -> dict[str, tuple[int, int, bool]]:
     """request -> (computed, scheduled, samples)"""
     batch = step.batch
-    columns = (batch.num_computed_tokens, batch.num_scheduled_tokens, batch.samples)
-    return dict(zip(batch.request_ids, zip(*(c.tolist() for c in columns), strict=True), strict=True))
+    columns = (batch.num_computed_tokens, batch.num_scheduled_tokens, batch.num_sampled_tokens > 0)
+    names = [NAMES[number] for number in batch.numbers.tolist()]
+    return dict(zip(names, zip(*(c.tolist() for c in columns), strict=True), strict=True))
+
+
+def take(scheduler: Scheduler, step_id: int, tokens: dict[str, int]) -> list[tuple[str, int]]:
+    """Gives a step's tokens to their requests, as the engine does; what was given."""
+    numbers = [number for number, name in NAMES.items() if name in tokens]
+    taken = []
+    for request in scheduler.complete(step_id, numbers):
+        scheduler.append(request, tokens[request.name])
+        taken.append((request.name, tokens[request.name]))
+    return taken
 
 
 def answer(scheduler: Scheduler, step: Step, token=7) -> list[tuple[str, int]]:
     tokens = {name: token for name, (_, _, samples) in rows(step).items() if samples}
-    return [(request.request_id, t) for request, t in scheduler.update(step.step_id, tokens)]
+    return take(scheduler, step.step_id, tokens)
 
 
 # --- Request ---------------------------------------------------------------------------------------------------------
@@ -110,7 +151,8 @@ def test_prompt_is_chunked_and_samples_once():
     steps = [next_step(scheduler) for _ in range(3)]
     assert [rows(step)["a"] for step in steps] == [(0, 4, False), (4, 4, False), (8, 1, True)]
     assert [len(step.new) for step in steps] == [1, 0, 0]
-    assert [step.new_block_ids for step in steps] == [{}, {"a": [2]}, {"a": [3]}]
+    state = steps[0].new[0].state_idx
+    assert [step.new_block_ids for step in steps] == [{}, {state: [2]}, {state: [3]}]
     assert steps[0].new[0].block_ids == [1]
     assert steps[0].new[0].token_ids.tolist() == list(range(10, 19))
     assert [answer(scheduler, step) for step in steps] == [[], [], [("a", 7)]]
@@ -170,12 +212,15 @@ def test_reused_id_does_not_inherit_tokens_in_flight():
     scheduler = make_scheduler()
     scheduler.add(make_request())
     first = next_step(scheduler)
-    assert scheduler.abort("a").finish_reason == "abort"
+    old = scheduler.request("a")
+    scheduler.abort(old)
+    assert old.finish_reason == "abort"
     fresh = make_request(prompt=6)
     scheduler.add(fresh)
     second = next_step(scheduler)
-    assert second.removed == ("a",)
-    assert [new.request_id for new in second.new] == ["a"]
+    assert scheduler.removed == ("a",)
+    assert scheduler.new == ["a"]
+    assert second.new[0].number != old.number
     assert answer(scheduler, first) == []
     assert answer(scheduler, second) == [("a", 7)]
     assert fresh.num_output_tokens == 1
@@ -187,12 +232,15 @@ def test_ranks_are_told_once_and_only_of_what_they_know():
     scheduler.add(make_request("a", max_tokens=1))
     scheduler.add(make_request("unseen"))
     answer(scheduler, next_step(scheduler))
-    assert scheduler.abort("unseen").status is RequestStatus.FINISHED_ABORTED
+    unseen = scheduler.request("unseen")
+    scheduler.abort(unseen)
+    assert unseen.status is RequestStatus.FINISHED_ABORTED
     assert scheduler.schedule() is None, "no step only to remove"
     scheduler.add(make_request("b"))
-    assert next_step(scheduler).removed == ("a",)
-    assert next_step(scheduler).removed == ()
-    assert scheduler.abort("a") is None
+    next_step(scheduler)
+    assert scheduler.removed == ("a",)
+    next_step(scheduler)
+    assert scheduler.removed == ()
 
 
 def test_stop_string_outranks_length():
@@ -229,12 +277,15 @@ def test_what_can_never_run_is_refused(prompt):
     assert scheduler.is_idle
 
 
-def test_ids_are_unique():
-    """Two requests under one id would share a rank's state."""
+def test_a_number_is_never_used_twice():
+    """A token on its way to a request must not reach another one, whatever users call them."""
     scheduler = make_scheduler()
-    scheduler.add(make_request())
-    with pytest.raises(RequestError, match="'a'"):
+    numbers = []
+    for _ in range(3):
         scheduler.add(make_request())
+        numbers.append(scheduler.request("a").number)
+        scheduler.abort(scheduler.request("a"))
+    assert len(set(numbers)) == 3
 
 
 def test_wrong_answers_change_nothing():
@@ -244,9 +295,9 @@ def test_wrong_answers_change_nothing():
     scheduler.add(request)
     first, second = next_step(scheduler), next_step(scheduler)
     with pytest.raises(EngineError, match="step 1"):
-        scheduler.update(second.step_id, {"a": 1})
-    with pytest.raises(EngineError, match="token for a"):
-        scheduler.update(first.step_id, {"b": 1})
+        scheduler.complete(second.step_id, [request.number])
+    with pytest.raises(EngineError, match=f"token for request {request.number}"):
+        scheduler.complete(first.step_id, [request.number + 1])
     assert request.num_output_tokens == 0
     assert answer(scheduler, first) == [("a", 7)]
 
@@ -272,7 +323,7 @@ def test_head_of_the_queue_is_not_overtaken():
     scheduler.add(make_request("large", 16))
     scheduler.add(make_request("small", 4))
     assert rows(next_step(scheduler)) == {"a": (12, 1, True)}
-    scheduler.abort("a")
+    scheduler.abort(scheduler.request("a"))
     assert list(rows(next_step(scheduler))) == ["large", "small"]
 
 
@@ -285,7 +336,7 @@ def test_prompt_short_of_blocks_keeps_them_and_its_turn():
     scheduler.add(make_request("c", 4))
     assert rows(next_step(scheduler)) == {"a": (4, 1, True)}
     assert (scheduler.block_pool.num_free, scheduler.num_waiting) == (3, 1)
-    scheduler.abort("a")
+    scheduler.abort(scheduler.request("a"))
     assert rows(next_step(scheduler)) == {"b": (12, 16, False)}
 
 
@@ -299,11 +350,11 @@ def test_latest_arrival_is_preempted_and_resumes_first():
     answer(scheduler, next_step(scheduler))
     step = next_step(scheduler)
     assert rows(step) == {"a": (8, 1, True)}
-    assert step.removed == ("b",)
+    assert scheduler.removed == ("b",)
     assert second.status is RequestStatus.PREEMPTED
     answer(scheduler, step)
     assert rows(next_step(scheduler)) == {"a": (9, 1, True)}, "c may not take what b waits for"
-    scheduler.abort("a")
+    scheduler.abort(scheduler.request("a"))
     step = next_step(scheduler)
     assert rows(step) == {"b": (0, 8, True), "c": (0, 2, True)}
     assert step.new[0].token_ids.tolist() == [*range(10, 17), 7]
@@ -317,9 +368,9 @@ def test_preempted_request_waits_for_its_token_in_flight():
     scheduler.add(make_request("a", 8, 8))
     scheduler.add(make_request("b", 8, 8))
     first = next_step(scheduler)
-    second = next_step(scheduler)
-    assert second.removed == ("b",)
-    scheduler.abort("a")
+    next_step(scheduler)
+    assert scheduler.removed == ("b",)
+    scheduler.abort(scheduler.request("a"))
     assert scheduler.schedule() is None
     assert answer(scheduler, first) == [("b", 7)]
     assert rows(next_step(scheduler)) == {"b": (0, 9, True)}
@@ -332,7 +383,8 @@ def test_token_in_flight_may_finish_a_preempted_request():
     request = make_request("b", 8, 1)
     scheduler.add(request)
     first = next_step(scheduler)
-    assert next_step(scheduler).removed == ("b",)
+    next_step(scheduler)
+    assert scheduler.removed == ("b",)
     assert answer(scheduler, first) == [("a", 7), ("b", 7)]
     assert request.finish_reason == "length"
     assert scheduler.num_waiting == 0
@@ -346,7 +398,7 @@ def test_preempted_prompt_does_not_return_before_it_fits():
     num_resumed = 0
     while scheduler.has_unfinished:
         step = next_step(scheduler)
-        num_resumed += any(new.request_id == "b" for new in step.new)
+        num_resumed += "b" in scheduler.new
         answer(scheduler, step)
     assert num_resumed == 2
 
@@ -417,14 +469,50 @@ def test_output_is_cached_once_it_is_known():
     assert rows(next_step(scheduler)) == {"b": (12, 3, True)}
 
 
-def test_no_row_relies_on_a_row_of_its_own_step():
-    """Within one step the order of writes and reads is the ranks' affair; a prefix is found from the next step on."""
-    scheduler = make_scheduler()
-    scheduler.add(make_request("a", 9))
-    scheduler.add(make_request("b", 9))
-    assert rows(next_step(scheduler)) == {"a": (0, 9, True), "b": (0, 9, True)}
-    scheduler.add(make_request("c", 9))
-    assert rows(next_step(scheduler))["c"] == (8, 1, True), "though the first step is still in flight"
+def test_what_is_being_computed_is_not_computed_twice():
+    """Eight answers to one prompt that came together computed it eight times; so did eight prompts that begin alike.
+
+    Within one step no row may rely on another's writes. So those behind the first wait for the next step, let others
+    pass meanwhile, and find the prefix then, though the first step is still in flight.
+    """
+    scheduler = make_scheduler(budget=12)
+    for name in ("a", "b", "c"):
+        scheduler.add(make_request(name, 14))
+    scheduler.add(make_request("other", [1, 2, 3]))
+    assert rows(next_step(scheduler)) == {"a": (0, 12, False)}
+    assert rows(next_step(scheduler)) == {
+        "a": (12, 2, True),
+        "b": (12, 2, True),
+        "c": (12, 2, True),
+        "other": (0, 3, True),
+    }
+    assert scheduler.num_waiting == 0
+
+
+def test_those_that_wait_for_a_prefix_let_others_pass_and_keep_their_turn():
+    """They are passed while they would only compute what another does; when blocks run out, arrival decides."""
+    scheduler = make_scheduler(budget=12)
+    scheduler.add(make_request("a", 20))
+    scheduler.add(make_request("b", 20))
+    scheduler.add(make_request("other", [1, 2, 3]))
+    assert rows(next_step(scheduler)) == {"a": (0, 12, False)}
+    assert rows(next_step(scheduler)) == {"a": (12, 8, True), "other": (0, 3, True)}
+    assert rows(next_step(scheduler)) == {"a": (20, 1, True), "b": (16, 4, True), "other": (3, 1, True)}
+    assert [request.name for request in scheduler._running] == ["a", "b", "other"]
+
+
+@pytest.mark.parametrize("end", ["abort", "preempt"])
+def test_nobody_waits_for_a_prefix_that_is_computed_no_more(end):
+    """The one that computed it is aborted, or loses its blocks: the next in line computes it."""
+    scheduler = make_scheduler(num_blocks=9, budget=8)
+    if end == "preempt":
+        scheduler.add(make_request("early", [1, 2, 3, 4], 20))
+        next_step(scheduler)
+    scheduler.add(make_request("a", 20))
+    scheduler.add(make_request("b", 20))
+    assert "b" not in rows(next_step(scheduler))
+    scheduler.abort(scheduler.request("a"))
+    assert rows(next_step(scheduler))["b"][1] > 0
 
 
 def test_steps_cost_no_more_for_longer_prompts():
@@ -469,19 +557,22 @@ class FakeRanks:
     def __init__(self, pool: BlockPool) -> None:
         self.block_size = pool.block_size
         self.slots = np.full(pool.num_blocks * pool.block_size, -1, np.int64)
-        self.states: dict[str, dict] = {}
+        self.states: dict[int, dict] = {}
 
     def run(self, step: Step) -> dict[str, int]:
-        for name in step.removed:
-            del self.states[name]
+        for i in step.removed:
+            del self.states[i]
         for new in step.new:
-            assert new.request_id not in self.states
+            assert new.state_idx not in self.states
             tokens, blocks = new.token_ids.tolist(), list(new.block_ids)
-            self.states[new.request_id] = {"tokens": tokens, "blocks": blocks, "computed": None, "seed": new.seed}
-        for name, blocks in step.new_block_ids.items():
-            self.states[name]["blocks"] += blocks
+            state = {"tokens": tokens, "blocks": blocks, "computed": None, "seed": new.seed, "number": new.number}
+            self.states[new.state_idx] = state
+        for i, blocks in step.new_block_ids.items():
+            self.states[i]["blocks"] += blocks
 
-        rows_ = [(self.states[name], *row) for name, row in rows(step).items()]
+        states = [self.states[i] for i in step.batch.state_idx.tolist()]
+        assert [state["number"] for state in states] == step.batch.numbers.tolist()
+        rows_ = [(state, *row) for state, row in zip(states, rows(step).values(), strict=True)]
         for state, start, length, samples in rows_:
             assert length >= 1
             assert start % self.block_size == 0 if state["computed"] is None else start == state["computed"]
@@ -497,8 +588,7 @@ class FakeRanks:
             state["computed"] = start + length
 
         sampled = {}
-        for name, (_, _, samples) in rows(step).items():
-            state = self.states[name]
+        for state, (name, (_, _, samples)) in zip(states, rows(step).items(), strict=True):
             held = self.slots[self.slot_ids(state, 0, state["computed"])]
             assert held.tolist() == state["tokens"][: state["computed"]]
             if samples:
@@ -526,7 +616,7 @@ class World:
     def add(self, prompt, seed=0, **params) -> None:
         name = f"r{self.num_added}"
         self.num_added += 1
-        request = Request(name, prompt, SamplingParams(**params), seed=seed, eos_token_ids=frozenset({EOS}))
+        request = make_request(name, prompt, seed=seed, eos=frozenset({EOS}), **params)
         try:
             self.scheduler.add(request)
         except RequestError:
@@ -537,7 +627,7 @@ class World:
     def abort(self, index: int) -> None:
         name = list(self.live)[index % len(self.live)]
         request = self.live.pop(name)
-        assert self.scheduler.abort(name) is request
+        self.scheduler.abort(request)
         assert request.finish_reason == "abort"
 
     def schedule(self) -> bool:
@@ -546,22 +636,26 @@ class World:
             return False
         assert 1 <= step.batch.num_scheduled_tokens.sum() <= self.scheduler.max_num_batched_tokens
         assert self.scheduler.num_running <= self.scheduler.max_num_seqs
-        order = list(self.live)
-        assert list(step.batch.request_ids) == sorted(step.batch.request_ids, key=order.index)
-        waiting = [n for n, r in self.live.items() if r.status in (RequestStatus.WAITING, RequestStatus.PREEMPTED)]
-        assert order[len(order) - len(waiting) :] == waiting, "the latest arrivals wait"
+        numbers = step.batch.numbers.tolist()
+        assert numbers == sorted(numbers)
+        passed = [r for r in self.live.values() if r.status is not RequestStatus.RUNNING and r.number < max(numbers)]
+        begins = {r: tuple(r.token_ids[: self.ranks.block_size].tolist()) for r in self.live.values()}
+        running = {begins[r] for r in self.live.values() if r not in passed}
+        assert all(begins[r] in running for r in passed), "only a request that begins like one that runs is overtaken"
         self.in_flight.append(step)
         return True
 
     def update(self) -> None:
         step = self.in_flight.popleft()
-        for request, token in self.scheduler.update(step.step_id, self.ranks.run(step)):
-            self.outputs[request.request_id].append(token)
+        requests = dict(self.live)
+        for name, token in take(self.scheduler, step.step_id, self.ranks.run(step)):
+            request = requests[name]
+            self.outputs[name].append(token)
             if request.finished:
-                del self.live[request.request_id]
+                del self.live[name]
                 expected = direct_output(request, self.scheduler.max_num_tokens)
                 assert (request.output_token_ids.tolist(), request.finish_reason) == expected
-                assert self.outputs[request.request_id] == expected[0]
+                assert self.outputs[name] == expected[0]
 
     def drain(self) -> None:
         while self.live or self.in_flight:

@@ -22,6 +22,7 @@ from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.rows import merge, row_entries
 from twofold.attention.spec import LatentSpec
 
+MAX_QUERIES_AT_ONCE = 8192  # of a row that expands all of its keys at once; a CUDA graph holds none that is longer
 PIECE_BYTES = 1 << 30  # of heads expanded at once: more pieces to merge take longer, larger ones take memory
 
 

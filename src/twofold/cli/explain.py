@@ -19,7 +19,7 @@ from rich.text import Text
 
 from twofold import ConfigError
 from twofold.contract import ScheduledBatch
-from twofold.parallel.partition import POLICIES, Partition, partition
+from twofold.parallel.plan import POLICIES, StepPlan, TokenLayout, plan_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -58,8 +58,8 @@ def run(args: Namespace) -> int:
     computed = [0] * len(lens) if args.computed is None else _numbers("--computed", args.computed, 0)
     if len(computed) != len(lens):
         raise ConfigError(f"--computed must have a number for each of the {len(lens)} requests, got {len(computed)}")
-    batch = make_batch(lens, computed)
-    part = partition(batch, num_ranks, args.policy)
+    batch = ScheduledBatch.of(computed, lens)
+    part = plan_step(batch, TokenLayout(num_ranks, args.policy))
     draw(batch, part, args.policy, Console(highlight=False, soft_wrap=True))
     if args.png is not None:
         try:
@@ -107,16 +107,6 @@ def _numbers(flag: str, text: str, least: int) -> list[int]:
     return numbers
 
 
-def make_batch(lens: Sequence[int], computed: Sequence[int]) -> ScheduledBatch:
-    """A step that computes `lens` tokens of each request, after its `computed` tokens."""
-    return ScheduledBatch(
-        request_ids=tuple(str(number) for number in range(len(lens))),
-        num_computed_tokens=np.array(computed, np.int64),
-        num_scheduled_tokens=np.array(lens, np.int64),
-        samples=np.ones(len(lens), np.bool_),
-    )
-
-
 @dataclass(frozen=True, slots=True)
 class Run:
     """Consecutive tokens of one request: a virtual request, or what the cache holds (no rank)."""
@@ -126,7 +116,7 @@ class Run:
     length: int
 
 
-def runs_of(batch: ScheduledBatch, part: Partition) -> list[list[Run]]:
+def runs_of(batch: ScheduledBatch, part: StepPlan) -> list[list[Run]]:
     """The runs of each request, in the order of its tokens."""
     ranks = np.repeat(np.arange(part.num_ranks), np.diff(part.row_ptr))
     runs = [[Run(None, 0, computed)] if computed else [] for computed in batch.num_computed_tokens.tolist()]
@@ -136,7 +126,7 @@ def runs_of(batch: ScheduledBatch, part: Partition) -> list[list[Run]]:
     return runs
 
 
-def draw(batch: ScheduledBatch, part: Partition, policy: str, console: Console) -> None:
+def draw(batch: ScheduledBatch, part: StepPlan, policy: str, console: Console) -> None:
     """Draws with characters; with colours where the console has them."""
     num_requests, num_tokens = len(batch), int(part.num_tokens.sum())
     console.print(
@@ -201,7 +191,7 @@ def _bar(rank: int | None, cells: int, num_ranks: int, console: Console) -> Text
     return Text(f"{label:─<{cells}}" if len(label) <= cells else "#" * cells)
 
 
-def _draw_ranks(part: Partition, console: Console) -> None:
+def _draw_ranks(part: StepPlan, console: Console) -> None:
     tokens, pairs = part.num_tokens, part.num_pairs
     pair_share = pairs / max(pairs.sum(), 1)
     table = [("rank", "rows", "tokens", "attended pairs", "share")] + [
@@ -223,7 +213,7 @@ def _draw_ranks(part: Partition, console: Console) -> None:
         console.print(f"rank {rank:{len(str(part.num_ranks - 1))}} computes {_list_rows(part, rank)}", style="dim")
 
 
-def _list_rows(part: Partition, rank: int) -> str:
+def _list_rows(part: StepPlan, rank: int) -> str:
     """A rank's virtual requests: request[first token..last token]."""
     rows = part.rows_of(rank)
     if rows.start == rows.stop:
@@ -248,7 +238,7 @@ def _count(number: int, noun: str) -> str:
     return f"{number:,} {noun}{'s' * (number != 1)}"
 
 
-def draw_picture(batch: ScheduledBatch, part: Partition, policy: str, path: Path) -> None:
+def draw_picture(batch: ScheduledBatch, part: StepPlan, policy: str, path: Path) -> None:
     """Draws with matplotlib: the runs of each request, what the longest attends to, and each rank's load."""
     import matplotlib
 
@@ -319,7 +309,7 @@ def _count_tokens(axis: "Axis") -> None:
     axis.set_major_formatter("{x:,.0f}")
 
 
-def _plot_load(axes: "Axes", part: Partition) -> None:
+def _plot_load(axes: "Axes", part: StepPlan) -> None:
     """Each rank's share of tokens and of attended pairs; the line is an even share."""
     shares = [values / max(values.sum(), 1) for values in (part.num_tokens, part.num_pairs)]
     left = np.zeros(2)

@@ -8,12 +8,13 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.config import EngineConfig, RuntimeConfig
+from twofold.config import RuntimeConfig
 from twofold.contract import Breakdown, RankReport, ScheduledBatch, StepResult
 from twofold.engine.block_pool import BlockPool
 from twofold.engine.output_processor import OutputProcessor
@@ -22,10 +23,9 @@ from twofold.engine.scheduler import Scheduler
 from twofold.engine.stats import EngineStats
 from twofold.engine.watchdog import Watchdog
 from twofold.errors import ConfigError, EngineError, RequestError, TwofoldError
-from twofold.executor.base import Executor
-from twofold.executor.local import LocalExecutor
+from twofold.executor.base import Executor, MakeExecutor
+from twofold.interrupts import held_back
 from twofold.outputs import OutputKind, RequestOutput
-from twofold.runtime import settle
 from twofold.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -40,21 +40,20 @@ logger = logging.getLogger(__name__)
 class LLMEngine:
     """Takes requests at any time; each `step` moves all of them on and returns those that changed.
 
-    `make_executor` is how `recover` gets new ranks.
+    Not for several threads at once.
 
     Raises:
         ConfigError: the cache has no room for one request of max_model_len tokens.
     """
 
     def __init__(
-        self,
-        runtime: RuntimeConfig,
-        tokenizer: "PreTrainedTokenizerBase | None",
-        executor: Executor,
-        make_executor: Callable[[], Executor] | None = None,
+        self, runtime: RuntimeConfig, tokenizer: "PreTrainedTokenizerBase | None", make_executor: MakeExecutor
     ) -> None:
         self.runtime, self.tokenizer = runtime, tokenizer
-        self._make_executor = make_executor
+        self._make_executor: MakeExecutor | None = make_executor
+        start = time.monotonic()
+        executor = make_executor(None)
+        self._start_timeout = runtime.engine.step_timeout + START_SLACK * (time.monotonic() - start)
         self.watchdog = Watchdog(runtime.engine.step_timeout, runtime.device, executor.reports[0].num_parameters)
         self.block_pool = self._open(executor)
         self.vocab_size = executor.reports[0].vocab_size
@@ -66,19 +65,6 @@ class LLMEngine:
         self.stats = EngineStats()
         self._in_flight: deque[tuple[ScheduledBatch, float]] = deque()  # and when it could begin
         self._num_seeds = 0
-
-    @classmethod
-    def from_config(cls, config: EngineConfig) -> Self:
-        """An engine with ranks on this machine.
-
-        Raises:
-            ConfigError, ModelError: the arguments, the model and the machine do not fit together.
-        """
-        runtime, tokenizer = settle(config)
-        start = time.monotonic()
-        executor = LocalExecutor(runtime)
-        limit = runtime.engine.step_timeout + START_SLACK * (time.monotonic() - start)
-        return cls(runtime, tokenizer, executor, lambda: LocalExecutor(runtime, limit))
 
     def _open(self, executor: Executor) -> BlockPool:
         """Puts ranks that have just loaded their model to use; the blocks that they hold."""
@@ -96,6 +82,14 @@ class LLMEngine:
 
     def _num_blocks(self, runtime: RuntimeConfig) -> int:
         """What the rank with the least memory has room for."""
+        wanted = runtime.engine.kv_cache_memory_bytes
+        room = min(report.max_cache_bytes for report in self.executor.reports)
+        if wanted is not None and wanted > room:
+            raise ConfigError(
+                f"kv_cache_memory_bytes={wanted} is more than the {room} bytes that a rank has room for; lower it, or "
+                "leave it out to use what there is",
+                field="kv_cache_memory_bytes",
+            )
         report = min(self.executor.reports, key=lambda report: report.num_blocks)
         # A request's last token is never computed; one block is the null block.
         needed = -(-(runtime.max_model_len - 1) // runtime.block_size) + 1
@@ -103,7 +97,8 @@ class LLMEngine:
             held = max(report.num_blocks - 1, 0) * runtime.block_size
             raise ConfigError(
                 f"the cache holds {held} tokens, fewer than max_model_len={runtime.max_model_len}; lower "
-                f"max_model_len, or raise kv_cache_memory_bytes to at least {needed * report.bytes_per_block}"
+                f"max_model_len, or raise kv_cache_memory_bytes to at least {needed * report.bytes_per_block}",
+                field="max_model_len",
             )
         return report.num_blocks
 
@@ -122,12 +117,13 @@ class LLMEngine:
         """
         text, token_ids = self.tokenize(prompt)
         if request_id in self.outputs.user_requests:
-            raise RequestError(f"request id {request_id!r} is in use; choose another")
+            raise RequestError(f"request id {request_id!r} is in use; choose another", field="request_id")
         requests = []
         for index in range(params.n):
             seed = self._draw_seed() if params.seed is None else params.seed + index
-            child_id = request_id if params.n == 1 else f"{request_id}#{index}"
-            requests.append(Request(child_id, token_ids, params, seed=seed, eos_token_ids=self.runtime.eos_token_ids))
+            # The first answer's prompt is computed; the others find it in the cache, where nothing needs all of it.
+            own = params if index == 0 else replace(params, prompt_logprobs=None)
+            requests.append(Request(token_ids, own, seed=seed, eos_token_ids=self.runtime.eos_token_ids))
         for request in requests:
             self.scheduler.add(request)
         self.outputs.add(request_id, text, params, requests, output_kind)
@@ -190,7 +186,14 @@ class LLMEngine:
         return int.from_bytes(digest, "little")
 
     def step(self) -> list[RequestOutput]:
-        """One step of all ranks; the requests that got a token, each as it stands now."""
+        """One step of all ranks; the outputs that are due of requests that got a token.
+
+        An interrupt (Ctrl-C) comes only while the ranks compute, when nothing is taken by half.
+        """
+        with held_back():
+            return self._step()
+
+    def _step(self) -> list[RequestOutput]:
         while self.scheduler.num_in_flight < self.max_steps_in_flight and (step := self.scheduler.schedule()):
             self._in_flight.append((step.batch, time.monotonic()))
             self.executor.submit(step)
@@ -202,6 +205,8 @@ class LLMEngine:
         self._in_flight.popleft()
         if self._in_flight:  # the next step waited for this one
             self._in_flight[0] = (self._in_flight[0][0], now)
+        if len(step_ids := {result.step_id for result in results}) > 1:
+            raise EngineError(f"ranks answered different steps: {', '.join(map(str, sorted(step_ids)))}")
         self.watchdog.observe(batch, now - start)
         self.stats.take_step(batch, results, now - start)
         return self._update(results)
@@ -236,7 +241,7 @@ class LLMEngine:
         }
         for user in users.values():
             for sequence in user.sequences:
-                self.scheduler.abort(sequence.request.request_id)
+                self.scheduler.abort(sequence.request)
         return [self.outputs.output(request_id) for request_id in users]
 
     def restart(self, wait: Callable[[float], object] = time.sleep) -> bool:
@@ -252,7 +257,7 @@ class LLMEngine:
                 return False
             start = time.monotonic()
             try:
-                self.block_pool = self._open(self._make_executor())
+                self.block_pool = self._open(self._make_executor(self._start_timeout))
             except TwofoldError as error:
                 logger.error("the ranks did not start: %s", error)
                 continue
@@ -273,22 +278,24 @@ class LLMEngine:
 
     def _update(self, results: list[StepResult]) -> list[RequestOutput]:
         """Takes every rank's answer to the oldest step."""
-        place = {  # request id -> rank's result, row in it
-            request_id: (result, row) for result in results for row, request_id in enumerate(result.request_ids)
-        }
+        places: dict[int, list[tuple[StepResult, int]]] = {}  # number -> where its tokens are: result, index
         for result in results:
-            for request_id, pieces in result.prompt_logprobs.items():
-                for position, logprobs in pieces:
-                    self.outputs.add_prompt_logprobs(request_id, position, logprobs)
-        tokens = {request_id: int(result.token_ids[row]) for request_id, (result, row) in place.items()}
+            for piece in result.prompt_logprobs:
+                self.outputs.add_prompt_logprobs(piece)
+            for i, number in enumerate(result.numbers.tolist()):
+                places.setdefault(number, []).append((result, i))
         changed: dict[str, None] = {}
-        for request, token in self.scheduler.update(results[0].step_id, tokens):
-            result, row = place[request.request_id]
-            stop = self.outputs.add_token(request, token, result.logprobs, row)
-            if stop is not None:
-                request.stop_reason = stop
-                self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
+        for request in self.scheduler.complete(results[0].step_id, places.keys()):
             changed[self.outputs.user_of(request).request_id] = None
+            for result, i in places[request.number]:
+                token = int(result.token_ids[i])
+                self.scheduler.append(request, token)
+                stop = self.outputs.add_token(request, token, result.logprobs, i)
+                if stop is not None:
+                    request.stop_reason = stop
+                    self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
+                if request.finished:
+                    break
         return [self.outputs.output(request_id) for request_id in changed if self.outputs.is_due(request_id)]
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
@@ -297,7 +304,7 @@ class LLMEngine:
         if user is None:
             return None
         for sequence in user.sequences:
-            self.scheduler.abort(sequence.request.request_id)
+            self.scheduler.abort(sequence.request)
         return self.outputs.output(request_id)
 
     def profile(self, start: bool) -> list[Breakdown | None]:

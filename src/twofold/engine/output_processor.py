@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from twofold.contract import TokenLogprobs
+from twofold.contract import PromptTokenLogprobs, TokenLogprobs
 from twofold.engine.detokenizer import Detokenizer, to_logprobs
 from twofold.engine.request import Request, RequestStatus
 from twofold.outputs import CompletionOutput, Logprobs, OutputKind, PromptLogprobs, RequestMetrics, RequestOutput
@@ -52,7 +52,7 @@ class OutputProcessor:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
         self.tokenizer = tokenizer
         self.user_requests: dict[str, UserRequest] = {}
-        self._sequence_of: dict[str, tuple[UserRequest, Sequence]] = {}  # scheduler's request id -> whose
+        self._sequence_of: dict[int, tuple[UserRequest, Sequence]] = {}  # number of a request -> whose it is
 
     def add(
         self,
@@ -77,23 +77,22 @@ class OutputProcessor:
             detokenizer = Detokenizer(self.tokenizer, prompt_token_ids, params)
             sequence = Sequence(index, request, detokenizer, None if params.logprobs is None else [])
             user.sequences.append(sequence)
-            self._sequence_of[request.request_id] = (user, sequence)
+            self._sequence_of[request.number] = (user, sequence)
         self.user_requests[request_id] = user
 
-    def add_prompt_logprobs(self, request_id: str, position: int, logprobs: TokenLogprobs) -> None:
-        """Log-probabilities of the prompt's tokens from `position` on; after a preemption they come twice."""
-        if (entry := self._sequence_of.get(request_id)) is None:
+    def add_prompt_logprobs(self, piece: PromptTokenLogprobs) -> None:
+        """Takes log-probabilities of prompt tokens; after a preemption they come twice."""
+        if (entry := self._sequence_of.get(piece.number)) is None:
             return
-        user, sequence = entry
+        user, _ = entry
         assert user.prompt_logprobs is not None
         assert user.params.prompt_logprobs is not None
-        if sequence.index == 0:
-            rows = to_logprobs(logprobs, user.params.prompt_logprobs, self.tokenizer)
-            user.prompt_logprobs[position : position + len(rows)] = rows
+        rows = to_logprobs(piece.logprobs, user.params.prompt_logprobs, self.tokenizer)
+        user.prompt_logprobs[piece.position : piece.position + len(rows)] = rows
 
     def add_token(self, request: Request, token: int, logprobs: TokenLogprobs | None, row: int) -> str | None:
         """Takes a sampled token, and row `row` of the step's log-probabilities; the stop string that it completes."""
-        user, sequence = self._sequence_of[request.request_id]
+        user, sequence = self._sequence_of[request.number]
         if user.metrics.first_token_time is None:
             user.metrics.first_token_time = time.time()
             user.metrics.num_cached_tokens = request.num_cached_tokens
@@ -138,12 +137,12 @@ class OutputProcessor:
         )
 
     def user_of(self, request: Request) -> UserRequest:
-        return self._sequence_of[request.request_id][0]
+        return self._sequence_of[request.number][0]
 
     def forget(self, request_id: str) -> None:
         user = self.user_requests.pop(request_id)
         for sequence in user.sequences:
-            del self._sequence_of[sequence.request.request_id]
+            del self._sequence_of[sequence.request.number]
 
 
 def _completion(sequence: Sequence) -> CompletionOutput:

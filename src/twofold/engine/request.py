@@ -41,7 +41,7 @@ _FINISH_REASONS = {
 
 
 class Request:
-    """A prompt, its sampling parameters, and its state; the scheduler owns the state.
+    """One answer to a prompt: its sampling parameters and its state, which the scheduler owns.
 
     `arrival_time` is in seconds since the epoch, now by default. `max_num_tokens` bounds prompt and output together; it
     follows from `max_tokens`, and the scheduler lowers it to what the model and the cache can hold.
@@ -49,7 +49,6 @@ class Request:
 
     def __init__(
         self,
-        request_id: str,
         prompt_token_ids: ArrayLike,
         sampling_params: SamplingParams,
         *,
@@ -58,7 +57,6 @@ class Request:
         arrival_time: float | None = None,
     ) -> None:
         prompt = np.asarray(prompt_token_ids, np.int32)
-        self.request_id = request_id
         self.sampling_params = sampling_params
         self.seed = seed
         self.eos_token_ids = eos_token_ids
@@ -69,6 +67,8 @@ class Request:
         if sampling_params.max_tokens is not None:
             self.max_num_tokens = self.num_prompt_tokens + sampling_params.max_tokens
 
+        self.number = -1  # given by the scheduler, in order of arrival, and never twice
+        self.state_idx = -1  # while it runs, its place among the ranks' request states
         self.status = RequestStatus.WAITING
         self.stop_reason: int | str | None = None  # the stop token or stop string that ended it
         self.num_computed_tokens = 0  # of all steps scheduled, run or not
@@ -85,7 +85,7 @@ class Request:
         self._tokens[: len(prompt)] = prompt
 
     def __repr__(self) -> str:
-        return f"Request({self.request_id!r}, {self.status.name}, {self.num_computed_tokens}/{self.num_tokens} tokens)"
+        return f"Request({self.number}, {self.status.name}, {self.num_computed_tokens}/{self.num_tokens} tokens)"
 
     @property
     def token_ids(self) -> NDArray[np.int32]:

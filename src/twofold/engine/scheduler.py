@@ -2,22 +2,23 @@
 
 Requests run in the order of their arrival. Prompts enter in chunks, beside the decodes of the others, and leave the
 rest of a step's tokens to those behind them. When blocks run out, the latest arrival gives all of its own back and
-starts over when it fits; so `running`, then `waiting`, is always in order of arrival, and nobody is overtaken.
+starts over when it fits. So nobody is overtaken, with one exception: a request whose prompt begins like one that is
+being computed now waits for those blocks instead of computing them too, and lets others pass. It costs them nothing.
 
 A step may be scheduled before the tokens of the one before it are known: its sampled tokens are *placeholders* until
-`update`. Ranks run steps in order, so a block may change hands, or be offered to others, as soon as the step that
-writes it is scheduled.
+they are appended. Ranks run steps in order, so a block may change hands, or be offered to others, as soon as the step
+that writes it is scheduled.
 
 When a step fails, the ranks and their caches are lost, but nothing that users sent or got: `restart` makes every
 request wait again, in its place. Those that were in the step are suspects until they are past the point at which it
-failed, and no step has two of them. So a suspect whose step fails again has brought the ranks down twice, and of no
-other can that be said.
+failed, and no step has two of them. A suspect whose step fails again is ended; only it is known to have failed twice.
 """
 
+from bisect import insort
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import count
+from itertools import count, islice
 
 import numpy as np
 
@@ -52,12 +53,14 @@ class Scheduler:
         self.max_num_batched_tokens = max_num_batched_tokens
         # The last token of a request is never computed, so it needs no slot.
         self.max_num_tokens = min(max_model_len, block_pool.capacity_tokens + 1)
-        self._requests: dict[str, Request] = {}
-        self._running: list[Request] = []
-        self._waiting: deque[Request] = deque()
-        self._removed: list[str] = []  # ranks know them still
+        self._requests: dict[int, Request] = {}  # number -> request
+        self._running: list[Request] = []  # in order of arrival, as those that wait
+        self._waiting: list[Request] = []
+        self._free_states = list(range(max_num_seqs - 1, -1, -1))
+        self._removed: list[int] = []  # state_idx of requests that the ranks still know
+        self._computing: dict[bytes, Request] = {}  # hash of a full block -> running request that will compute it
         self._in_flight: deque[StepInFlight] = deque()
-        self._step_ids = count()
+        self._numbers, self._step_ids = count(), count()
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # tokens looked up in the prefix cache
         self.num_prefix_hits = 0  # and found there
@@ -91,33 +94,30 @@ class Scheduler:
     def add(self, request: Request) -> None:
         """Queue a new request behind all others.
 
-        Raises RequestError for an id in use, and for a prompt that is empty or leaves no room for an output token.
+        Raises RequestError for a prompt that is empty or leaves no room for an output token.
         """
-        if request.request_id in self._requests:
-            raise RequestError(f"request id {request.request_id!r} is in use; choose another")
         if not 1 <= request.num_prompt_tokens < self.max_num_tokens:
             raise RequestError(
                 f"the prompt has {request.num_prompt_tokens} tokens; it must have 1 to {self.max_num_tokens - 1}, "
-                "for max_model_len and the cache to hold one more"
+                "for max_model_len and the cache to hold one more",
+                field="prompt",
             )
+        request.number = next(self._numbers)
         request.max_num_tokens = min(request.max_num_tokens, self.max_num_tokens)
-        self._requests[request.request_id] = request
+        self._requests[request.number] = request
         self._waiting.append(request)
 
-    def abort(self, request_id: str) -> Request | None:
-        """Finish a request as aborted; None if there is no such request, or it has finished."""
-        request = self._requests.get(request_id)
-        if request is not None:
+    def abort(self, request: Request) -> None:
+        """Finish a request as aborted, unless it has finished."""
+        if not request.finished:
             self.finish(request, RequestStatus.FINISHED_ABORTED)
-        return request
 
     def finish(self, request: Request, status: RequestStatus) -> None:
         """End a request with a FINISHED status, and drop its tokens in flight.
 
         One that has finished already changes its status only: a stop string outranks a length.
         """
-        if self._requests.get(request.request_id) is request:
-            del self._requests[request.request_id]
+        if self._requests.pop(request.number, None) is not None:
             if request.status is RequestStatus.RUNNING:
                 self._running.remove(request)
                 self._release(request)
@@ -126,14 +126,14 @@ class Scheduler:
         request.status = status
 
     def schedule(self) -> Step | None:
-        """The next step, or None if nothing can run before the next `update` or `add`.
+        """The next step, or None if nothing can run before the next `complete` or `add`.
 
-        Every step must be given to `update`, in order. Ranks learn of requests removed while nothing runs with the next
-        step.
+        Every step must be given to `complete`, in order. Ranks learn with the next step of requests that are removed
+        while nothing runs.
         """
         budget = self.max_num_batched_tokens
         scheduled: list[tuple[Request, int]] = []
-        new_block_ids: dict[str, list[int]] = {}
+        new_block_ids: dict[int, list[int]] = {}
         blocked = False
 
         i = 0
@@ -148,21 +148,25 @@ class Scheduler:
                 blocked = True
                 break
             if blocks:
-                new_block_ids[request.request_id] = blocks
+                new_block_ids[request.state_idx] = blocks
             scheduled.append((request, num_new))
             budget -= num_new
 
         new: list[NewRequest] = []
-        while budget and self._waiting and len(self._running) < self.max_num_seqs and not blocked:
-            request = self._waiting[0]
+        for request in [] if blocked else list(islice(self._waiting, self.max_num_seqs)):
+            if not budget or len(self._running) == self.max_num_seqs:
+                break
             if request.is_suspect and any(other.is_suspect for other in self._running):
                 break
+            if self._awaits_prefix(request):
+                continue
             num_new = self._admit(request, budget)
             if not num_new:
                 break
             new.append(
                 NewRequest(
-                    request_id=request.request_id,
+                    number=request.number,
+                    state_idx=request.state_idx,
                     token_ids=request.token_ids,
                     num_prompt_tokens=request.num_prompt_tokens,
                     block_ids=request.block_ids.copy(),
@@ -175,36 +179,36 @@ class Scheduler:
 
         return self._step(scheduled, new, new_block_ids) if scheduled else None
 
-    def update(self, step_id: int, tokens: Mapping[str, int]) -> list[tuple[Request, int]]:
-        """Take the sampled tokens of the oldest step in flight, by request id; finish requests that they end.
+    def complete(self, step_id: int, sampled: Collection[int]) -> list[Request]:
+        """Take the oldest step in flight as answered; the requests that its tokens are for, in the order of the batch.
 
-        Returns the requests that got a token, and the token. Tokens of requests that have finished since are dropped; a
-        preempted one keeps its token. Raises EngineError, and changes nothing, if the step is not the oldest in flight
-        or a token is missing.
+        `sampled` are the numbers of requests that tokens came for. Tokens of requests that have finished since are not
+        wanted; a preempted one keeps its token. Give each token to `append`.
+
+        Raises EngineError, and changes nothing, if the step is not the oldest in flight or a token is missing.
         """
         if not self._in_flight or self._in_flight[0].step_id != step_id:
             oldest = self._in_flight[0].step_id if self._in_flight else "none"
             raise EngineError(f"step {step_id} was answered, but the oldest step in flight is {oldest}")
         step = self._in_flight[0]
-        sampled = [request for request in step.sampled if not request.finished]
-        missing = [request.request_id for request in sampled if request.request_id not in tokens]
+        wanted = [request for request in step.sampled if not request.finished]
+        missing = [str(request.number) for request in wanted if request.number not in sampled]
         if missing:
-            raise EngineError(f"step {step_id} came back without a token for {', '.join(missing)}")
+            raise EngineError(f"step {step_id} came back without a token for request {', '.join(missing)}")
         self._in_flight.popleft()
         for request, num_computed in zip(step.requests, step.num_computed_tokens, strict=True):
             if num_computed >= request.suspect_until:
                 request.suspect_until = 0
-
-        accepted = []
-        for request in sampled:
-            token = int(tokens[request.request_id])
-            status = request.append_token(token)
+        for request in wanted:
             request.num_placeholders -= 1
-            self._share_full_blocks(request)
-            if status is not None:
-                self.finish(request, status)
-            accepted.append((request, token))
-        return accepted
+        return wanted
+
+    def append(self, request: Request, token: int) -> None:
+        """Append a sampled token to its request, which may end with it."""
+        status = request.append_token(token)
+        self._share_full_blocks(request)
+        if status is not None:
+            self.finish(request, status)
 
     def restart(self, block_pool: BlockPool) -> list[Request]:
         """Start over with ranks that know nothing; every request waits again, in its place, for blocks of `block_pool`.
@@ -213,17 +217,19 @@ class Scheduler:
         are returned; the others become suspects.
         """
         failed = {  # the last step decides where
-            request.request_id: (request, num_computed)
+            request.number: (request, num_computed)
             for step in self._in_flight
             for request, num_computed in zip(step.requests, step.num_computed_tokens, strict=True)
-            if self._requests.get(request.request_id) is request
+            if request.number in self._requests
         }
         self._in_flight.clear()
         self._removed.clear()
+        self._computing.clear()
+        self._free_states = list(range(self.max_num_seqs - 1, -1, -1))
         self.block_pool = block_pool
         for request in self._running:
             self._rewind(request)
-        self._waiting.extendleft(reversed(self._running))
+        self._waiting = sorted(self._running + self._waiting, key=_arrival)
         self._running.clear()
         for request in self._waiting:
             request.num_placeholders = 0
@@ -254,11 +260,11 @@ class Scheduler:
         return blocks
 
     def _preempt(self, request: Request) -> None:
-        """Put the latest running request in front of all waiting ones, without blocks."""
+        """Let the latest running request wait again, without blocks."""
         self._running.remove(request)
         self._release(request)
         self._rewind(request)
-        self._waiting.appendleft(request)
+        insort(self._waiting, request, key=_arrival)
         self.num_preemptions += 1
 
     def _rewind(self, request: Request) -> None:
@@ -269,8 +275,16 @@ class Scheduler:
         request.num_shared_blocks = 0
         request.block_ids = []
 
+    def _awaits_prefix(self, request: Request) -> bool:
+        """Whether the next block that is not cached of a request's prompt is being computed for another one."""
+        if not self._computing or request.num_placeholders:
+            return False
+        num_hits = len(self._find_prefix(request))
+        num_useful = (request.num_tokens - 1) // self.block_pool.block_size if self._uses_cache(request) else 0
+        return num_hits < num_useful and request.block_hashes[num_hits] in self._computing
+
     def _admit(self, request: Request, budget: int) -> int:
-        """Let the first waiting request run; how many of its tokens, or 0 if there is no room for it yet."""
+        """Let a waiting request run; how many of its tokens, or 0 if there is no room for it yet."""
         pool = self.block_pool
         if request.num_placeholders or not pool.num_free:
             return 0
@@ -278,7 +292,7 @@ class Scheduler:
         pool.touch(hits)
         num_computed = len(hits) * pool.block_size
         num_new = min(request.num_tokens - num_computed, budget)
-        # One that was preempted comes back when all of it fits, lest those before it preempt it over and over.
+        # One that was preempted comes back when all of it fits, to avoid preemption thrashing.
         num_tokens = request.num_tokens if request.num_preemptions else num_computed + num_new
         if pool.blocks_needed(num_tokens) - len(hits) > pool.num_free:
             pool.free(hits)
@@ -293,37 +307,48 @@ class Scheduler:
         if pool.enable_prefix_caching:
             self.num_prefix_queries += request.num_tokens
             self.num_prefix_hits += num_computed
+            request.update_block_hashes(pool.block_size)
+            self._computing.update((block_hash, request) for block_hash in request.block_hashes[len(hits) :])
         request.status = RequestStatus.RUNNING
-        self._running.append(self._waiting.popleft())
+        request.state_idx = self._free_states.pop()
+        self._waiting.remove(request)
+        insort(self._running, request, key=_arrival)
         return num_new
 
     def _find_prefix(self, request: Request) -> list[int]:
         """Cached blocks to start from. One token at least is left to run; prompt log-probabilities need all of them."""
-        if not self.block_pool.enable_prefix_caching or request.sampling_params.prompt_logprobs is not None:
+        if not self._uses_cache(request):
             return []
         block_size = self.block_pool.block_size
         request.update_block_hashes(block_size)
         return self.block_pool.find_prefix(request.block_hashes[: (request.num_tokens - 1) // block_size])
 
+    def _uses_cache(self, request: Request) -> bool:
+        return self.block_pool.enable_prefix_caching and request.sampling_params.prompt_logprobs is None
+
     def _step(
-        self, scheduled: list[tuple[Request, int]], new: list[NewRequest], new_block_ids: dict[str, list[int]]
+        self, scheduled: list[tuple[Request, int]], new: list[NewRequest], new_block_ids: dict[int, list[int]]
     ) -> Step:
         """Count the tokens of a step as computed, and put it in flight."""
+        scheduled.sort(key=lambda entry: _arrival(entry[0]))
         requests = [request for request, _ in scheduled]
         num_computed = np.array([request.num_computed_tokens for request in requests], np.int64)
         num_scheduled = np.array([num_new for _, num_new in scheduled], np.int64)
         num_tokens = np.array([request.num_tokens + request.num_placeholders for request in requests], np.int64)
         samples = num_computed + num_scheduled == num_tokens
+        num_asked = [r.num_prompt_tokens if r.sampling_params.prompt_logprobs is not None else 0 for r in requests]
         step = Step(
             step_id=next(self._step_ids),
             removed=tuple(self._removed),
             new=tuple(new),
             new_block_ids=new_block_ids,
             batch=ScheduledBatch(
-                request_ids=tuple(request.request_id for request in requests),
+                numbers=np.array([request.number for request in requests], np.int64),
+                state_idx=np.array([request.state_idx for request in requests], np.int64),
                 num_computed_tokens=num_computed,
                 num_scheduled_tokens=num_scheduled,
-                samples=samples,
+                num_sampled_tokens=samples.astype(np.int64),
+                prompt_logprobs=num_computed + 1 < np.array(num_asked, np.int64),
             ),
         )
         self._removed.clear()
@@ -346,9 +371,22 @@ class Scheduler:
         request.update_block_hashes(pool.block_size)
         for i in range(request.num_shared_blocks, num_full):
             pool.cache_block(request.block_ids[i], request.block_hashes[i])
+            self._computes_no_more(request, request.block_hashes[i])
         request.num_shared_blocks = num_full
 
+    def _computes_no_more(self, request: Request, block_hash: bytes) -> None:
+        if self._computing.get(block_hash) is request:
+            del self._computing[block_hash]
+
     def _release(self, request: Request) -> None:
+        """Take a running request's blocks and state: the ranks hear of it with the next step."""
+        for block_hash in request.block_hashes[request.num_shared_blocks :]:
+            self._computes_no_more(request, block_hash)
         self.block_pool.free(request.block_ids)
         request.block_ids = []
-        self._removed.append(request.request_id)
+        self._removed.append(request.state_idx)
+        self._free_states.append(request.state_idx)
+
+
+def _arrival(request: Request) -> int:
+    return request.number

@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from twofold.contract import ScheduledBatch, StepResult
 
@@ -11,6 +11,7 @@ from twofold.contract import ScheduledBatch, StepResult
 class EngineStats:
     num_steps: int = 0
     num_tokens: int = 0  # computed, prompts' and answers'
+    num_generated_tokens: int = 0  # sampled
     step_seconds: float = 0.0
     tokens_per_second: float = 0.0  # of late, of steps that prefill
     exchange_bytes: int = 0  # received by all ranks from others
@@ -18,7 +19,6 @@ class EngineStats:
     partition_imbalance: float = 1.0  # attended pairs, busiest rank over mean, in the last step that prefilled
     num_restarts: int = 0
     restart_seconds: float = 0.0  # the last restart took
-    _ranks: dict[int, tuple[int, float]] = field(default_factory=dict)  # rank -> exchanged bytes, seconds at last
 
     def take_step(self, batch: ScheduledBatch, results: Sequence[StepResult], seconds: float) -> None:
         num_tokens = int(batch.num_scheduled_tokens.sum())
@@ -30,15 +30,10 @@ class EngineStats:
             self.tokens_per_second += (0.3 if self.tokens_per_second else 1.0) * (rate - self.tokens_per_second)
             pairs = [result.num_pairs for result in results]
             self.partition_imbalance = max(pairs) * len(pairs) / sum(pairs)
-        waits = []
-        for result in results:
-            num_bytes, waited = self._ranks.get(result.rank, (0, 0.0))
-            self.exchange_bytes += result.exchange_bytes - num_bytes
-            waits.append(result.exchange_seconds - waited)
-            self._ranks[result.rank] = (result.exchange_bytes, result.exchange_seconds)
-        self.exchange_seconds += min(waits)
+        self.exchange_bytes += sum(result.exchange_bytes for result in results)
+        self.exchange_seconds += min(result.exchange_seconds for result in results)
+        self.num_generated_tokens += sum(len(result.token_ids) for result in results)
 
     def take_restart(self, start: float) -> None:
         self.num_restarts += 1
         self.restart_seconds = time.monotonic() - start
-        self._ranks.clear()  # new ranks count from 0

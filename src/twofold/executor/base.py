@@ -8,7 +8,7 @@ from twofold.contract import Breakdown, RankReport, Step, StepResult
 class Executor(Protocol):
     """The ranks of one engine. Steps are carried out in the order of `submit`, results come in the same order."""
 
-    reports: list[RankReport]
+    reports: list[RankReport]  # in the order of ranks
 
     def allocate(self, num_blocks: int) -> None:
         """Gives every rank a cache of this many blocks; after it the ranks take steps."""
@@ -32,10 +32,25 @@ class Executor(Protocol):
         """
 
     def profile(self, start: bool) -> list[Breakdown | None]:
-        """Starts noting what kernels run on every rank, or stops; → each rank's breakdown then."""
+        """Starts noting what kernels run on every rank, or stops and gives each rank's breakdown.
+
+        No step may be in flight.
+        """
 
     def kill(self) -> None:
         """Ends all ranks at once; from any thread, while another waits for them in `collect` and hears of it."""
 
     def shutdown(self) -> None:
         """Ends all ranks; may be called at any time, more than once."""
+
+
+class MakeExecutor(Protocol):
+    """Starts the ranks of an engine: once at first, and anew when they were lost."""
+
+    def __call__(self, start_timeout: float | None) -> Executor:
+        """Ranks that have loaded the model, within `start_timeout` seconds if that is given.
+
+        Raises:
+            ModelError: the model cannot be loaded.
+            RankDiedError, RankFailedError: a rank did not come up.
+        """

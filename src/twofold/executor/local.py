@@ -5,24 +5,38 @@ import os
 import shutil
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
-from multiprocessing import connection
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 from twofold.config import RuntimeConfig
-from twofold.contract import Breakdown, Failure, Profile, RankReport, RankStart, Step, StepResult
+from twofold.contract import (
+    Allocate,
+    Allocated,
+    Breakdown,
+    Failure,
+    Profile,
+    Profiled,
+    RankMessage,
+    RankReport,
+    RankStart,
+    Step,
+    StepResult,
+)
 from twofold.errors import ModelError, RankDiedError, RankFailedError
+from twofold.executor.channel import Channel, pack, wait
+from twofold.interrupts import let_through
 
 SHUTDOWN_SECONDS = 5.0
 LOOK_SECONDS = 0.5  # between looks at ranks that do not answer
 LOOKS_STOPPED = 4  # after so many a rank that someone stopped counts as dead
-SEND_SECONDS = 30  # that a rank may leave a message unread which the socket cannot hold
+
+Answer = TypeVar("Answer", RankReport, Allocated, StepResult, Profiled)
 
 
 class LocalExecutor:
@@ -37,25 +51,23 @@ class LocalExecutor:
 
     def __init__(self, runtime: RuntimeConfig, start_timeout: float | None = None) -> None:
         self._start_timeout = start_timeout
-        self._folder = tempfile.mkdtemp(prefix="twofold-")  # of the collective store, shared weights and rows
+        self._folder = tempfile.mkdtemp(prefix="twofold-")  # of the collective store, shared weights and entries
         self._processes: list[subprocess.Popen[bytes]] = []
-        self._connections: list[connection.Connection[Any, Any]] = []
+        self._channels: list[Channel] = []
         self._lifelines: list[int] = []
         self._looks_stopped = [0] * runtime.num_ranks
-        self.reports: list[RankReport] = []
         try:
             for rank in range(runtime.num_ranks):
                 self._start(rank, runtime)
-            for rank, conn in enumerate(self._connections):
-                conn.send(RankStart(rank=rank, runtime=runtime))
-            self.reports = self._receive(start_timeout)
+            for rank in range(runtime.num_ranks):
+                self._post(rank, pack(RankStart(rank, runtime)))
+            self.reports = self._answers(RankReport, start_timeout)
         except BaseException:
             self._kill()  # ranks that still import PyTorch hear of nothing else
             raise
 
     def _start(self, rank: int, runtime: RuntimeConfig) -> None:
         ours, theirs = socket.socketpair()
-        ours.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, struct.pack("ll", SEND_SECONDS, 0))
         life_read, life_write = os.pipe()  # the write end closes when this process ends, and the rank sees it
         environment = os.environ | {"OMP_NUM_THREADS": str(runtime.num_threads)}
         with theirs, _no_interrupts():
@@ -68,7 +80,7 @@ class LocalExecutor:
         os.close(life_read)
         self._processes.append(process)
         self._lifelines.append(life_write)
-        self._connections.append(connection.Connection(ours.detach()))
+        self._channels.append(Channel(ours))
 
     @property
     def pids(self) -> list[int]:
@@ -76,63 +88,71 @@ class LocalExecutor:
         return [process.pid for process in self._processes]
 
     def allocate(self, num_blocks: int) -> None:
-        self._send(num_blocks)
+        self._send(Allocate(num_blocks))
+        answers = self._answers(Allocated, self._start_timeout)
         self.reports = [
-            replace(report, seconds=seconds)
-            for report, seconds in zip(self.reports, self._receive(self._start_timeout), strict=True)
+            replace(report, seconds=answer.seconds) for report, answer in zip(self.reports, answers, strict=True)
         ]
 
     def submit(self, step: Step) -> None:
         self._send(step)
 
     def collect(self, timeout: float | None = None) -> list[StepResult]:
-        return self._receive(timeout)
+        return self._answers(StepResult, timeout)
 
     def check(self) -> None:
         self._look_at(range(len(self._processes)))
 
     def profile(self, start: bool) -> list[Breakdown | None]:
-        """Starts noting what kernels run on every rank, or stops; → each rank's breakdown then."""
         self._send(Profile(start))
-        return self._receive()
+        return [answer.breakdown for answer in self._answers(Profiled)]
 
-    def _send(self, message: Any) -> None:
+    def _send(self, message: RankMessage) -> None:
         self._check_open()
-        for rank, conn in enumerate(self._connections):
+        data = pack(message)
+        for rank in range(len(self._channels)):
+            self._post(rank, data)
+
+    def _post(self, rank: int, data: bytes) -> None:
+        try:
+            self._channels[rank].post(data)
+        except OSError:
+            self._raise_dead(rank)
+
+    def _answers(self, kind: type[Answer], timeout: float | None = None) -> list[Answer]:
+        """A message of that kind from every rank, taken only when all are there, so that an interrupt loses none.
+
+        The first failure ends the wait, since the others may wait for that rank.
+        """
+        self._check_open()
+        # Looks are counted: a clock runs on while this process is stopped itself.
+        num_looks, look = 0, time.monotonic() + LOOK_SECONDS
+        while waiting := [rank for rank, channel in enumerate(self._channels) if channel.find(kind) is None]:
+            with let_through():
+                wait(self._channels, LOOK_SECONDS)
+            self._pump()
+            if time.monotonic() < look:
+                continue
+            num_looks, look = num_looks + 1, time.monotonic() + LOOK_SECONDS
+            self._look_at(waiting)
+            if timeout is not None and num_looks * LOOK_SECONDS >= timeout:
+                self._raise_dead(waiting[0], f"did not answer for {timeout:.0f} s")
+        return [channel.take(kind) for channel in self._channels]
+
+    def _pump(self) -> None:
+        for rank, channel in enumerate(self._channels):
             try:
-                conn.send(message)
-            except OSError:
+                channel.pump()
+            except (EOFError, OSError):
                 self._raise_dead(rank)
-
-    def _receive(self, timeout: float | None = None) -> list[Any]:
-        """One message from every rank; the first failure ends the wait, since the others may wait for that rank."""
-        self._check_open()
-        num_looks = 0  # not a clock: it must not run while this process is stopped itself
-        answers: list[Any] = [None] * len(self._connections)
-        waiting = dict(zip(self._connections, range(len(self._connections)), strict=True))
-        while waiting:
-            ready = connection.wait(list(waiting), LOOK_SECONDS)
-            if not ready:
-                num_looks += 1
-                self._look_at(waiting.values())
-                if timeout is not None and num_looks * LOOK_SECONDS >= timeout:
-                    self._raise_dead(min(waiting.values()), f"did not answer for {timeout:.0f} s")
-            for conn in ready:
-                rank = waiting.pop(conn)  # type: ignore[call-overload]
-                try:
-                    answers[rank] = self._connections[rank].recv()
-                except (EOFError, OSError):
-                    self._raise_dead(rank)
-                if isinstance(answers[rank], Failure):
-                    failure = answers[rank]
-                    self._kill()
-                    if failure.is_model_error:
-                        raise ModelError(failure.message)
-                    raise RankFailedError(f"rank {rank} failed: {failure.message}")
-        return answers
+            if (failure := channel.find(Failure)) is not None:
+                self._kill()
+                if failure.is_model_error:
+                    raise ModelError(failure.message)
+                raise RankFailedError(f"rank {rank} failed: {failure.message}")
 
     def _check_open(self) -> None:
-        if not self._connections:
+        if not self._channels:
             raise RankDiedError("the ranks of this engine have ended; make a new one")
 
     def _look_at(self, ranks: Iterable[int]) -> None:
@@ -167,11 +187,11 @@ class LocalExecutor:
             process.kill()
 
     def shutdown(self) -> None:
-        for conn in self._connections:
-            conn.close()
+        for channel in self._channels:
+            channel.close()
         for lifeline in self._lifelines:
             os.close(lifeline)
-        self._connections, self._lifelines = [], []
+        self._channels, self._lifelines = [], []
         for process in self._processes:
             try:
                 process.wait(SHUTDOWN_SECONDS)

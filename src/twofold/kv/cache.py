@@ -41,3 +41,13 @@ def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype, device=device)
     # The system's own zeros: memory is taken when a page is first written.
     return torch.from_numpy(np.zeros(size * dtype.itemsize, np.uint8)).view(dtype)
+
+
+def write_entries(entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+    """kv_slots[slots[i]] = entries[i]. entries [n, entry_width], slots [n], kv_slots [num_slots, entry_width]."""
+    if entries.device.type == "cuda":
+        from twofold.kv.scatter import scatter_entries  # Triton is on GPU machines only
+
+        scatter_entries(entries, slots, kv_slots)
+    else:
+        kv_slots.index_copy_(0, slots, entries)

@@ -1,4 +1,4 @@
-"""One rank's steps: prepare, forward, sample. `launch` enqueues a step, `collect` waits for its tokens."""
+"""One rank's steps: plan, prepare, forward, sample. `launch` enqueues a step, `collect` waits for its tokens."""
 
 from dataclasses import dataclass
 
@@ -10,15 +10,17 @@ from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import piece_tokens
 from twofold.attention.op import AttentionBackend, ForwardContext, forward_context
 from twofold.attention.spec import LatentSpec
-from twofold.contract import Step, StepResult
+from twofold.contract import PromptTokenLogprobs, Step, StepResult
 from twofold.kv.cache import KVCache
 from twofold.models.loader import DecoderModel
 from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.mesh import Mesh
+from twofold.parallel.plan import UNPADDED, Layout, plan_step
 from twofold.sampling_params import SamplingParams
-from twofold.worker.cuda_graphs import CUDAGraphs
+from twofold.worker.cuda_graphs import CaptureLimits, CUDAGraphs
+from twofold.worker.device import Device, Event
 from twofold.worker.input_batch import InputBatch, prepare
-from twofold.worker.request_states import RequestStates
+from twofold.worker.request_states import RequestStates, counts_tokens
 from twofold.worker.sampler import LogprobTensors, SamplingBatch, compute_logprobs, sample
 
 PROMPT_LOGPROB_ROWS = 512  # positions whose logits over the vocabulary are held at once
@@ -26,14 +28,16 @@ PROMPT_LOGPROB_ROWS = 512  # positions whose logits over the vocabulary are held
 
 @dataclass(slots=True)
 class LaunchedStep:
-    """A step whose tokens may not be on the CPU yet."""
+    """A step whose results are on their way to the CPU. They are there once `done`."""
 
     step: Step
     batch: InputBatch
-    all_token_ids: torch.Tensor  # [P * max S] on the CPU, once `ready`
-    logprobs: LogprobTensors | None  # of my sampled rows
-    prompt_logprobs: dict[str, list[tuple[int, LogprobTensors]]]
-    ready: torch.cuda.Event | None
+    all_token_ids: torch.Tensor  # [P * max S]
+    logprobs: LogprobTensors | None  # of my sampled tokens
+    prompt_logprobs: list[tuple[int, int, LogprobTensors]]  # number of the request, position of the first, and they
+    exchange_bytes: int
+    exchange_seconds: float
+    done: Event
 
 
 class ModelRunner:
@@ -42,99 +46,113 @@ class ModelRunner:
     def __init__(
         self,
         model: DecoderModel,
-        cache: KVCache,
         states: RequestStates,
         mesh: Mesh,
         exchange: Exchange,
         backend: AttentionBackend,
-        policy: str,
+        device: Device,
+        layout: Layout,
         eos_token_ids: frozenset[int],
-        device: torch.device,
     ) -> None:
-        self.model, self.cache, self.states = model, cache, states
-        self.mesh, self.exchange, self.backend, self.policy = mesh, exchange, backend, policy
-        self.eos_token_ids, self.device = eos_token_ids, device
+        self.model, self.states, self.layout = model, states, layout
+        self.mesh, self.exchange, self.backend, self.device = mesh, exchange, backend, device
+        self.eos_token_ids = eos_token_ids
+        self.cache: KVCache  # set before the first step
         self.graphs: CUDAGraphs | None = None
 
     @torch.inference_mode()
     def launch(self, step: Step) -> LaunchedStep:
         """Enqueues one step."""
+        traffic = self.exchange.transport
+        bytes_before, seconds_before = traffic.num_bytes, traffic.num_seconds
         self.states.apply(step)
-        batch = prepare(
-            step.batch, self.states, self.mesh.rank, self.mesh.size, self.policy, self.cache.block_size, self._pad
-        )
+        buckets = UNPADDED if self.graphs is None else self.graphs.buckets
+        plan = plan_step(step.batch, self.layout, buckets)
+        batch = prepare(step.batch, plan, self.states, self.mesh.rank, self.cache.block_size)
         hidden_states = self._forward(batch)
         tokens, logprobs = self._sample(step, batch, hidden_states)
         prompt_logprobs = self._prompt_logprobs(step, batch, hidden_states)
-        return self._publish_tokens(step, batch, tokens, logprobs, prompt_logprobs)
+        all_token_ids = self._share_tokens(batch, tokens)
+        # All that the engine wants is copied now: after the next step is launched, a copy would wait for that one.
+        return LaunchedStep(
+            step,
+            batch,
+            all_token_ids.to("cpu", non_blocking=True),
+            None if logprobs is None else logprobs.to_cpu(),
+            [(number, position, tensors.to_cpu()) for number, position, tensors in prompt_logprobs],
+            traffic.num_bytes - bytes_before,
+            traffic.num_seconds - seconds_before,
+            self.device.record(),
+        )
 
     def collect(self, launched: LaunchedStep) -> StepResult:
         """Waits for a launched step; notes its tokens and returns those that this rank sampled."""
-        step, batch = launched.step, launched.batch
-        if launched.ready is not None:
-            launched.ready.synchronize()
-        request_ids = step.batch.request_ids
+        scheduled, batch, rank = launched.step.batch, launched.batch, self.mesh.rank
+        launched.done.synchronize()
         token_ids: NDArray[np.int64] = launched.all_token_ids.numpy()
         sampled = batch.all_sampled_request_idx
-        self.states.append_sampled(tuple(request_ids[i] for i in sampled[sampled >= 0]), token_ids[sampled >= 0])
-        start = self.mesh.rank * (len(sampled) // self.mesh.size)
+        requests = sampled[sampled >= 0]
+        self.states.append_sampled(scheduled.state_idx[requests], scheduled.numbers[requests], token_ids[sampled >= 0])
+        start = rank * (len(sampled) // self.mesh.size)
         mine = batch.sampled_request_idx
         return StepResult(
-            step_id=step.step_id,
-            rank=self.mesh.rank,
-            request_ids=tuple(request_ids[i] for i in mine),
+            step_id=launched.step.step_id,
+            rank=rank,
+            numbers=scheduled.numbers[mine],
             token_ids=token_ids[start : start + len(mine)].astype(np.int32),
-            logprobs=launched.logprobs.to_numpy() if launched.logprobs is not None else None,
-            prompt_logprobs={
-                request_id: [(position, tensors.to_numpy()) for position, tensors in pieces]
-                for request_id, pieces in launched.prompt_logprobs.items()
-            },
-            num_pairs=int(batch.partition.num_pairs[self.mesh.rank]),
-            exchange_bytes=self.exchange.num_bytes,
-            exchange_seconds=self.exchange.num_seconds,
+            logprobs=None if launched.logprobs is None else launched.logprobs.to_numpy(),
+            prompt_logprobs=tuple(
+                PromptTokenLogprobs(number, position, tensors.to_numpy())
+                for number, position, tensors in launched.prompt_logprobs
+            ),
+            num_pairs=int(batch.plan.num_pairs[rank]),
+            exchange_bytes=launched.exchange_bytes,
+            exchange_seconds=launched.exchange_seconds,
         )
 
     def needs_tokens_on_cpu(self, step: Step) -> bool:
         """Whether the step samples with penalties, which count tokens on the CPU: earlier steps must be collected."""
-        states = self.states
-        params = [new.sampling_params for new in step.new]
-        params += [p for p in states.params if p is not None]
-        return any(_counts_tokens(p) for p in params)
+        return bool(self.states.counts_tokens.any()) or any(counts_tokens(new.sampling_params) for new in step.new)
 
-    def capture_graphs(self) -> None:
-        """Records CUDA graphs of short steps; the cache must stay where it is from now on."""
-        states, dtype = self.states, self.cache.blocks[0].dtype
+    def capture_graphs(self, num_tokens: int, only_largest: bool = False) -> None:
+        """Captures CUDA graphs of steps with up to `num_tokens` tokens a rank. The cache must stay where it is.
+
+        With `only_largest` one for each kind of step: for measuring what memory they take.
+        """
+        self.graphs = None
+        specs, dtype = self.model.specs, self.cache.blocks[0].dtype
         kinds = [
             is_decode
             for is_decode in (False, True)
-            if all(self.backend.can_capture(spec, dtype, is_decode) for spec in self.model.specs)
+            if all(self.backend.can_capture(spec, dtype, is_decode) for spec in specs)
         ]
-        if not kinds:
-            return
-        copied = [piece_tokens(spec, dtype.itemsize) for spec in self.model.specs if isinstance(spec, LatentSpec)]
-        graphs = CUDAGraphs(
-            self._forward_eager, self.mesh.size, states.max_num_seqs, states.block_tables.shape[1],
-            self.cache.block_size, min(copied) if copied else None, self.exchange, self.device,
-        )  # fmt: skip
+        copied = [piece_tokens(spec, dtype.itemsize) for spec in specs if isinstance(spec, LatentSpec)]
+        limits = CaptureLimits(
+            layout=self.layout,
+            max_num_tokens=num_tokens,
+            max_num_seqs=self.states.max_num_seqs,
+            max_num_blocks=self.states.block_tables.shape[1],
+            block_size=self.cache.block_size,
+            max_copied_tokens=min(copied) if copied else None,
+        )
+        graphs = CUDAGraphs(self._forward_eager, limits, self.exchange, self.device.torch_device)
         with torch.inference_mode():
             for is_decode in kinds:
                 # The largest first: the smaller ones fit into its memory.
-                for size in reversed(graphs.decode_sizes if is_decode else graphs.prefill_sizes):
-                    graphs.record(size, is_decode)
+                sizes = sorted(graphs.buckets.decode if is_decode else graphs.buckets.prefill, reverse=True)
+                for size in sizes[:1] if only_largest else sizes:
+                    graphs.capture(size, is_decode)
         self.graphs = graphs
 
-    def _pad(self, num_tokens: int, is_decode: bool) -> int:
-        return num_tokens if self.graphs is None else self.graphs.pad(num_tokens, is_decode)
-
     def _forward(self, batch: InputBatch) -> torch.Tensor:
-        """→ hidden states [N, hidden_size], or [V', hidden_size] of each row's last token if the batch reads no others.
+        """→ hidden states [N, hidden_size], or of each row's last token [V', hidden_size] if the plan needs no others.
 
         A rank without tokens runs padding and joins the exchange.
         """
         if self.graphs is not None and (hidden_states := self.graphs.replay(batch)) is not None:
             return hidden_states
         return self._forward_eager(
-            batch.input_ids, batch.position_ids, batch.metadata, batch.exchange, batch.needs_all_hidden_states
+            batch.input_ids, batch.position_ids, batch.metadata, batch.exchange, batch.plan.needs_all_hidden_states
         )
 
     def _forward_eager(
@@ -156,26 +174,25 @@ class ModelRunner:
     def _sample(
         self, step: Step, batch: InputBatch, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, LogprobTensors | None]:
-        """Samples the rows that this rank owns → token ids [S], on the device."""
+        """Samples the tokens that this rank owns → token ids [S], on the device."""
         if not len(batch.sampled_request_idx):
-            return torch.empty(0, dtype=torch.long, device=self.device), None
+            return torch.empty(0, dtype=torch.long, device=self.device.torch_device), None
         logits = self.model.logits(hidden_states[batch.sampled_idx])
         return sample(logits, self._sampling_batch(step, batch))
 
     def _sampling_batch(self, step: Step, batch: InputBatch) -> SamplingBatch:
-        states = self.states
-        requests = batch.sampled_request_idx
-        lines = batch.state_idx[requests]
-        params = [p for p in (states.params[line] for line in lines) if p is not None]
-        positions = (step.batch.num_computed_tokens + step.batch.num_scheduled_tokens)[requests]
-        num_prompt_tokens = states.num_prompt_tokens[lines]
-        ends = list(zip(lines.tolist(), num_prompt_tokens.tolist(), positions.tolist(), strict=True))
+        states, scheduled, requests = self.states, step.batch, batch.sampled_request_idx
+        state_idx = scheduled.state_idx[requests]
+        params = [p for p in (states.params[i] for i in state_idx) if p is not None]
+        positions = (scheduled.num_computed_tokens + scheduled.num_scheduled_tokens)[requests]
+        num_prompt_tokens = states.num_prompt_tokens[state_idx]
+        ends = list(zip(state_idx.tolist(), num_prompt_tokens.tolist(), positions.tolist(), strict=True))
         return SamplingBatch.build(
             params,
-            seeds=states.seeds[lines],
+            seeds=states.seeds[state_idx],
             positions=positions,
-            prompt_token_ids=[states.token_ids[line, :prompt] for line, prompt, _ in ends],
-            output_token_ids=[states.token_ids[line, prompt:end] for line, prompt, end in ends],
+            prompt_token_ids=[states.token_ids[i, :prompt] for i, prompt, _ in ends],
+            output_token_ids=[states.token_ids[i, prompt:end] for i, prompt, end in ends],
             forbidden_token_ids=[
                 self._forbidden(p, end - prompt) for p, (_, prompt, end) in zip(params, ends, strict=True)
             ],
@@ -190,54 +207,36 @@ class ModelRunner:
 
     def _prompt_logprobs(
         self, step: Step, batch: InputBatch, hidden_states: torch.Tensor
-    ) -> dict[str, list[tuple[int, LogprobTensors]]]:
+    ) -> list[tuple[int, int, LogprobTensors]]:
         """For each of my rows whose request asks: log-probabilities of the prompt tokens that follow its tokens."""
         states, bounds = self.states, batch.metadata.query_start_np
-        wanted: dict[str, list[tuple[int, LogprobTensors]]] = {}
-        lines = batch.state_idx[batch.row_request_idx]
-        for row in np.flatnonzero(states.wants_prompt_logprobs[lines]).tolist():
-            line, start = int(lines[row]), int(batch.row_start[row])
-            params = states.params[line]
+        wanted = []
+        for row in np.flatnonzero(step.batch.prompt_logprobs[batch.row_request_idx]).tolist():
+            i, start = int(batch.row_state_idx[row]), int(batch.row_start[row])
+            params = states.params[i]
             assert params is not None
             assert params.prompt_logprobs is not None
-            count = min(int(bounds[row + 1] - bounds[row]), int(states.num_prompt_tokens[line]) - 1 - start)
+            count = min(int(bounds[row + 1] - bounds[row]), int(states.num_prompt_tokens[i]) - 1 - start)
             for first in range(0, count, PROMPT_LOGPROB_ROWS):
                 size = min(PROMPT_LOGPROB_ROWS, count - first)
-                begin = int(bounds[row]) + first
-                targets = states.token_ids[line, start + first + 1 : start + first + 1 + size].astype(np.int64)
+                begin, position = int(bounds[row]) + first, start + first + 1
+                targets = torch.from_numpy(states.token_ids[i, position : position + size].astype(np.int64))
                 tensors = compute_logprobs(
                     self.model.logits(hidden_states[begin : begin + size]),
-                    torch.from_numpy(targets).to(self.device),
+                    targets.to(self.device.torch_device),
                     params.prompt_logprobs,
                 )
-                request_id = step.batch.request_ids[batch.row_request_idx[row]]
-                wanted.setdefault(request_id, []).append((start + first + 1, tensors))
+                wanted.append((int(states.numbers[i]), position, tensors))
         return wanted
 
-    def _publish_tokens(
-        self,
-        step: Step,
-        batch: InputBatch,
-        tokens: torch.Tensor,
-        logprobs: LogprobTensors | None,
-        prompt_logprobs: dict[str, list[tuple[int, LogprobTensors]]],
-    ) -> LaunchedStep:
-        """Every rank receives the tokens that the owners sampled; nobody samples them again."""
-        sampled = batch.all_sampled_request_idx
-        gathered = torch.zeros(len(sampled), dtype=torch.long, device=self.device)
-        ready = None
-        if len(sampled):
-            start, width = self.mesh.rank * (len(sampled) // self.mesh.size), len(sampled) // self.mesh.size
-            mine = gathered[start : start + width]
+    def _share_tokens(self, batch: InputBatch, tokens: torch.Tensor) -> torch.Tensor:
+        """Gives every rank the tokens that the owners sampled, [P * max S]; nobody samples them again."""
+        num_gathered = len(batch.all_sampled_request_idx)
+        gathered = torch.zeros(num_gathered, dtype=torch.long, device=self.device.torch_device)
+        if num_gathered:
+            width = num_gathered // self.mesh.size
+            mine = gathered[self.mesh.rank * width : (self.mesh.rank + 1) * width]
             mine[: len(tokens)] = tokens
             self.mesh.all_gather(gathered, mine)
             self.states.last_sampled[batch.all_sampled_state_idx] = gathered
-        if self.device.type != "cpu":
-            gathered = gathered.to("cpu", non_blocking=True)
-            ready = torch.cuda.Event()
-            ready.record()
-        return LaunchedStep(step, batch, gathered, logprobs, prompt_logprobs, ready)
-
-
-def _counts_tokens(params: SamplingParams) -> bool:
-    return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
+        return gathered

@@ -78,15 +78,19 @@ class SamplingBatch:
 
 @dataclass(frozen=True, slots=True)
 class LogprobTensors:
-    """`TokenLogprobs` still on the device, so that the copy can wait until somebody needs it."""
+    """`TokenLogprobs` as tensors, on the device first."""
 
     token_ids: torch.Tensor  # int32 [N, K + 1]
     logprobs: torch.Tensor  # float32 [N, K + 1]
     ranks: torch.Tensor  # int32 [N]
 
+    def to_cpu(self) -> "LogprobTensors":
+        """The same on the CPU, once the work that is enqueued now is done."""
+        return LogprobTensors(*(x.to("cpu", non_blocking=True) for x in (self.token_ids, self.logprobs, self.ranks)))
+
     def to_numpy(self) -> TokenLogprobs:
-        """A copy on the CPU; waits for the device."""
-        return TokenLogprobs(self.token_ids.cpu().numpy(), self.logprobs.cpu().numpy(), self.ranks.cpu().numpy())
+        """Of tensors on the CPU."""
+        return TokenLogprobs(self.token_ids.numpy(), self.logprobs.numpy(), self.ranks.numpy())
 
 
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, LogprobTensors | None]:

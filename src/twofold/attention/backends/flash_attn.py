@@ -19,9 +19,8 @@ from twofold.attention.backends.paged_decode import PagedDecode
 from twofold.attention.backends.row_blocks import gather_row_blocks
 from twofold.attention.backends.sdpa import SDPABackend
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.mla import expand, piece_tokens
+from twofold.attention.mla import MAX_QUERIES_AT_ONCE, expand, piece_tokens
 from twofold.attention.spec import AttentionSpec, LatentSpec
-from twofold.worker.cuda_graphs import MAX_PREFILL_TOKENS
 
 logger = logging.getLogger(__name__)
 
@@ -67,7 +66,7 @@ class FlashAttnBackend:
         """query [N, H, D], kv_cache [num_blocks, block_size, L + R] → [N, H, Dv]."""
         # Longer rows go in pieces: a head and its tail then share what is expanded. Graphs hold none of them.
         num_keys = metadata.num_row_blocks * kv_cache.shape[1]
-        fits = metadata.max_query_len <= MAX_PREFILL_TOKENS and num_keys <= piece_tokens(spec, query.itemsize)
+        fits = metadata.max_query_len <= MAX_QUERIES_AT_ONCE and num_keys <= piece_tokens(spec, query.itemsize)
         if self._flash is None or not fits or not self._is_served(query, spec):
             return None
         rows = self._longer(metadata)

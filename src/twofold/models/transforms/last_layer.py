@@ -29,8 +29,10 @@ from twofold.attention.spec import AttentionSpec, LatentSpec
 from twofold.contract import NewRequest, ScheduledBatch, Step
 from twofold.kv.cache import KVCache
 from twofold.models.support import largest_change
-from twofold.parallel.exchange import AllGatherExchange
+from twofold.parallel.exchange import Exchange
 from twofold.parallel.mesh import SingleRank
+from twofold.parallel.plan import TokenLayout, plan_step
+from twofold.parallel.transport import OneRank
 from twofold.sampling_params import SamplingParams
 from twofold.worker.input_batch import InputBatch, prepare
 from twofold.worker.request_states import RequestStates
@@ -115,7 +117,7 @@ def use_last_layer(
 
     def run_step(last_tokens: AttentionMetadata | None) -> tuple[torch.Tensor, torch.Tensor]:
         cache = KVCache(specs, 3, BLOCK_SIZE, dtype, device)
-        exchange, backend = AllGatherExchange(SingleRank(), device), _NotingBackend()
+        exchange, backend = Exchange(SingleRank(), OneRank()), _NotingBackend()
         exchange.begin(batch.exchange)
         with forward_context(ForwardContext(specs, cache, exchange, backend, batch.metadata, last_tokens)):
             hidden_states = run(batch.input_ids, batch.position_ids)
@@ -140,13 +142,12 @@ def use_last_layer(
 
 def _two_prompts(device: torch.device) -> InputBatch:
     """A step of two prompts, of 5 and 3 tokens, each in a block of 8."""
-    prompts = {"first": [5, 1, 4, 2, 3], "second": [3, 5, 2]}
+    prompts = ([5, 1, 4, 2, 3], [3, 5, 2])
     new = tuple(
-        NewRequest(name, np.array(ids, np.int32), len(ids), [block], SamplingParams(), 0)
-        for block, (name, ids) in enumerate(prompts.items(), 1)
+        NewRequest(i, i, np.array(ids, np.int32), len(ids), [1 + i], SamplingParams(), 0)
+        for i, ids in enumerate(prompts)
     )
-    lengths = np.array([len(ids) for ids in prompts.values()])
-    batch = ScheduledBatch(tuple(prompts), np.zeros_like(lengths), lengths, np.zeros(len(prompts), bool))
+    batch = ScheduledBatch.of([0] * len(prompts), [len(ids) for ids in prompts])
     states = RequestStates(len(prompts), BLOCK_SIZE, BLOCK_SIZE, device)
     states.apply(Step(0, (), new, {}, batch))
-    return prepare(batch, states, 0, 1, "dual_chunk_swap", BLOCK_SIZE)
+    return prepare(batch, plan_step(batch, TokenLayout(1)), states, 0, BLOCK_SIZE)

@@ -1,5 +1,7 @@
 """Who computes which tokens: the invariants of the design, over thousands of random batches."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -7,21 +9,20 @@ from hypothesis import strategies as st
 
 from twofold.contract import ScheduledBatch
 from twofold.errors import ConfigError
-from twofold.parallel.partition import POLICIES, Partition, contiguous, dual_chunk_swap, partition
+from twofold.parallel.plan import POLICIES, Buckets, StepPlan, TokenLayout, contiguous, dual_chunk_swap, plan_step
 
 MANY = settings(max_examples=400, deadline=None)  # of each property: thousands of batches in all
 
 
 def make_batch(lens: list[int], computed: list[int] | None = None) -> ScheduledBatch:
-    return ScheduledBatch(
-        request_ids=tuple(f"r{i}" for i in range(len(lens))),
-        num_computed_tokens=np.array(computed or [0] * len(lens), np.int64),
-        num_scheduled_tokens=np.array(lens, np.int64),
-        samples=np.ones(len(lens), np.bool_),
-    )
+    return ScheduledBatch.of(computed or [0] * len(lens), lens)
 
 
-def rows_of(part: Partition, rank: int) -> list[tuple[int, int, int]]:
+def partition(batch: ScheduledBatch, num_ranks: int, policy: str = "dual_chunk_swap") -> StepPlan:
+    return plan_step(batch, TokenLayout(num_ranks, policy))
+
+
+def rows_of(part: StepPlan, rank: int) -> list[tuple[int, int, int]]:
     """(request, start, length) of a rank's rows, in their order."""
     rows = part.rows_of(rank)
     columns = (part.request_idx[rows], part.start[rows], part.length[rows])
@@ -87,11 +88,11 @@ def test_one_rank_computes_the_batch_as_it_is(batch: ScheduledBatch) -> None:
 @given(batches(), RANKS, POLICY)
 def test_ranks_agree_without_talking(batch: ScheduledBatch, num_ranks: int, policy: str) -> None:
     """Invariant 3: a pure function of the batch. Equal arrays elsewhere lead to equal rows, and none is changed."""
-    columns = (batch.num_computed_tokens, batch.num_scheduled_tokens, batch.samples)
+    columns = [getattr(batch, name) for name in ScheduledBatch.__dataclass_fields__]
     before = [column.copy() for column in columns]
     one = partition(batch, num_ranks, policy)
-    two = partition(ScheduledBatch(batch.request_ids, *before), num_ranks, policy)
-    for field in Partition.__dataclass_fields__:
+    two = partition(ScheduledBatch(*before), num_ranks, policy)
+    for field in StepPlan.__dataclass_fields__:
         np.testing.assert_array_equal(getattr(one, field), getattr(two, field))
     for column, copied in zip(columns, before, strict=True):
         np.testing.assert_array_equal(column, copied)
@@ -228,3 +229,64 @@ def test_policies_cover_every_rank_alike() -> None:
 def test_an_unknown_policy_is_named() -> None:
     with pytest.raises(ConfigError, match=r"must be one of dual_chunk_swap, contiguous, got 'zigzag'"):
         partition(make_batch([8]), 2, "zigzag")
+
+
+# --- Where entries and sampled tokens go ------------------------------------------------------------------------------
+
+
+@MANY
+@given(batches(), RANKS, POLICY)
+def test_every_entry_has_a_place_of_its_own(batch: ScheduledBatch, num_ranks: int, policy: str) -> None:
+    """In its rank's part, in the order of rows; two tokens in one place would overwrite each other in every cache."""
+    plan = plan_step(batch, TokenLayout(num_ranks, policy), Buckets(prefill=(64, 4096)))
+    places, rows = plan.gathered_idx(), plan.token_row()
+    assert len(np.unique(places)) == len(places) == batch.num_scheduled_tokens.sum()
+    rank_of_row = np.searchsorted(plan.row_ptr, np.arange(len(plan.length)), side="right") - 1
+    np.testing.assert_array_equal(places // plan.num_padded_tokens, rank_of_row[rows])
+    np.testing.assert_array_equal(
+        plan.token_position(), plan.start[rows] + np.concatenate([np.arange(n) for n in plan.length])
+    )
+
+
+@MANY
+@given(batches(), RANKS, POLICY)
+def test_a_request_is_sampled_once_by_its_owner(batch: ScheduledBatch, num_ranks: int, policy: str) -> None:
+    """The sampled rows of a rank end their requests, and are those that the rank owns."""
+    wanted = np.arange(len(batch)) % 3 > 0
+    batch = replace(batch, num_sampled_tokens=wanted.astype(np.int64))
+    plan = plan_step(batch, TokenLayout(num_ranks, policy))
+    end = batch.num_computed_tokens + batch.num_scheduled_tokens
+    sampled = []
+    for rank, rows in enumerate(plan.sampled_row):
+        rows = rows[rows >= 0]
+        requests = plan.request_idx[rows]
+        assert (plan.owner[requests] == rank).all()
+        np.testing.assert_array_equal(plan.start[rows] + plan.length[rows], end[requests])
+        sampled += requests.tolist()
+    assert sorted(sampled) == np.flatnonzero(wanted).tolist()
+
+
+@MANY
+@given(st.integers(1, 6), POLICY, st.lists(st.integers(1, 3000), min_size=1, max_size=5), st.integers(1, 64))
+def test_the_bound_on_keys_holds(num_ranks: int, policy: str, lens: list[int], block_size: int) -> None:
+    """A CUDA graph sets room aside by `max_keys`: of prompts that begin in the step no rank may need more."""
+    lens = [max(n, 2 * num_ranks) for n in lens]
+    layout = TokenLayout(num_ranks, policy)
+    plan = plan_step(make_batch(lens), layout)
+    blocks = -(-layout.max_keys(int(plan.num_tokens.max())) // block_size)
+    # Each row may have one block more that is not full, and odd tokens shift where chunks end.
+    slack = plan.max_num_rows * (1 + 2 * num_ranks // block_size)
+    assert plan.max_row_blocks(block_size) <= blocks + slack
+
+
+def test_the_example_of_the_module() -> None:
+    """The picture beside the code is what the code does."""
+    plan = plan_step(make_batch([8, 1], [0, 4]), TokenLayout(2))
+    assert plan.row_ptr.tolist() == [0, 3, 5]
+    assert plan.num_padded_tokens == 5
+    assert list(zip(plan.request_idx.tolist(), plan.start.tolist(), plan.length.tolist(), strict=True)) == [
+        (0, 0, 2), (0, 6, 2), (1, 4, 1), (0, 2, 2), (0, 4, 2)
+    ]  # fmt: skip
+    assert plan.gathered_idx().tolist() == [0, 1, 2, 3, 4, 5, 6, 7, 8]
+    assert plan.sampled_row.tolist() == [[1, 2], [-1, -1]]
+    assert plan.owner.tolist() == [0, 0]

@@ -1,0 +1,250 @@
+"""The plan of a step: which rank computes which tokens, and where each KV entry and each sampled token goes.
+
+A plan is a pure function of the scheduled batch and the layout, so every rank makes the same one without asking. It is
+global: it says of every rank what that rank does. NumPy only; `worker/input_batch.py` makes one rank's tensors of it.
+
+By tokens (context parallelism), a request's scheduled tokens are cut into chunks that differ by at most one token. A
+policy says which rank computes which chunk. Causal attention makes late chunks cost more than early ones, so
+`dual_chunk_swap` gives each rank a head and a tail, and with them the same number of attended pairs (zigzag; "The Llama
+3 Herd of Models", section 3.3.2). A chunk is a *row* (virtual request) of an ordinary batch. A request of fewer tokens
+than there are chunks, a decode for example, is one row of one rank; these are dealt out by context length.
+
+PCP=2 example: a prompt of 8 tokens A...H and a decode X
+
+    tokens           A B | C D | E F | G H     X        4 chunks of the prompt; X is one row
+    rank             0     1     1     0       0
+    gathered         [ A B G H X | C D E F _ ]          rank 0's part, then rank 1's, each padded to N = 5 tokens
+    rows             [ AB  GH  X | CD  EF ]             row_ptr = [0, 3, 5]
+    sampled          [ GH  X | _  _ ]                   the rows that end their request; -1 stands for padding
+    owner            request 0 -> rank 0, request 1 -> rank 0
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twofold.config import PARTITION_POLICIES
+from twofold.contract import ScheduledBatch
+from twofold.errors import ConfigError
+
+IntArray = NDArray[np.int64]
+
+
+def dual_chunk_swap(num_ranks: int) -> IntArray:
+    """Rank of each of 2P chunks: 0, 1, ..., P-1, P-1, ..., 1, 0."""
+    ranks = np.arange(num_ranks)
+    return np.concatenate([ranks, ranks[::-1]])
+
+
+def contiguous(num_ranks: int) -> IntArray:
+    """Rank of each of P chunks: 0, 1, ..., P-1. The last rank attends to the most: a baseline to compare with."""
+    return np.arange(num_ranks)
+
+
+POLICIES: dict[str, Callable[[int], IntArray]] = dict(
+    zip(PARTITION_POLICIES, (dual_chunk_swap, contiguous), strict=True)
+)
+
+
+class Layout(Protocol):
+    """How the ranks share a step. By tokens is the only way today; by heads would be another class."""
+
+    @property
+    def num_ranks(self) -> int: ...
+
+    def rows(self, batch: ScheduledBatch) -> "Rows":
+        """Assigns every scheduled token to one row of one rank."""
+
+    def max_keys(self, num_tokens: int) -> int:
+        """Most keys that a rank's rows, of `num_tokens` tokens together, attend to, if all their requests begin in the
+        step. Rows of one request count their keys each."""
+
+
+@dataclass(frozen=True, slots=True)
+class Rows:
+    """V rows of all ranks, sorted by rank, then request, then start."""
+
+    rank: IntArray  # [V]
+    request_idx: IntArray  # [V] row -> request of the scheduled batch
+    start: IntArray  # [V] tokens of the request before the row, on whichever rank
+    length: IntArray  # [V] tokens that the row computes
+    owner: IntArray  # [R] request -> rank that computes its last scheduled token
+
+
+@dataclass(frozen=True, slots=True)
+class TokenLayout:
+    """By tokens: each rank computes whole layers of its rows. Several nodes would be one more axis of ranks here."""
+
+    num_ranks: int
+    policy: str = "dual_chunk_swap"
+
+    def __post_init__(self) -> None:
+        if self.policy not in POLICIES:
+            raise ConfigError(
+                f"partition_policy must be one of {', '.join(POLICIES)}, got {self.policy!r}", field="partition_policy"
+            )
+
+    def chunk_rank(self) -> IntArray:
+        """[C] chunk of a request -> rank."""
+        return POLICIES[self.policy](self.num_ranks) if self.num_ranks > 1 else np.zeros(1, np.int64)
+
+    def max_keys(self, num_tokens: int) -> int:
+        chunk_rank = self.chunk_rank()
+        ends = np.arange(1, len(chunk_rank) + 1)  # of chunks, in chunks
+        keys = int(np.bincount(chunk_rank, ends).max())  # of a request of C chunks, on the rank with the most
+        return -(-num_tokens * self.num_ranks * keys // len(chunk_rank))
+
+    def rows(self, batch: ScheduledBatch) -> Rows:
+        num_requests, num_ranks = len(batch), self.num_ranks
+        computed, scheduled = batch.num_computed_tokens, batch.num_scheduled_tokens
+        is_split = (scheduled >= 2 * num_ranks) & (num_ranks > 1)
+        split, whole = np.flatnonzero(is_split), np.flatnonzero(~is_split)
+
+        chunk_rank = self.chunk_rank()
+        num_chunks = len(chunk_rank)
+        base, extra = np.divmod(scheduled[split], num_chunks)
+        # Extra tokens go around the ranks, on from where the previous request's stopped, heads before tails.
+        turn = (chunk_rank - (np.cumsum(extra) - extra)[:, None]) % num_ranks
+        turn = turn + num_ranks * (np.arange(num_chunks) >= num_ranks)
+        lengths = base[:, None] + (turn < extra[:, None])  # [split, C]
+        starts = computed[split, None] + np.cumsum(lengths, axis=1) - lengths
+
+        # Whole requests: the longest contexts first, back and forth over the ranks.
+        place = np.empty(len(whole), np.int64)
+        longest_first = np.argsort(-(computed[whole] + scheduled[whole]), kind="stable")
+        place[longest_first] = np.arange(len(whole)) % (2 * num_ranks)
+        whole_rank = np.minimum(place, 2 * num_ranks - 1 - place)
+
+        request_idx = np.concatenate([np.repeat(split, num_chunks), whole])
+        start = np.concatenate([starts.ravel(), computed[whole]])
+        length = np.concatenate([lengths.ravel(), scheduled[whole]])
+        rank = np.concatenate([np.tile(chunk_rank, len(split)), whole_rank])
+        order = np.argsort(rank * num_requests + request_idx, kind="stable")  # chunks of one request already ascend
+        owner = np.empty(num_requests, np.int64)
+        owner[split], owner[whole] = chunk_rank[-1], whole_rank
+        return Rows(rank[order], request_idx[order], start[order], length[order], owner)
+
+
+@dataclass(frozen=True, slots=True)
+class Buckets:
+    """Numbers of tokens that a rank's part of a step is padded to, ascending; longer parts are not padded."""
+
+    decode: tuple[int, ...] = ()
+    prefill: tuple[int, ...] = ()
+
+    def pad(self, num_tokens: int, is_decode: bool) -> int:
+        return next((size for size in (self.decode if is_decode else self.prefill) if size >= num_tokens), num_tokens)
+
+
+UNPADDED = Buckets()
+
+
+@dataclass(frozen=True, slots=True)
+class StepPlan:
+    """What every rank does in a step. V rows sorted by rank, then request, then start; R requests, P ranks.
+
+    T is the number of all ranks' tokens; tokens are in the order of rows. Each rank's part of the gathered KV entries
+    has N places.
+    """
+
+    request_idx: IntArray  # [V] row -> request of the scheduled batch
+    start: IntArray  # [V] tokens of the request before the row, on whichever rank
+    length: IntArray  # [V] tokens that the row computes
+    row_ptr: IntArray  # [P + 1] rank -> its first row
+    owner: IntArray  # [R] request -> rank that computes its last scheduled token, and samples the next
+    num_tokens: IntArray  # [P] computed by each rank
+    num_pairs: IntArray  # [P] (query, key) pairs attended by each rank
+    num_padded_tokens: int  # N
+    sampled_row: IntArray  # [P, S] a rank's sampled tokens -> row that each follows; -1 is padding
+    is_decode: bool  # every request is one row of one token, so no rank attends to another rank's new KV entries
+    needs_all_hidden_states: bool  # else only those of each row's last token are used
+
+    @property
+    def num_ranks(self) -> int:
+        return len(self.num_tokens)
+
+    @property
+    def defer_exchange(self) -> bool:
+        """Whether KV entries may travel when the step ends, those of all layers together."""
+        return self.is_decode
+
+    def rows_of(self, rank: int) -> slice:
+        return slice(int(self.row_ptr[rank]), int(self.row_ptr[rank + 1]))
+
+    def token_row(self) -> IntArray:
+        """[T] token -> row."""
+        return np.repeat(np.arange(len(self.length)), self.length)
+
+    def token_position(self) -> IntArray:
+        """[T] token -> its position in its request."""
+        row_end = np.cumsum(self.length)
+        shift = row_end - self.length - self.start
+        positions: IntArray = np.arange(int(self.length.sum())) - np.repeat(shift, self.length)
+        return positions
+
+    def gathered_idx(self) -> IntArray:
+        """[T] token -> place of its KV entry among the gathered ones, of which there are P * N."""
+        rank_end = np.cumsum(self.num_tokens)
+        shift = np.arange(self.num_ranks) * self.num_padded_tokens - (rank_end - self.num_tokens)
+        places: IntArray = np.arange(int(rank_end[-1])) + np.repeat(shift, self.num_tokens)
+        return places
+
+    # Bounds over all ranks: a captured CUDA graph serves the step if they are within its own, so all ranks agree.
+
+    @property
+    def max_num_rows(self) -> int:
+        """Most rows of a rank, one row of padding among them."""
+        return int(np.diff(self.row_ptr).max()) + 1
+
+    @property
+    def max_decode_len(self) -> int:
+        """Tokens of the longest request of which any rank has a row of one token."""
+        return int((self.start[self.length == 1] + 1).max(initial=0))
+
+    def max_row_blocks(self, block_size: int) -> int:
+        """Most blocks of a rank's rows, each row's own, and of its padding."""
+        blocks = np.concatenate([[0], np.cumsum(-(-(self.start + self.length) // block_size))])
+        padding = -(-(self.num_padded_tokens - self.num_tokens) // block_size)
+        return int((np.diff(blocks[self.row_ptr]) + padding).max())
+
+
+def plan_step(batch: ScheduledBatch, layout: Layout, buckets: Buckets = UNPADDED) -> StepPlan:
+    """Plans a step for all ranks."""
+    rows, num_ranks = layout.rows(batch), layout.num_ranks
+    start, length = rows.start, rows.length
+    row_ptr = np.searchsorted(rows.rank, np.arange(num_ranks + 1))
+    num_tokens = _sum_by(rows.rank, length, num_ranks)
+    is_decode = len(length) == len(batch) and bool((length == 1).all())
+
+    # A request samples after its last scheduled token: in the row that ends there.
+    assert int(batch.num_sampled_tokens.max(initial=0)) <= 1, "a step samples one token of a request"
+    end = batch.num_computed_tokens + batch.num_scheduled_tokens
+    is_sampled = (start + length == end[rows.request_idx]) & (batch.num_sampled_tokens[rows.request_idx] > 0)
+    sampled = np.flatnonzero(is_sampled)
+    bounds = np.searchsorted(sampled, row_ptr)  # rank -> its first sampled row
+    counts = np.diff(bounds)
+    sampled_row = np.full((num_ranks, int(counts.max())), -1, np.int64)
+    sampled_row[rows.rank[sampled], np.arange(len(sampled)) - np.repeat(bounds[:-1], counts)] = sampled
+
+    return StepPlan(
+        request_idx=rows.request_idx,
+        start=start,
+        length=length,
+        row_ptr=row_ptr,
+        owner=rows.owner,
+        num_tokens=num_tokens,
+        num_pairs=_sum_by(rows.rank, length * start + length * (length + 1) // 2, num_ranks),
+        num_padded_tokens=buckets.pad(int(num_tokens.max()), is_decode),
+        sampled_row=sampled_row,
+        is_decode=is_decode,
+        needs_all_hidden_states=is_decode or bool(batch.prompt_logprobs.any()),
+    )
+
+
+def _sum_by(index: IntArray, values: IntArray, size: int) -> IntArray:
+    total = np.zeros(size, np.int64)
+    np.add.at(total, index, values)  # exact in int64, where a weighted bincount would round at 2**53
+    return total

@@ -1,0 +1,186 @@
+"""How KV entries get from every rank to every rank's cache: by a collective, by pushes, or through shared memory.
+
+    my entries [n, W] ──► everyone's entries [P * n, W] ──write──► kv_slots [num_slots, W]
+
+Every rank sends the same shape, so a rank without tokens takes part like the others. When entries travel is told in
+`parallel/exchange.py`.
+"""
+
+import time
+from typing import Any, Protocol
+
+import torch
+
+from twofold.kv.cache import write_entries
+from twofold.parallel.mesh import Mesh, ProcessMesh
+
+
+class Transport(Protocol):
+    """One way for entries to travel."""
+
+    num_bytes: int  # received from other ranks, since the start
+    num_seconds: float  # that this rank did nothing else meanwhile, waits for slower ranks included; CPU only
+
+    def begin(self) -> None:
+        """Starts a step."""
+
+    def send(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+        """Starts writing every rank's entries [n, W] to `slots` [P * n] of `kv_slots` [num_slots, W].
+
+        `entries` must stay as they are until `complete`.
+        """
+
+    def complete(self) -> None:
+        """Work enqueued from now on sees what `send` started to write."""
+
+
+class OneRank:
+    """Nobody to send to: a rank alone writes its own entries."""
+
+    num_bytes, num_seconds = 0, 0.0
+
+    def begin(self) -> None:
+        pass
+
+    def send(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+        write_entries(entries, slots, kv_slots)
+
+    def complete(self) -> None:
+        pass
+
+
+class AllGather:
+    """One packed all-gather: the reference for every other transport.
+
+    On CUDA it runs on a stream of its own, beside whatever is enqueued between `send` and `complete`.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device) -> None:
+        self.mesh = mesh
+        self.num_bytes, self.num_seconds = 0, 0.0
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._is_busy = False  # the stream has work that nobody waits for yet
+
+    def begin(self) -> None:
+        pass
+
+    def send(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+        self.num_bytes += entries.nbytes * (self.mesh.size - 1)
+        if self._stream is None:
+            start = time.perf_counter()
+            self._gather(entries, slots, kv_slots)
+            self.num_seconds += time.perf_counter() - start
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        self._is_busy = True
+        with torch.cuda.stream(self._stream):
+            self._gather(entries, slots, kv_slots)
+
+    def _gather(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+        gathered = entries.new_empty(self.mesh.size * len(entries), entries.shape[1])
+        self.mesh.all_gather(gathered, entries)
+        write_entries(gathered, slots, kv_slots)
+
+    def complete(self) -> None:
+        if self._stream is not None and self._is_busy:  # a graph cannot wait for a stream that it has not used
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._is_busy = False
+
+
+class Push(AllGather):
+    """Each rank copies its entries straight into buffers of its peers, by the GPUs' copy engines.
+
+    Copies take no multiprocessor from the projections that run meanwhile, as a collective's kernel does:
+
+        my entries ──copy──► my part of the buffer on every other rank, barrier, buffer ──write──► kv_slots
+
+    There are two buffers, used in turn. A rank that fills one for layer l + 2 has passed the barrier of layer l + 1,
+    which its peers reached after they had emptied it of layer l. A step begins with a barrier and the first buffer: a
+    CUDA graph uses those that it was captured with, whichever the step before it used last.
+    """
+
+    def __init__(self, mesh: ProcessMesh, device: torch.device, max_num_bytes: int) -> None:
+        """`max_num_bytes` of entries from all ranks travel together; more go through the all-gather."""
+        super().__init__(mesh, device)
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        self._handles = []
+        for _ in range(2):
+            buffer = symmetric_memory.empty(max_num_bytes, dtype=torch.uint8, device=device)
+            self._handles.append(symmetric_memory.rendezvous(buffer, mesh.group))
+        self._max_num_bytes, self._num_sent = max_num_bytes, 0
+
+    def begin(self) -> None:
+        self._num_sent = 0
+
+    def _gather(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+        rank, size = self.mesh.rank, self.mesh.size
+        if entries.nbytes * size > self._max_num_bytes:
+            super()._gather(entries, slots, kv_slots)
+            return
+        handle = self._handles[self._num_sent % 2]
+        if self._num_sent == 0:
+            handle.barrier(channel=0)
+        self._num_sent += 1
+        for distance in range(1, size):  # no two ranks copy to the same peer at the same time
+            peer = (rank + distance) % size
+            handle.get_buffer(peer, entries.shape, entries.dtype, rank * entries.numel()).copy_(entries)
+        write_mine(entries, slots, kv_slots, rank)  # mine never go through the buffer
+        handle.barrier(channel=0)
+        gathered = handle.get_buffer(rank, (size * len(entries), entries.shape[1]), entries.dtype)
+        write_others(gathered, slots, kv_slots, rank, size)
+
+
+class SharedMemory(AllGather):
+    """Ranks of one machine write their entries into memory that all of them map. For CPUs.
+
+    Two buffers, used in turn, for the same reason as in `Push`. A collective of one number a rank is the barrier.
+    """
+
+    def __init__(self, mesh: Mesh, device: torch.device, max_num_bytes: int, folder: str) -> None:
+        super().__init__(mesh, device)
+        storage: Any = torch.UntypedStorage.from_file(f"{folder}/entries", shared=True, nbytes=2 * max_num_bytes)
+        memory = torch.empty(0, dtype=torch.uint8).set_(storage)
+        self._buffers, self._turn = memory.chunk(2), 0
+        self._flag, self._flags = torch.zeros(1), torch.zeros(mesh.size)
+
+    def _gather(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+        size, num_bytes = self.mesh.size, entries.nbytes * self.mesh.size
+        if num_bytes > len(self._buffers[0]):
+            super()._gather(entries, slots, kv_slots)
+            return
+        buffer, self._turn = self._buffers[self._turn], 1 - self._turn
+        gathered = buffer[:num_bytes].view(entries.dtype).view(size * len(entries), entries.shape[1])
+        gathered[self.mesh.rank * len(entries) : (self.mesh.rank + 1) * len(entries)] = entries
+        self.mesh.all_gather(self._flags, self._flag)
+        write_entries(gathered, slots, kv_slots)
+
+
+def write_mine(entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor, rank: int) -> None:
+    """Writes this rank's entries [n, W] to its part of `slots` [P * n]."""
+    write_entries(entries, slots[rank * len(entries) : (rank + 1) * len(entries)], kv_slots)
+
+
+def write_others(gathered: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor, rank: int, size: int) -> None:
+    """Writes the other ranks' part of `gathered` [P * n, W] to `slots` [P * n]."""
+    n = len(gathered) // size
+    for part in (slice(rank * n), slice((rank + 1) * n, size * n)):
+        if len(gathered[part]):
+            write_entries(gathered[part], slots[part], kv_slots)
+
+
+def make_transport(name: str, mesh: Mesh, device: torch.device, max_num_bytes: int, folder: str) -> Transport:
+    """The transport that the engine argument `exchange` names; "auto" pushes where GPUs reach each other's memory.
+
+    `max_num_bytes` of entries from all ranks travel together; `folder` is one that all ranks of the machine see.
+    """
+    if not isinstance(mesh, ProcessMesh):
+        return OneRank()
+    if name == "all_gather":
+        return AllGather(mesh, device)
+    if device.type == "cpu":
+        return SharedMemory(mesh, device, max_num_bytes, folder)
+    peers = (peer for peer in range(mesh.size) if peer != device.index)
+    if name == "push" or all(torch.cuda.can_device_access_peer(device, peer) for peer in peers):
+        return Push(mesh, device, max_num_bytes)
+    return AllGather(mesh, device)
