@@ -171,7 +171,7 @@ def test_only_latents_are_stored_and_sent(deepseek: PreTrainedModel) -> None:
     for runner in runners:
         stored = sum(stack.untyped_storage().nbytes() for stack in runner.cache.stacks)
         assert stored / (num_blocks * block_size) / len(runner.cache.blocks) == ROW_WIDTH * 4
-        assert runner.exchange.num_bytes == 2 * (num_tokens - num_tokens // num_ranks) * ROW_WIDTH * 4
+        assert runner.exchange.transport.num_bytes == 2 * (num_tokens - num_tokens // num_ranks) * ROW_WIDTH * 4
         sent = [shape for shape in runner.mesh.calls if len(shape) == 2]
         assert sent == [(num_tokens // num_ranks, ROW_WIDTH)] * 2
     assert engine.executor.reports[0].bytes_per_block == 2 * block_size * ROW_WIDTH * 4

@@ -209,8 +209,6 @@ def test_every_rank_calls_the_same_collectives(model: PreTrainedModel, num_ranks
         are_decodes = [bool((batch.num_scheduled_tokens == 1).all()) for batch in batches]
         num_exchanges = sum(1 if is_decode else NUM_LAYERS for is_decode in are_decodes)
         num_calls = num_exchanges + sum(batch.num_sampled_tokens.any() for batch in batches)
-            b.num_sampled_tokens.any() for b in batches
-        )
         assert len(executor.meshes[0].calls) == num_calls
         assert 0 < sum(are_decodes) < len(batches)
     for mesh in executor.meshes:
