@@ -1,10 +1,11 @@
-"""Prefill on a CPU: Twofold on one and two ranks beside Transformers' own forward, in one run.
+"""Measure prefill on a CPU: Twofold on one and two ranks, and Transformers' forward pass, in one run.
 
     python benchmarks/cpu_prefill.py [--dtype bfloat16] [--lens 512,2048,8000] [--output-json FILE]
 
-Scaling: TTFT of --scaling-len tokens, one rank with one thread against two ranks with one thread each.
-Overhead: TTFT of one rank with all threads against Transformers' forward of the same prompt (logits of the last token
-only, no cache) with the same threads and dtype. The model is the demo model; runs alternate, medians are compared.
+Scaling compares the TTFT of --scaling-len tokens on one rank of one thread and on two ranks of one thread each.
+Overhead compares the TTFT of one rank with all threads and Transformers' forward pass over the same prompt (logits of
+the last token only, no cache), with the same threads and dtype. The model is the demo model. Runs take turns, and
+medians are compared.
 """
 
 import argparse
@@ -45,14 +46,14 @@ def main() -> None:
         rows.append(entry)
         return entry
 
-    # Overhead: both models are loaded, and take turns.
+    # Overhead: both models stay loaded and take turns.
     torch.set_num_threads(threads)
     model = AutoModelForCausalLM.from_pretrained(demo_directory(), dtype=getattr(torch, args.dtype)).eval()
     ratios = {}
     with engine(1, threads, args.dtype) as llm:
         for length in lens:
             ours, theirs = [], []
-            for turn in range(args.repeats * max(1, 4096 // length) + 1):  # short ones suffer most from other load
+            for turn in range(args.repeats * max(1, 4096 // length) + 1):  # short prompts suffer most from other load
                 theirs.append(forward(model, prompts[length]))
                 ours.append(ttft(llm, prompts[length]))
                 if turn == 0:
@@ -61,13 +62,13 @@ def main() -> None:
             b = row("transformers forward", length, threads, theirs)
             ratios[length] = round(b["median_s"] / a["median_s"], 3)
     del model
-    # Scaling: both engines are there, and take turns, for other load comes and goes.
+    # Scaling: both engines stay loaded and take turns, because other load comes and goes.
     times: dict[int, list[float]] = {1: [], 2: []}
     with engine(1, 1, args.dtype) as one, engine(2, 1, args.dtype) as two:
         for turn in range(args.repeats + 1):
             for size, llm in ((1, one), (2, two)):
                 seconds = ttft(llm, prompts[args.scaling_len])
-                if turn:  # the first is a warm-up
+                if turn:  # the first turn is a warm-up
                     times[size].append(seconds)
     alone, together = (
         row(f"twofold, {size} rank{'s' * (size > 1)}", args.scaling_len, 1, times[size])["median_s"] for size in (1, 2)

@@ -1,14 +1,15 @@
-"""Greedy answers on any number of ranks beside Transformers' `generate`: the whole matrix, on processes, in float32.
+"""Compare greedy answers on any number of ranks with Transformers' `generate`, in float32, on real processes.
 
     python benchmarks/exactness.py [--ranks 1,2,3,4] [--lens 1,2,3,7,31,500,4000] [--chunks 64,1000,whole]
                                    [--new-tokens 64] [--output-json FILE]
 
-For each number of ranks and each chunk (max_num_batched_tokens):
-    prefix caching off   all prompts in one batch, and the log-probabilities of all their tokens
-    prefix caching on    each prompt alone (with chunks: those that are longer than a chunk); then all in one batch, and
-                         what ran before comes out of the cache
-And for each number of ranks a pool so small that requests are preempted. Prompts are English prose. Exits with 1 if any
-token differs, or any log-probability by more than 1e-4, or nothing was cached or preempted where it should have been.
+For each number of ranks and each chunk size (max_num_batched_tokens) it runs
+    without prefix caching   all prompts in one batch, with the log-probabilities of all their tokens
+    with prefix caching      each prompt alone (only those that are longer than a chunk); then all prompts in one batch,
+                             where those that ran before are read from the cache
+For each number of ranks it also runs with a KV cache so small that requests are preempted. Prompts are English prose.
+The exit code is 1 if any token differs, if any log-probability differs by more than 1e-4, or if nothing was cached or
+preempted where it should have been.
 """
 
 import argparse
@@ -32,13 +33,13 @@ from twofold.models.source import demo_directory
 
 TEXT = Path(__file__).parents[1] / "examples" / "alice.txt"
 BLOCK_SIZE = 16
-WHOLE = 8192  # tokens a step: more than all prompts have
+WHOLE = 8192  # tokens per step: more than all prompts have together
 TOLERANCE = 1e-4  # of log-probabilities
 
 
 @dataclass(eq=False)
 class Case:
-    """A prompt, and what Transformers makes of it."""
+    """A prompt, with Transformers' answer to it."""
 
     prompt: list[int]
     tokens: list[int]
@@ -106,7 +107,7 @@ def cells(row: Row) -> list[Any]:
 
 @torch.inference_mode()
 def reference(lens: list[int], num_new_tokens: int) -> list[Case]:
-    """Transformers' answers, each prompt by itself. No prompt is the beginning of another."""
+    """Transformers' answers, one prompt at a time. No prompt is a prefix of another."""
     torch.set_num_threads(len(os.sched_getaffinity(0)))
     directory = demo_directory()
     text = AutoTokenizer.from_pretrained(directory).encode(TEXT.read_text())
@@ -122,7 +123,7 @@ def reference(lens: list[int], num_new_tokens: int) -> list[Case]:
 
 
 def prompt_logprobs(model: PreTrainedModel, ids: torch.Tensor) -> np.ndarray:
-    """Of each prompt token from the second on, with logits of 500 positions at a time."""
+    """Log-probabilities of the prompt's tokens from the second on; logits are computed for 500 positions at a time."""
     hidden = model.base_model(ids, use_cache=False)[0][0]
     pieces = []
     for first in range(0, ids.shape[1] - 1, 500):
@@ -133,7 +134,7 @@ def prompt_logprobs(model: PreTrainedModel, ids: torch.Tensor) -> np.ndarray:
 
 
 class Matrix:
-    """Runs the cases and notes a row for each pass."""
+    """Runs the cases and records one row of the table for each pass."""
 
     def __init__(self, cases: list[Case], num_new_tokens: int) -> None:
         self.cases = cases
@@ -152,11 +153,11 @@ class Matrix:
             self.note(llm, Row(num_ranks, chunk, True, "in one batch"), [self.cases], cached=some)
 
     def with_a_small_pool(self, num_ranks: int) -> None:
-        """One that holds the longest request, and nothing beside it when it ends."""
+        """Runs all prompts with a cache that can just hold the longest request."""
         num_blocks = -(-self.max_model_len // BLOCK_SIZE) + 1
         with self.engine(num_ranks, "1000", enable_prefix_caching=False, num_blocks=num_blocks) as llm:
             row = Row(num_ranks, "1000", False, "in a small pool")
-            # The longest first: when it grows, the others must go.
+            # The longest prompt is first: when it grows, the others must be preempted.
             longest, *others = sorted(self.cases, key=lambda case: len(case.prompt), reverse=True)
             self.note(llm, row, [[longest, *reversed(others)]])
             row.preemptions = llm.engine.scheduler.num_preemptions
@@ -181,7 +182,7 @@ class Matrix:
     def note(
         self, llm: LLM, row: Row, batches: list[list[Case]], cached: Sequence[Case] = (), with_logprobs: bool = False
     ) -> None:
-        """Runs batches one after the other. `cached` ran before on the same engine."""
+        """Runs batches one after the other. The prompts of `cached` ran before on the same engine."""
         params = self.greedy
         if with_logprobs:
             params = replace(params, prompt_logprobs=0)

@@ -1,4 +1,4 @@
-"""How long it takes to plan a step: the partition of 256 requests over 8 ranks, the budget being one millisecond.
+"""Measure how long it takes to partition a step of 256 requests over 8 ranks; it must take less than one millisecond.
 
 python benchmarks/partition.py [--requests 256] [--ranks 8] [--output-json FILE]
 """
@@ -17,7 +17,7 @@ from twofold.parallel.plan import TokenLayout, plan_step
 
 
 def mixed_batch(num_requests: int, num_prefills: int) -> ScheduledBatch:
-    """Decodes with pasts of all lengths, and some chunks of prompts among them."""
+    """Decodes at contexts of all lengths, mixed with `num_prefills` chunks of prompts."""
     rng = np.random.default_rng(0)
     scheduled = np.ones(num_requests, np.int64)
     scheduled[rng.choice(num_requests, num_prefills, replace=False)] = rng.integers(100, 8192, num_prefills)

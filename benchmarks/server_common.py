@@ -1,4 +1,4 @@
-"""What the server's benchmarks share: requests of mixed lengths, their answers alone, and a server's memory."""
+"""Shared by the server's benchmarks: requests of mixed lengths, their reference answers, and memory use."""
 
 import asyncio
 import contextlib
@@ -39,7 +39,7 @@ def arguments(description: str | None) -> ArgumentParser:
 
 @contextlib.contextmanager
 def start(args: Namespace, faulty: bool = False) -> Iterator[Server]:
-    """The server that the arguments ask for. What it writes goes with it."""
+    """Runs the server that the arguments describe. Its files are removed when it ends."""
     flags = ["-pcp", str(args.pcp), "--served-model-name", "model", *args.engine.split()]
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -49,7 +49,7 @@ def start(args: Namespace, faulty: bool = False) -> Iterator[Server]:
 
 
 def requests(args: Namespace, count: int, most: int = 96) -> list[dict[str, Any]]:
-    """Prompts of a few characters and of many, answers of up to `most` tokens, greedy and drawn."""
+    """Requests with prompts of a few or many characters and answers of up to `most` tokens, greedy or sampled."""
     rng = random.Random(args.seed)
     bodies = []
     for index in range(count):
@@ -62,13 +62,13 @@ def requests(args: Namespace, count: int, most: int = 96) -> list[dict[str, Any]
 
 
 def alone(server: Server, bodies: list[dict[str, Any]]) -> list[str]:
-    """Each answer when nothing else runs."""
+    """The answer to each request while no other request runs."""
     with server.client() as client:
         return [client.completions.create(**body).choices[0].text for body in bodies]
 
 
 async def stream(client: openai.AsyncOpenAI, body: dict[str, Any]) -> tuple[str, int, float]:
-    """→ the streamed text, its tokens, and the longest time between two chunks."""
+    """Returns the streamed text, its number of tokens, and the longest time between two chunks in seconds."""
     loop = asyncio.get_running_loop()
     text, num_tokens, longest, last = "", 0, 0.0, None
     options = {"stream": True, "stream_options": {"include_usage": True}}
@@ -84,7 +84,7 @@ async def stream(client: openai.AsyncOpenAI, body: dict[str, Any]) -> tuple[str,
 
 
 def memory_mib(server: Server) -> dict[str, float]:
-    """Memory that is the process's own: of the server, and of all its ranks."""
+    """Unshared memory in MiB: of the server's process, and of all its ranks together."""
     own = {"server": psutil.Process(server.process.pid).memory_full_info().uss}
     own["ranks"] = sum(rank.memory_full_info().uss for rank in server.ranks())
     return {name: round(size / 2**20, 1) for name, size in own.items()}

@@ -1,4 +1,4 @@
-"""Clients that leave at random moments, in every way there is: does anything of them stay behind?
+"""Let clients disconnect at random moments and in various ways, and check that the server keeps nothing of them.
 
 python benchmarks/server_disconnects.py --model demo -pcp 2 --clients 1000 --rounds 3 --output-json F
 """
@@ -17,7 +17,7 @@ from server_common import Server, arguments, memory_mib, requests, start, write
 
 
 async def visit(server: Server, body: dict[str, Any], rng: random.Random, patience: float) -> str:
-    """Sends a request, or a part of one, reads or does not, and leaves: politely or not."""
+    """Sends all or a part of a request, may read some of the answer, and disconnects, with or without a reset."""
     host, port = server.url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     content = json.dumps(body).encode()
@@ -32,7 +32,7 @@ async def visit(server: Server, body: dict[str, Any], rng: random.Random, patien
                 pass
     except TimeoutError:
         pass
-    if rng.random() < 0.3:  # a reset in place of an orderly end
+    if rng.random() < 0.3:  # a reset instead of an orderly end
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
     writer.close()
     return "in the middle of the request" if cut else "later"

@@ -1,4 +1,4 @@
-"""The `openai` client, sync and async, streaming and not, against `LLM.generate`: is every answer the same?
+"""Check that the `openai` client, sync and async, streaming and not, gets the answers of `LLM.generate`.
 
 python benchmarks/server_equal.py --model demo -pcp 2 --requests 16 --output-json F
 """

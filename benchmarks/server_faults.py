@@ -1,4 +1,4 @@
-"""Ranks are killed, stopped or run out of memory while streams run: does every stream go on, byte by byte, and when?
+"""Kill, stop or exhaust ranks while streams run; check that every stream continues with the same text, and how soon.
 
 python benchmarks/server_faults.py --model demo -pcp 2 --trials 20 --output-json F
 """
@@ -25,7 +25,10 @@ FAULTS: dict[str, Callable[[Server, int], None]] = {
 async def trial(
     server: Server, bodies: list[dict[str, Any]], expected: list[str], fault: str, rank: int, phase: str
 ) -> dict[str, Any]:
-    """One fault under streams. `recovered` is from the fault until all is well, `stalled` what a reader saw at most."""
+    """Causes one fault while streams run.
+
+    `recovered` is the time from the fault until new ranks run; `stalled` is the longest gap that a reader saw.
+    """
     restarts = server.metric("rank_restarts_total")
     generated = server.metric("generation_tokens_total")
     async with server.async_client(timeout=600) as client:

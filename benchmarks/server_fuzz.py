@@ -1,10 +1,11 @@
-"""schemathesis against the server's own OpenAPI schema: no answer may be a 5xx, whatever is asked.
+"""Run schemathesis against the server's own OpenAPI schema, and check that no answer has a 5xx status.
 
     python benchmarks/server_fuzz.py --model tiny -pcp 2 --engine "--max-model-len 256" --cases 2000 \
         --schemathesis /path/to/st --output-json F
 
-schemathesis has its own dependencies; `pip install schemathesis` in an environment apart, and name its `st`. A case
-that is right and says no max_tokens is answered up to max_model_len: that is what the time depends on.
+schemathesis has its own dependencies: run `pip install schemathesis` in a separate environment, and pass the path of
+its `st`. A valid request without max_tokens is answered up to max_model_len, so --max-model-len decides how long the
+benchmark takes.
 """
 
 import json
@@ -20,7 +21,7 @@ from urllib.parse import urlsplit
 
 from server_common import arguments, start, write
 
-OPERATIONS = 5  # of the schema that have parameters or a body; cases are shared among them
+OPERATIONS = 5  # of the schema that have parameters or a body; the cases are divided among them
 
 
 def main() -> int:
@@ -56,7 +57,7 @@ def main() -> int:
 
 
 def count_answers(har: Path) -> dict[str, Counter[int]]:
-    """Operation -> status -> how many."""
+    """Counts answers: operation -> status -> number."""
     answers: dict[str, Counter[int]] = {}
     for entry in json.loads(har.read_text())["log"]["entries"]:
         request: dict[str, Any] = entry["request"]

@@ -1,4 +1,4 @@
-"""Many streams at once, round after round: is every one complete and what it would be alone, and does memory grow?
+"""Run many streams at once; check that each gets the answer that it gets alone, and how much memory use grows.
 
 python benchmarks/server_load.py --model demo -pcp 2 --streams 64 --seconds 60 --rounds 10 --output-json F
 """
@@ -14,7 +14,7 @@ from server_common import Server, alone, arguments, memory_mib, requests, start,
 async def one_round(
     server: Server, bodies: list[dict[str, Any]], expected: list[str], num_streams: int, seconds: float
 ) -> dict[str, Any]:
-    """`num_streams` clients ask one thing after another for `seconds`, and read what they asked for to its end."""
+    """`num_streams` clients send one request after another for `seconds`, and read each answer to its end."""
     start = time.monotonic()
     counts = {"answers": 0, "wrong": 0, "failed": 0, "tokens": 0}
 

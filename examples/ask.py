@@ -1,6 +1,6 @@
-"""Asks a small model about a long text, its prefill split over ranks, and shows what each rank had to do.
+"""Ask a small model a question about a long text, and show what each rank computed of the prompt.
 
-`scripts/demo` runs it. With no arguments: SmolLM2-135M-Instruct, two ranks, the opening of Alice in Wonderland.
+`scripts/demo` runs this. The defaults are SmolLM2-135M-Instruct, two ranks and the opening of Alice in Wonderland.
 """
 
 import argparse
