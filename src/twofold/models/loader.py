@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from twofold.attention.spec import AttentionSpec
 from twofold.config import EngineConfig
 from twofold.errors import ModelError
+from twofold.models.checkpoint import check_loaded, check_numbers
 from twofold.models.source import ModelSource
 from twofold.models.support import probe, refusal
 from twofold.models.transforms.last_layer import LastLayer, use_last_layer
@@ -107,8 +108,8 @@ def load_model(
     Raises:
         ModelError: the model is not served (with the reason), or its weights cannot be read.
     """
-    if reason := refusal(model_config):
-        raise ModelError(f"model {config.model!r} ({model_config.model_type}) is not served: {reason}")
+    if reason := refusal(model_config, config.trust_remote_code):
+        raise ModelError(f"model {config.model!r} ({model_config.model_type}) is not served: {reason}", field="model")
     try:
         if config.load_format == "dummy":
             model = empty_model(model_config, dtype, device, config.trust_remote_code)
@@ -121,18 +122,16 @@ def load_model(
                 device_map=None if device.type == "cpu" else {"": device},
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_loaded` says it by name
                 **source.arguments,
             )
-            if missing := sorted(found["missing_keys"]):  # Transformers would draw them at random
-                raise ModelError(
-                    f"the weights of model {source.path!r} lack {len(missing)} tensors, {missing[0]} among them; "
-                    "save the model anew"
-                )
+            check_loaded(source.path, model.config, found)
+            check_numbers(source.path, model)
     except ModelError:
         raise
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"cannot load the weights of model {source.path!r}: {line}") from error
+        raise ModelError(f"cannot load the weights of model {source.path!r}: {line}", field="model") from error
     model.eval()
     model.requires_grad_(False)
     fix_rope(model, max_model_len)
