@@ -11,8 +11,8 @@ import importlib.util
 import json
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from itertools import takewhile
+from dataclasses import dataclass, replace
+from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +24,8 @@ from transformers import PretrainedConfig, PreTrainedModel
 from twofold.errors import ModelError
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # what Transformers reads, in this order
-FOREIGN_WEIGHTS = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.h5", "*.msgpack", "*.npz")
+PICKLED = "pytorch_model*.bin"
+FOREIGN_WEIGHTS = ("*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.npz")
 # Files by which other programs say how they quantised a checkpoint.
 QUANTISATION_FILES = {
     "hf_quant_config.json": "ModelOpt",
@@ -91,11 +92,16 @@ def weight_files(folder: Path) -> list[Path]:
         raise _wrong(
             folder, f"has {others[0]}, but neither {WEIGHTS} nor {INDEX}, by which weights are found; get those files"
         )
-    if others := sorted(path.name for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern)):
+    if pickled := sorted(path.name for path in folder.glob(PICKLED)):
         raise _wrong(
             folder,
-            f"has no *.safetensors but {others[0]}; convert it once: transformers.AutoModelForCausalLM"
+            f"has no *.safetensors but {pickled[0]}; convert it once: transformers.AutoModelForCausalLM"
             f".from_pretrained({str(folder)!r}, dtype='auto').save_pretrained({str(folder)!r})",
+        )
+    if foreign := sorted(path.name for pattern in FOREIGN_WEIGHTS for path in folder.glob(pattern)):
+        raise _wrong(
+            folder,
+            f"has no *.safetensors but {foreign[0]}, which is not read; get the model as Transformers saves it",
         )
     raise _wrong(folder, "has no *.safetensors; save weights there, or use load_format='dummy'")
 
@@ -105,17 +111,19 @@ def _indexed_files(folder: Path) -> list[Path]:
         names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
         files = [folder / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _wrong(folder, f"has an {INDEX} that cannot be read ({type(error).__name__}); get it anew") from error
+        raise _wrong(folder, f"has a {INDEX} that cannot be read ({type(error).__name__}); get it anew") from error
     if not files:
-        raise _wrong(folder, f"has an {INDEX} that names no file; get it anew")
+        raise _wrong(folder, f"has a {INDEX} that names no file; get it anew")
     if missing := [file.name for file in files if not file.is_file()]:
-        raise _wrong(folder, f"lacks {len(missing)} of the {len(files)} files of its {INDEX}, {missing[0]} among them")
+        raise _wrong(
+            folder, f"lacks {len(missing)} of the {len(files)} files of its {INDEX}, such as {missing[0]}; get them too"
+        )
     return files
 
 
 def has_weights(folder: Path) -> bool:
     """Whether a directory means to hold weights, of whatever kind."""
-    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors*", *FOREIGN_WEIGHTS))
+    return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors*", PICKLED, *FOREIGN_WEIGHTS))
 
 
 def check_checkpoint(folder: Path, config: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
@@ -125,20 +133,39 @@ def check_checkpoint(folder: Path, config: PretrainedConfig, model_class: type[P
         ModelError: not all of the checkpoint is understood.
     """
     headers = read_headers(weight_files(folder))
-    found = _would_load(folder, headers, config, model_class)
-    unusual = {name: tensor for name, tensor in headers.items() if tensor.dtype not in FULL_PRECISION}
-    if unusual:
-        usual = {name: tensor for name, tensor in headers.items() if name not in unusual}
-        # What lacks without them is what they would have filled.
-        filled = _would_load(folder, usual, config, model_class)["missing_keys"] - found["missing_keys"]
-        if filled:
-            name = _stored_name(min(filled), unusual) or min(unusual)
-            raise _wrong(
-                folder,
-                f"has weights that are not of full precision and no quantization_config, which would say what they "
-                f"mean: {name} ({unusual[name]}); {UNQUANTISED}",
-            )
+    try:
+        _, found = _would_load(headers, config, model_class)
+    except Exception as error:
+        raise _wrong(folder, _what_does_not_fit(headers) or f"cannot be loaded: {_first_line(error)}") from error
+    if name := _narrow_weight(headers, config, model_class):
+        raise _wrong(
+            folder,
+            f"has weights that are not of full precision, and no quantization_config says what they mean: {name} "
+            f"({headers[name]}); {UNQUANTISED}",
+        )
     check_loaded(folder, config, found, headers)
+
+
+def _narrow_weight(
+    headers: Mapping[str, StoredTensor], config: PretrainedConfig, model_class: type[PreTrainedModel]
+) -> str | None:
+    """A tensor of 8 bits or of integers that the model would use as a weight. Masks and the like may be such."""
+    narrow = {name for name, tensor in headers.items() if tensor.dtype not in FULL_PRECISION}
+    if not narrow:
+        return None
+    # In a shape that fits nowhere, each tensor that is used is told of.
+    unfit = {name: replace(headers[name], shape=(1, 1, 1, 1, *headers[name].shape)) for name in narrow}
+    try:
+        model, found = _would_load({**headers, **unfit}, config, model_class)
+    except Exception:  # a conversion uses one of them
+        return min(narrow)
+    targets = model.state_dict()
+    used = (
+        _stored_name(name, unfit)
+        for name, _, _ in sorted(found["mismatched_keys"])
+        if targets[name].dtype.is_floating_point
+    )
+    return next((name for name in used if name is not None), None)
 
 
 def check_quantisation(source: str, config: PretrainedConfig) -> None:
@@ -207,41 +234,40 @@ def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
 
 
 def _would_load(
-    folder: Path, headers: Mapping[str, StoredTensor], config: PretrainedConfig, model_class: type[PreTrainedModel]
-) -> dict[str, Any]:
-    """What Transformers, with its renamings and conversions, says of loading tensors of these shapes without memory."""
+    headers: Mapping[str, StoredTensor], config: PretrainedConfig, model_class: type[PreTrainedModel]
+) -> tuple[PreTrainedModel, dict[str, Any]]:
+    """What Transformers, with its renamings and conversions, makes and says of tensors of these shapes: all `meta`."""
     stored = {
         name: torch.empty(tensor.shape, dtype=FULL_PRECISION.get(tensor.dtype, torch.uint8), device="meta")
         for name, tensor in headers.items()
     }
-    try:
-        with _quiet_transformers():
-            _, found = model_class.from_pretrained(
-                None,
-                config=copy.deepcopy(config),
-                state_dict=stored,
-                device_map={"": "meta"},
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-            )
-    except Exception as error:
-        if odd := _odd_one(headers):
-            name, shape = odd
-            raise _wrong(folder, f"has {name} ({headers[name]}) beside others of shape {list(shape)}") from error
-        raise _wrong(folder, f"has weights that cannot be loaded: {_first_line(error)}") from error
-    return dict(found)
+    with _quiet_transformers():
+        model, found = model_class.from_pretrained(
+            None,
+            config=copy.deepcopy(config),
+            state_dict=stored,
+            device_map={"": "meta"},
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+        )
+    return model, found
 
 
-def _odd_one(headers: Mapping[str, StoredTensor]) -> tuple[str, tuple[int, ...]] | None:
-    """A tensor whose shape is not that of most others with its name but for numbers, and that shape."""
-    shapes: dict[str, list[tuple[int, ...]]] = {}
-    for name, tensor in headers.items():
-        shapes.setdefault(re.sub(r"\d+", "*", name), []).append(tensor.shape)
-    for name, tensor in headers.items():
-        others = shapes[re.sub(r"\d+", "*", name)]
-        usual = max(set(others), key=others.count)
-        if others.count(tensor.shape) < others.count(usual):
-            return name, usual
+def _what_does_not_fit(headers: Mapping[str, StoredTensor]) -> str | None:
+    """Among tensors whose names differ in numbers only, as those of experts: one of another shape, or one too few."""
+    kinds: dict[str, list[str]] = {}  # name with {} for each number -> names
+    for name in headers:
+        kinds.setdefault(re.sub(r"\d+", "{}", name), []).append(name)
+    for kind, names in kinds.items():
+        shapes = [headers[name].shape for name in names]
+        usual = max(shapes, key=shapes.count)
+        for name in names:
+            if headers[name].shape != usual:
+                return f"has {name} ({headers[name]}) beside others of shape {list(usual)}; get the files anew"
+        numbers = zip(*(re.findall(r"\d+", name) for name in names), strict=True)
+        for each in product(*(sorted(set(places), key=int) for places in numbers)):
+            if kind.format(*each) not in headers:
+                return f"lacks {kind.format(*each)}, which is needed with the others of its kind; get the files anew"
     return None
 
 
@@ -262,11 +288,9 @@ def check_loaded(
         stored = _stored_name(name, headers)
         shown = name if stored is None else f"{stored} ({headers[stored]})"
         kind = next((kind for pattern, kind in KINDS if pattern.search(name)), OTHER_KIND)
-        raise _wrong(source, f"has {len(unused)} tensors that the model does not use, {shown} among them: {kind}")
+        raise _wrong(source, f"has {_count(unused)} that the model does not use, such as {shown}: {kind}")
     if missing := sorted(found["missing_keys"]):
-        raise _wrong(
-            source, f"lacks {len(missing)} tensors that the model needs, {missing[0]} among them; save the model anew"
-        )
+        raise _wrong(source, f"lacks {_count(missing)} that the model needs, such as {missing[0]}; get the files anew")
     if wrong := sorted(found["mismatched_keys"]):
         name, stored_shape, shape = wrong[0]
         stored = _stored_name(name, headers)
@@ -276,6 +300,10 @@ def check_loaded(
             f"has {name} of shape {list(stored_shape)}{where}, where config.json asks for {list(shape)}; "
             "get the files of one model, and all of them",
         )
+
+
+def _count(names: list[str]) -> str:
+    return "a tensor" if len(names) == 1 else f"{len(names)} tensors"
 
 
 def _is_known(name: str, config: PretrainedConfig) -> bool:
