@@ -359,7 +359,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {  # name -> family, how, a part of 
     "bin only": (
         "llama",
         saved_as("pytorch_model.bin"),
-        r"has no \*.safetensors but pytorch_model.bin; convert it once: transformers.AutoModelForCausalLM.from_pretrained",
+        r"has no \*.safetensors but pytorch_model.bin; convert it once: transformers.AutoModelForCausalLM",
     ),
     "Meta's files": (
         "llama",
