@@ -330,6 +330,11 @@ BROKEN: dict[str, tuple[str, Break, str]] = {  # name -> family, how, a part of 
         "has NaN in the tensor model.layers.2.mlp.experts.gate_up",
     ),
     "infinite": ("qwen2", with_value(QUERY, -torch.inf), f"has infinite numbers in the tensor {QUERY}"),
+    "a head of its own": (
+        "gpt2",  # with two ranks on a CPU, the second would take other weights for its own
+        tensors(lambda stored: stored.update({"lm_head.weight": 2 * stored["transformer.wte.weight"]})),
+        "has lm_head.weight with values of its own, but config.json ties it .* set tie_word_embeddings to false",
+    ),
     # Files.
     "cut off": ("llama", cut_off, r"has a broken or cut off model.safetensors \(\d+ bytes: .*get it anew"),
     "empty": ("llama", file("model.safetensors", ""), r"cut off model.safetensors \(0 bytes"),
@@ -376,7 +381,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {  # name -> family, how, a part of 
 
 @pytest.mark.parametrize("name", BROKEN)
 def test_a_checkpoint_is_refused_in_a_line(folders: dict[str, Path], tmp_path: Path, name: str) -> None:
-    """All but NaN are found before a rank starts."""
+    """All but what takes the values to know (NaN, tied tensors) is found before a rank starts."""
     model_type, break_it, message = BROKEN[name]
     folder = copy_of(folders, model_type, tmp_path)
     break_it(folder)

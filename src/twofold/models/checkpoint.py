@@ -1,17 +1,17 @@
 """Is a checkpoint understood? A model whose files hold more, less or other than its code uses is refused by name.
 
-`weight_files` looks at a directory, `check_checkpoint` at the headers of its files: no weight is read, and nothing is
-wrong that it does not tell before a rank starts. `check_loaded` and `check_numbers` have the last word, when a rank has
-loaded the weights.
+`weight_files` looks at a directory, `check_checkpoint` at the headers of its files: they read no weight, so most faults
+are told before a rank starts. `check_loaded`, `check_numbers` and `check_tied` have the last word,
+when a rank has loaded the weights.
 """
 
 import contextlib
 import copy
-import importlib.util
 import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
+from importlib.metadata import PackageNotFoundError, version
 from itertools import product, takewhile
 from pathlib import Path
 from typing import Any
@@ -192,12 +192,14 @@ def _library(method: str) -> str:
     """Why a method is not served, and whether a library would help."""
     from transformers.quantizers.auto import AUTO_QUANTIZER_MAPPING
 
-    if not any(known.startswith(method) for known in AUTO_QUANTIZER_MAPPING):
+    if method not in {known.removesuffix("_4bit").removesuffix("_8bit") for known in AUTO_QUANTIZER_MAPPING}:
         return "which Transformers does not know"
-    library = LIBRARIES.get(method)
-    if library is None or importlib.util.find_spec(library.replace("-", "_")) is not None:
-        return "which is not served"
-    return f"which is not served: {library} is not installed, and would not be enough"
+    if library := LIBRARIES.get(method):
+        try:
+            version(library)
+        except PackageNotFoundError:
+            return f"which is not served: {library} is not installed, and would not be enough"
+    return "which is not served"
 
 
 def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
@@ -353,6 +355,21 @@ def check_numbers(source: Path | str, model: PreTrainedModel) -> None:
             source,
             f"has {'NaN' if is_nan else 'infinite numbers'} in the tensor {name}{many}; "
             + ("float16 may be too narrow for it: try dtype='bfloat16'" if too_large else "get the files anew"),
+        )
+
+
+def check_tied(source: Path | str, model: PreTrainedModel, expected: PreTrainedModel) -> None:
+    """Compares the loaded model's parameters with those of a model that was made of the configuration alone.
+
+    Raises:
+        ModelError: the configuration ties tensors that are stored with different values.
+    """
+    names = {name for name, _ in expected.named_parameters()}
+    if apart := [name for name, _ in model.named_parameters() if name not in names]:
+        raise _wrong(
+            source,
+            f"has {apart[0]} with values of its own, but config.json ties it to the token embeddings; if it is meant "
+            "to differ, set tie_word_embeddings to false there",
         )
 
 
