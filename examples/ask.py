@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import numpy as np
+from twofold.parallel.partition import partition
 
 from twofold import LLM, SamplingParams
 from twofold.cli.explain import make_batch
-from twofold.parallel.partition import partition
 
 
 def main() -> None:

@@ -8,6 +8,7 @@ from typing import Any, Self
 from tqdm import tqdm
 
 from twofold.config import EngineConfig
+from twofold.engine.prompts import checked_params
 from twofold.errors import ConfigError, RequestError, UserError
 from twofold.launch import start_engine
 from twofold.outputs import RequestOutput
@@ -99,13 +100,7 @@ class LLM:
     def _params(
         self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
     ) -> list[SamplingParams]:
-        if sampling_params is None:
-            sampling_params = SamplingParams()
-        if isinstance(sampling_params, SamplingParams):
-            return [sampling_params] * num_prompts
-        if len(sampling_params) != num_prompts:
-            raise RequestError(f"{num_prompts} prompts have {len(sampling_params)} sampling_params; give one for each")
-        return list(sampling_params)
+        return checked_params(sampling_params, num_prompts)
 
     def _run(self, use_tqdm: bool) -> dict[str, RequestOutput]:
         engine, finished = self.engine, dict[str, RequestOutput]()

@@ -8,8 +8,8 @@ from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizer
 
 from twofold.config import EngineConfig, RuntimeConfig
 from twofold.errors import ConfigError, ModelError
-from twofold.models.source import ModelSource, load_config, load_tokenizer, resolve
-from twofold.models.support import refusal
+from twofold.models.source import ModelSource, check_weights, load_config, load_tokenizer, resolve
+from twofold.models.support import model_class, refusal
 
 RANKS_PER_CORE = 4  # more would wait for each other
 
@@ -23,16 +23,15 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
     """
     source = resolve(config)
     model_config = load_config(source, config.trust_remote_code)
-    if reason := refusal(model_config):
-        raise ModelError(f"model {config.model!r} ({model_config.model_type}) is not served: {reason}")
+    if reason := refusal(model_config, config.trust_remote_code):
+        raise ModelError(f"model {config.model!r} ({model_config.model_type}) is not served: {reason}", field="model")
     device = _device(config)
-    num_cores = len(os.sched_getaffinity(0))
-    backend = config.attention_backend
-    if backend == "auto":
-        backend = "flash_attn" if device == "cuda" else "sdpa"
     tokenizer = (
         None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer, source, config.trust_remote_code)
     )
+    cls = model_class(model_config, config.trust_remote_code)
+    if config.load_format != "dummy" and cls is not None:
+        check_weights(source, model_config, cls)
     runtime = RuntimeConfig(
         engine=config,
         source=source,
@@ -42,12 +41,19 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
         max_model_len=_max_model_len(config, model_config),
         max_num_batched_tokens=config.max_num_batched_tokens or _default_batched_tokens(config, device),
         block_size=config.block_size or (16 if device == "cpu" else 128),
-        attention_backend=backend,
+        attention_backend=_attention_backend(config, device),
         eos_token_ids=_eos_token_ids(config, source, model_config, tokenizer),
         num_threads=int(os.environ.get("OMP_NUM_THREADS") or 0)
-        or max(1, num_cores // config.prefill_context_parallel_size),
+        or max(1, usable_cores() // config.prefill_context_parallel_size),
     )
     return runtime, tokenizer
+
+
+def usable_cores() -> int:
+    """The cores that this process may use; where the system does not say (macOS), all that the machine has."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
 
 
 def _device(config: EngineConfig) -> str:
@@ -57,13 +63,26 @@ def _device(config: EngineConfig) -> str:
     if device == "cuda":
         limit, holder = num_gpus, f"{num_gpus} GPUs"
     else:
-        num_cores = len(os.sched_getaffinity(0))
+        num_cores = usable_cores()
         limit, holder = RANKS_PER_CORE * num_cores, f"{num_cores} cores"
     if size > limit:
         raise ConfigError(
-            f"prefill_context_parallel_size must be at most {limit} on this machine ({holder}), got {size}"
+            f"prefill_context_parallel_size must be at most {limit} on this machine ({holder}), got {size}",
+            field="prefill_context_parallel_size",
         )
     return device
+
+
+def _attention_backend(config: EngineConfig, device: str) -> str:
+    backend = config.attention_backend
+    if backend == "auto":
+        return "flash_attn" if device == "cuda" else "sdpa"
+    if backend == "flash_attn" and device != "cuda":
+        raise ConfigError(
+            f"attention_backend 'flash_attn' runs on CUDA only, and the device is {device}; use 'auto' or 'sdpa'",
+            field="attention_backend",
+        )
+    return backend
 
 
 def _dtype(config: EngineConfig, model_config: PretrainedConfig, device: str) -> torch.dtype:
@@ -84,7 +103,8 @@ def _max_model_len(config: EngineConfig, model_config: PretrainedConfig) -> int:
     if limit is not None and config.max_model_len > limit:
         raise ConfigError(
             f"max_model_len must be at most the model's {limit} positions (max_position_embeddings), "
-            f"got {config.max_model_len}"
+            f"got {config.max_model_len}",
+            field="max_model_len",
         )
     return config.max_model_len
 

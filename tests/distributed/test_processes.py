@@ -179,6 +179,19 @@ def of_other_shapes(folder: Path) -> None:
     (folder / "config.json").write_text(json.dumps(config | {"intermediate_size": 128}))
 
 
+def quantised(folder: Path) -> None:
+    """AutoFP8's scales, which nobody applied: the answer was garbage, and the exit code 0."""
+    tensors = load_file(folder / "model.safetensors")
+    scales = {f"{name}_scale": torch.ones(1) for name in tensors if "proj" in name}
+    save_file(tensors | scales, folder / "model.safetensors", metadata={"format": "pt"})
+
+
+def nan(folder: Path) -> None:
+    tensors = load_file(folder / "model.safetensors")
+    tensors["model.layers.2.mlp.up_proj.weight"][3, 4] = torch.nan
+    save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+
 def recurrent(folder: Path) -> None:
     tiny_config("mamba").save_pretrained(folder)
 
@@ -204,13 +217,15 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {"skip_tokenizer_init": False, "tokenizer": "/no/such"},
         "'/no/such'",
     ),
-    # These are found by the ranks.
-    "weights cut off": (truncated, {}, "cannot load the weights of model"),
-    "weights that lack a tensor": (without_a_tensor, {}, "lack 1 tensors, model.layers.2.mlp.up_proj.weight"),
-    "weights of other shapes": (
-        of_other_shapes,
+    "weights cut off": (truncated, {}, "has a broken or cut off model.safetensors"),
+    "weights that lack a tensor": (without_a_tensor, {}, "lacks a tensor .* model.layers.2.mlp.up_proj.weight"),
+    "weights of other shapes": (of_other_shapes, {}, r"of shape \[64, 64\] in model.safetensors, where config.json"),
+    "quantised weights": (quantised, {}, r"has 28 tensors that the model does not use, such as .*_proj.weight_scale"),
+    # This is found by the ranks.
+    "weights that are NaN": (
+        nan,
         {"prefill_context_parallel_size": 2},
-        "cannot load the weights of model",
+        "has NaN in the tensor model.layers.2.mlp.up_proj.weight",
     ),
 }
 

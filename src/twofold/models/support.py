@@ -15,6 +15,7 @@ import numpy as np
 import torch
 import transformers
 from transformers import AttentionInterface, AttentionMaskInterface, PretrainedConfig, PreTrainedModel
+from transformers.dynamic_module_utils import get_class_from_dynamic_module
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING_NAMES
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -57,16 +58,35 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel] | None:
     return None if name is None else getattr(transformers, name, None)
 
 
-def refusal(config: PretrainedConfig) -> str | None:
+def model_class(config: PretrainedConfig, trust_remote_code: bool = False) -> type[PreTrainedModel] | None:
+    """The class that AutoModelForCausalLM makes of this configuration: the model's own code, where it is trusted.
+
+    Raises:
+        ModelError: that code cannot be run.
+    """
+    reference = (getattr(config, "auto_map", None) or {}).get("AutoModelForCausalLM")
+    if reference is None or not trust_remote_code:
+        return causal_lm_class(config.model_type)
+    try:
+        cls: type[PreTrainedModel] = get_class_from_dynamic_module(reference, config.name_or_path)
+    except Exception as error:
+        line = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise ModelError(f"cannot run the code of model {config.name_or_path!r}: {line}", field="model") from error
+    return cls
+
+
+def refusal(config: PretrainedConfig, trust_remote_code: bool = False) -> str | None:
     """Why a model of this configuration is not served; None if nothing that it declares speaks against it."""
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder; only decoders are served"
     for part in ("vision_config", "audio_config", "text_config"):
         if getattr(config, part, None) is not None:
             return f"it is multimodal ({part}); only text decoders are served: load its text model by itself"
-    cls = causal_lm_class(config.model_type)
+    cls = model_class(config, trust_remote_code)
     if cls is None:
-        return f"Transformers has no causal language model of type {config.model_type!r}"
+        has_code = "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
+        way_out = "; set trust_remote_code=True to run the code that comes with it" if has_code else ""
+        return f"Transformers has no causal language model of type {config.model_type!r}{way_out}"
     if reason := FOUND_BY_PROBE.get(config.model_type):
         return reason
     layer_types = set(getattr(config, "layer_types", None) or ())
@@ -79,14 +99,24 @@ def refusal(config: PretrainedConfig) -> str | None:
         return "it is an encoder (is_decoder is false)"
     if getattr(config, "alibi", False):
         return "it uses ALiBi position biases, which the attention interface does not carry"
-    if "ALL_ATTENTION_FUNCTIONS" not in inspect.getsource(sys.modules[cls.__module__]):
+    if "ALL_ATTENTION_FUNCTIONS" not in _source(cls):
         return "its attention does not go through Transformers' attention interface"
     return None
 
 
 def _is_causal_by_nature(cls: type[PreTrainedModel]) -> bool:
     """Decoders inherit `is_decoder=False` from the base configuration; encoders are those that could see both ways."""
-    return "create_bidirectional_mask" not in inspect.getsource(sys.modules[cls.__module__])
+    return "create_bidirectional_mask" not in _source(cls)
+
+
+def _source(cls: type[PreTrainedModel]) -> str:
+    """The code of the module that `cls` is defined in; of a model's own module also what it takes from Transformers."""
+    module = sys.modules[cls.__module__]
+    names = {module.__name__}
+    if not module.__name__.startswith("transformers."):
+        taken = {str(getattr(value, "__module__", "")) for value in vars(module).values()}
+        names |= {name for name in taken if name.startswith("transformers.models.")}
+    return "\n".join(inspect.getsource(sys.modules[name]) for name in sorted(names))
 
 
 class _Recorder:

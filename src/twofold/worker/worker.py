@@ -21,6 +21,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import transformers
+from transformers.dynamic_module_utils import init_hf_modules
 
 from twofold.attention.backends import make_backend
 from twofold.attention.mla import max_attention_bytes
@@ -326,6 +327,8 @@ def main() -> None:
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
+        with suppress(OSError):  # a home that cannot be written to
+            init_hf_modules()  # where a configuration of a model's own class is unpickled from
         start: RankStart = channel.recv()
         if start.rank:  # the ranks are alike: what one of them warns of is enough
             logging.getLogger("twofold").setLevel(logging.ERROR)

@@ -1,0 +1,140 @@
+"""What a user hands in with a request: prompts become token ids, sampling parameters are what they should be."""
+
+import reprlib
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from twofold.errors import RequestError
+from twofold.sampling_params import SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
+
+FIELDS = ("prompt", "prompt_token_ids")
+
+
+class PromptReader:
+    """Tokenizes prompts and checks their ids and length. `max_num_tokens` is of prompt and answer together.
+
+    `tokenizer` is None where prompts are token ids only.
+    """
+
+    def __init__(
+        self,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        vocab_size: int,
+        max_num_tokens: int,
+        max_model_len: int,
+    ) -> None:
+        self.tokenizer = tokenizer
+        self.vocab_size, self.max_num_tokens, self.max_model_len = vocab_size, max_num_tokens, max_model_len
+
+    def read(self, prompt: str | Sequence[int] | dict[str, Any]) -> tuple[str | None, list[int]]:
+        """→ text if there was one, checked token ids.
+
+        Raises:
+            RequestError: the prompt cannot be served.
+        """
+        text: str | None = None
+        if isinstance(prompt, dict):
+            text, prompt = _fields(prompt)
+        if isinstance(prompt, str):
+            text, token_ids = prompt, self._encode(prompt)
+        else:
+            token_ids = self._checked(prompt)
+        if not len(token_ids):
+            raise _wrong("the prompt is empty (0 tokens); it needs at least 1")
+        limit = self.max_num_tokens - 1
+        if len(token_ids) > limit:
+            raise _wrong(
+                f"the prompt has {len(token_ids)} tokens, more than the {limit} that max_model_len="
+                f"{self.max_model_len} leaves beside one of the answer; shorten it or raise max_model_len"
+            )
+        return text, token_ids
+
+    def _encode(self, text: str) -> list[int]:
+        if self.tokenizer is None:
+            raise _wrong("the prompt is text, but skip_tokenizer_init is set; give prompt_token_ids")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise _wrong(
+                f"the prompt has a lone surrogate at character {error.start}, which is no character; remove it"
+            ) from None
+        token_ids: list[int] = self.tokenizer.encode(text)
+        return token_ids
+
+    def _checked(self, prompt: Any) -> Any:
+        """Token ids that the model has: [T]. All are checked at once, since a prompt may have a million."""
+        if not isinstance(prompt, Sequence | np.ndarray):
+            raise _wrong(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
+        if not len(prompt):
+            return np.empty(0, np.int64)
+        try:
+            token_ids: NDArray[Any] = np.asarray(prompt)
+        except ValueError:  # lists within lists
+            token_ids = np.empty(0)
+        if token_ids.dtype.kind not in "iu" or token_ids.ndim != 1:
+            if wrong := [t for t in prompt if isinstance(t, bool) or not isinstance(t, int | np.integer)]:
+                raise _wrong(f"{reprlib.repr(wrong[0])} is not a token id; a prompt is a list of integers from 0")
+            token_ids = np.asarray(prompt, object)  # integers too large for any other array
+        outside = np.flatnonzero((token_ids < 0) | (token_ids >= self.vocab_size))
+        if len(outside):
+            raise _wrong(
+                f"token id {token_ids[outside[0]]} is out of range; the model has ids 0 to {self.vocab_size - 1}"
+            )
+        return token_ids
+
+
+def _fields(prompt: dict[str, Any]) -> tuple[str | None, Any]:
+    """→ the text that an answer shows as its prompt, and what is to be answered. A field of None is not there."""
+    given = {name: value for name, value in prompt.items() if value is not None}
+    if unknown := [name for name in given if name not in FIELDS]:
+        raise _wrong(
+            f"prompt field {reprlib.repr(unknown[0])} is not known, and the answer would not heed it; "
+            f"known are {' and '.join(FIELDS)}"
+        )
+    if not given:
+        raise _wrong(f"a prompt needs 'prompt' or 'prompt_token_ids', got {', '.join(map(str, prompt)) or 'nothing'}")
+    text = given.get("prompt")
+    if not isinstance(text, str | None):
+        raise _wrong(f"the prompt must be text, got {type(text).__name__}; token ids go into prompt_token_ids")
+    return text, given.get("prompt_token_ids", text)
+
+
+def checked_params(given: object, num_prompts: int) -> list[SamplingParams]:
+    """One for each prompt, from one for all of them, one for each, or None for the defaults.
+
+    Raises:
+        RequestError: they are something else, or not as many as prompts.
+    """
+    if given is None:
+        given = SamplingParams()
+    if isinstance(given, SamplingParams):
+        return [given] * num_prompts
+    if not isinstance(given, list | tuple):
+        raise _wrong_params("sampling_params", given)
+    if len(given) != num_prompts:
+        raise RequestError(
+            f"{num_prompts} prompts have {len(given)} sampling_params; give one for each", field="sampling_params"
+        )
+    for number, one in enumerate(given):
+        if not isinstance(one, SamplingParams):
+            raise _wrong_params(f"sampling_params[{number}]", one)
+    return list(given)
+
+
+def _wrong_params(name: str, given: object) -> RequestError:
+    way_out = "SamplingParams(temperature=0)"
+    if isinstance(given, dict) and given and all(isinstance(key, str) and key.isidentifier() for key in given):
+        way_out = f"SamplingParams({', '.join(f'{key}={reprlib.repr(value)}' for key, value in given.items())})"
+    return RequestError(
+        f"{name} must be SamplingParams, got {type(given).__name__}; give {way_out}", field="sampling_params"
+    )
+
+
+def _wrong(message: str) -> RequestError:
+    return RequestError(message, field="prompt")

@@ -1,0 +1,127 @@
+"""What users hand in: a prompt is read as it is meant, or refused with a line that names the field."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+
+from twofold import LLM, RequestError, SamplingParams
+from twofold.engine.prompts import PromptReader, checked_params
+
+
+class Letters:
+    """A tokenizer: a token a letter."""
+
+    def encode(self, text: str) -> list[int]:
+        return [ord(letter) - ord("a") for letter in text]
+
+
+READER = PromptReader(Letters(), vocab_size=26, max_num_tokens=9, max_model_len=9)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("prompt", "text", "token_ids"),
+    [
+        ("abc", "abc", [0, 1, 2]),
+        ([0, 25], None, [0, 25]),
+        ((3,), None, [3]),
+        (np.array([4, 5]), None, [4, 5]),
+        ({"prompt": "abc"}, "abc", [0, 1, 2]),
+        ({"prompt_token_ids": [7]}, None, [7]),
+        ({"prompt": "shown", "prompt_token_ids": [7]}, "shown", [7]),
+        ({"prompt": "abc", "prompt_token_ids": None, "multi_modal_data": None}, "abc", [0, 1, 2]),
+        ("abcdefgh", "abcdefgh", [0, 1, 2, 3, 4, 5, 6, 7]),
+    ],
+)
+def test_prompts_are_read(prompt: Any, text: str | None, token_ids: list[int]) -> None:
+    """vLLM's forms; a field of None is one that was not given."""
+    found_text, found_ids = READER.read(prompt)
+    assert (found_text, list(found_ids)) == (text, token_ids)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        (
+            {"prompt": "a", "multi_modal_data": {"image": 1}},
+            "prompt field 'multi_modal_data' is not known, and the answer",
+        ),
+        (
+            {"prompt_token_ids": [1], "cache_salt": "x"},
+            "prompt field 'cache_salt' is not known, .* known are prompt and",
+        ),
+        ({"prompt_embeds": [1.0]}, "prompt field 'prompt_embeds' is not known"),
+        ({}, "a prompt needs 'prompt' or 'prompt_token_ids', got nothing"),
+        ({"prompt": None}, "a prompt needs 'prompt' or 'prompt_token_ids', got prompt"),
+        (
+            {"prompt": 5, "prompt_token_ids": [1]},
+            "the prompt must be text, got int; token ids go into prompt_token_ids",
+        ),
+        ({"prompt": [1, 2]}, "the prompt must be text, got list; token ids go into prompt_token_ids"),
+        (5, "a prompt must be text or a list of token ids, got int"),
+        (None, "a prompt must be text or a list of token ids, got NoneType"),
+        ("", r"the prompt is empty \(0 tokens\)"),
+        ([], r"the prompt is empty \(0 tokens\)"),
+        ("abcdefghi", "the prompt has 9 tokens, more than the 8 that max_model_len=9 leaves"),
+        ("a\ud800", "the prompt has a lone surrogate at character 1"),
+        ([1, "x"], "'x' is not a token id"),
+        ([True], "True is not a token id"),
+        ([[1], [2, 3]], r"\[1\] is not a token id"),
+        ([1.5], "1.5 is not a token id"),
+        ([26], "token id 26 is out of range; the model has ids 0 to 25"),
+        ([1, -1], "token id -1 is out of range"),
+        ([2**80], f"token id {2**80} is out of range"),
+    ],
+)
+def test_a_prompt_is_refused_by_name(prompt: Any, message: str) -> None:
+    """Keys that are not known were passed over: a question about an image was answered without it."""
+    with pytest.raises(RequestError, match=message) as caught:
+        READER.read(prompt)
+    assert "\n" not in str(caught.value)
+    assert caught.value.field == "prompt"
+
+
+def test_text_needs_a_tokenizer() -> None:
+    with pytest.raises(RequestError, match="skip_tokenizer_init is set; give prompt_token_ids"):
+        PromptReader(None, 26, 9, 9).read("abc")
+
+
+ONE, OTHER = SamplingParams(temperature=0), SamplingParams(temperature=1)
+
+
+def test_parameters_are_for_all_prompts_or_one_for_each() -> None:
+    assert checked_params(None, 2) == [SamplingParams()] * 2
+    assert checked_params(ONE, 3) == [ONE] * 3
+    assert checked_params([ONE, OTHER], 2) == [ONE, OTHER]
+    assert checked_params((ONE, OTHER), 2) == [ONE, OTHER]
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ({"temperature": 0}, r"sampling_params must be SamplingParams, got dict; give SamplingParams\(temperature=0\)"),
+        ({}, r"must be SamplingParams, got dict; give SamplingParams\(temperature=0\)"),
+        ("greedy", "sampling_params must be SamplingParams, got str"),
+        (0.7, "sampling_params must be SamplingParams, got float"),
+        (
+            [ONE, {"top_p": 0.5}],
+            r"sampling_params\[1\] must be SamplingParams, got dict; give SamplingParams\(top_p=0.5\)",
+        ),
+        ([ONE, None], r"sampling_params\[1\] must be SamplingParams, got NoneType"),
+        ([ONE], "2 prompts have 1 sampling_params; give one for each"),
+    ],
+)
+def test_what_is_no_parameters_is_one_line(given: Any, message: str) -> None:
+    """A dictionary gave `'str' object has no attribute 'n'`, from deep within."""
+    with pytest.raises(RequestError, match=message) as caught:
+        checked_params(given, 2)
+    assert "\n" not in str(caught.value)
+    assert caught.value.field == "sampling_params"
+
+
+def test_generate_checks_its_parameters_first() -> None:
+    llm = LLM.__new__(LLM)
+    llm.engine = SimpleNamespace()  # type: ignore[assignment]
+    with pytest.raises(RequestError, match=r"give SamplingParams\(temperature=0\)"):
+        llm.generate(["a", "b"], {"temperature": 0})  # type: ignore[arg-type]
