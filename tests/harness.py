@@ -18,7 +18,7 @@ from twofold.config import EngineConfig, RuntimeConfig
 from twofold.contract import RankReport, Step, StepResult
 from twofold.engine.engine import LLMEngine
 from twofold.kv.cache import KVCache, bytes_per_block
-from twofold.models.loader import DecoderModel
+from twofold.models.decoder import DecoderModel
 from twofold.models.source import ModelSource
 from twofold.outputs import RequestOutput
 from twofold.parallel.exchange import AllGatherExchange

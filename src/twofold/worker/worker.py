@@ -25,8 +25,8 @@ from twofold.config import RuntimeConfig
 from twofold.contract import Breakdown, Failure, NewRequest, Profile, RankReport, RankStart, ScheduledBatch, Step
 from twofold.errors import ModelError
 from twofold.kv.cache import KVCache, bytes_per_block
-from twofold.models.loader import DecoderModel, empty_model, fix_rope, load_model, share_weights
-from twofold.models.transforms.experts import use_few_token_experts
+from twofold.models.decoder import DecoderModel
+from twofold.models.loader import empty_model, fix_rope, load_model, share_weights
 from twofold.parallel.exchange import make_exchange
 from twofold.parallel.mesh import Mesh, make_mesh
 from twofold.sampling_params import SamplingParams
@@ -89,11 +89,7 @@ class Worker:
         memory = runtime.engine.kv_cache_memory_bytes
         if self.device.type == "cuda":
             with self._phase("compile and profile"):
-                use_few_token_experts(self.model.body)
-                if not runtime.engine.enforce_eager:
-                    from twofold.models.transforms.compile import compile_layers  # the compiler takes seconds to import
-
-                    compile_layers(self.model, self.mesh.size)
+                self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
                 room = self._profile()
             memory = room if memory is None else min(memory, room)
         elif memory is None:
