@@ -46,7 +46,7 @@ SERVED = {
     "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
 }  # fmt: skip
 # Of these all tokens go through the last layer: their layers cannot be told apart, or their code around them wants it.
-WHOLE = {"beam", "diffllama", "dory", "gemma3n_text", "gpt2", "gpt_bigcode", "hrm_text", "longcat_flash"}
+WHOLE = {"diffllama", "dory", "gpt2", "gpt_bigcode", "hrm_text", "longcat_flash"}
 # What is not served, and a part of the reason that is given; versions may come that can be.
 REFUSED = {
     **dict.fromkeys(

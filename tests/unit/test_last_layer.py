@@ -13,6 +13,7 @@ from twofold import SamplingParams
 from twofold.engine.engine import LLMEngine
 from twofold.models.decoder import DecoderModel
 from twofold.models.transforms import last_layer
+from twofold.models.transforms.compile import CompileLayers
 
 PROMPT_LENS = (70, 9, 1)
 
@@ -166,6 +167,47 @@ def test_a_last_layer_that_comes_out_as_nothing_stays(monkeypatch: pytest.Monkey
     forward = last_layer.LastLayer.forward
     monkeypatch.setattr(last_layer.LastLayer, "forward", broken)
     assert DecoderModel(tiny_model(tiny_config("llama"))).last_layer is None
+
+
+class SquareArgument(LlamaDecoderLayer):
+    """Is handed a number for each pair of tokens, [1, T, T]."""
+
+    def forward(self, hidden_states: torch.Tensor, *args: Any, pairs: torch.Tensor, **kwargs: Any) -> Any:
+        return super().forward(hidden_states * pairs.diagonal(dim1=1, dim2=2)[..., None], *args, **kwargs)
+
+
+def test_an_argument_that_grows_otherwise_keeps_the_last_layer_whole(caplog: pytest.LogCaptureFixture) -> None:
+    model = tiny_model(tiny_config("llama"))
+    model.model.register_forward_pre_hook(
+        lambda _, args, kwargs: (args, kwargs | {"pairs": torch.ones(1, *[kwargs["input_ids"].shape[1]] * 2)}),
+        with_kwargs=True,
+    )
+    for layer in model.model.layers:
+        layer.__class__ = SquareArgument
+    with caplog.at_level("INFO", logger="twofold"):
+        assert DecoderModel(model).last_layer is None
+    assert "of (8, 11) tokens it gets an argument of (1, 8, 8), (1, 11, 11)" in caplog.text
+
+
+def test_a_compiled_last_layer_is_cut() -> None:
+    """The exception that ends its first run passes through compiled code; the second run has fewer tokens."""
+    model = tiny_model(tiny_config("llama"))
+    engine = make_engine(model, 1)
+    [decoder] = engine.executor.models  # type: ignore[attr-defined]
+    seen: list[int] = []
+    decoder.last_layer.layer.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[1]))
+    for layer in CompileLayers(decoder.layers).layers:
+        layer.compile(backend="aot_eager", dynamic=True)
+    prompts = make_prompts()
+    try:
+        outputs = generate(engine, prompts, SamplingParams(temperature=0, max_tokens=4, ignore_eos=True))
+    finally:
+        engine.shutdown()
+        torch._dynamo.reset()
+    for prompt, output in zip(prompts, outputs, strict=True):
+        expected = reference_continuation(model, prompt, 4)
+        assert output.outputs[0].token_ids[: len(expected)] == expected
+    assert seen == [sum(PROMPT_LENS), len(prompts), *[len(prompts)] * 3]
 
 
 def test_families_find_what_they_look_for_in_a_layer() -> None:
