@@ -1,4 +1,4 @@
-"""The last layer for the tokens that are read: what is left out, and what must not be."""
+"""The last layer is skipped where its output is unused, and nowhere else."""
 
 from typing import Any
 
@@ -131,19 +131,26 @@ def test_prompt_logprobs_read_all_tokens() -> None:
         engine.shutdown()
 
 
-class OtherRopeForFew(LlamaDecoderLayer):
-    """Rotates few tokens by the positions of others; of many tokens it is a Llama's layer."""
+class OtherRope(LlamaDecoderLayer):
+    """Rotates `num_tokens` tokens by the positions of others; with more or fewer it is a Llama's layer."""
+
+    num_tokens: int
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, position_embeddings: Any, **kwargs: Any) -> Any:
-        if hidden_states.shape[1] < 5:
+        if hidden_states.shape[1] == self.num_tokens:
             position_embeddings = tuple(part.roll(1, dims=1) for part in position_embeddings)
         return super().forward(hidden_states, *args, position_embeddings=position_embeddings, **kwargs)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_a_last_layer_that_comes_out_differently_stays(dtype: torch.dtype, caplog: pytest.LogCaptureFixture) -> None:
+@pytest.mark.parametrize("num_tokens", [len(lens) for lens in last_layer.PROMPT_LENS])
+def test_a_last_layer_that_comes_out_differently_stays(
+    num_tokens: int, dtype: torch.dtype, caplog: pytest.LogCaptureFixture
+) -> None:
+    """In a step of either length."""
     model = tiny_model(tiny_config("llama")).to(dtype)
-    model.model.layers[-1].__class__ = OtherRopeForFew
+    model.model.layers[-1].__class__ = OtherRope
+    model.model.layers[-1].num_tokens = num_tokens
     with caplog.at_level("INFO", logger="twofold"):
         decoder = DecoderModel(model)
     assert "transform 'last layer' is not used: results would change by" in caplog.text
@@ -158,7 +165,7 @@ def test_bfloat16_does_not_hide_that_nothing_changes(model_type: str) -> None:
 
 
 def test_a_last_layer_that_comes_out_as_nothing_stays(monkeypatch: pytest.MonkeyPatch) -> None:
-    """NaN is neither more nor less than what may change, and `max` passes over it."""
+    """NaN compares as neither more nor less than the tolerance."""
 
     def broken(self: last_layer.LastLayer, *args: Any, **kwargs: Any) -> Any:
         out = forward(self, *args, **kwargs)

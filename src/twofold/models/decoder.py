@@ -11,8 +11,10 @@ from twofold.attention.spec import AttentionSpec
 from twofold.errors import ModelError
 from twofold.models.probe import probe
 from twofold.models.transforms.base import Transform, transform
+from twofold.models.transforms.experts import FewTokenExperts
 from twofold.models.transforms.last_layer import CutLastLayer, LastLayer
 from twofold.models.transforms.latents import KeepLatents
+from twofold.models.transforms.packing import PackProjections
 
 
 class DecoderModel:
@@ -24,14 +26,15 @@ class DecoderModel:
     def __init__(self, model: PreTrainedModel) -> None:
         self.model = model
         self.body: torch.nn.Module = model.base_model
+        self.dtype: torch.dtype = model.dtype
         modules, specs = map(list, zip(*probe(model), strict=True))
         self.specs: list[AttentionSpec] = specs
         for module, spec in zip(modules, specs, strict=True):
             module.twofold_v_head_dim = spec.v_head_dim
         self.layers = _layers(self.body, len(specs))
-        transform(KeepLatents(model, modules, self.specs), model.dtype)
+        transform(KeepLatents(model, modules, self.specs), self.dtype)
         cut = CutLastLayer(model, self.layers, self.specs)
-        self.last_layer: LastLayer | None = cut.last if transform(cut, model.dtype) else None
+        self.last_layer: LastLayer | None = cut.last if transform(cut, self.dtype) else None
         head = model.get_output_embeddings()
         # Some families embed more ids than they can predict.
         self.vocab_size: int = min(model.get_input_embeddings().num_embeddings, len(head.weight))
@@ -46,17 +49,14 @@ class DecoderModel:
 
     def optimize(self, num_ranks: int, enforce_eager: bool) -> None:
         """What is worth it on a GPU only. Layers are compiled in place at their first call, unless `enforce_eager`."""
-        from twofold.models.transforms.experts import FewTokenExperts  # its kernel needs Triton
-
         changes: list[Transform] = [FewTokenExperts(self.body)]
         if not enforce_eager and self.layers is not None:
             from twofold.models.transforms.compile import CompileLayers  # the compiler takes seconds to import
-            from twofold.models.transforms.packing import PackProjections
 
             # With several ranks queries stay apart: they are projected while keys and values travel.
             changes += [PackProjections(self.layers, with_queries=num_ranks == 1), CompileLayers(self.layers)]
         for change in changes:
-            transform(change, self.model.dtype)
+            transform(change, self.dtype)
 
     def hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: ForwardContext, needs_all: bool

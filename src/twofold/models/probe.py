@@ -33,7 +33,7 @@ Attention = Callable[..., tuple[torch.Tensor, None]]  # what Transformers calls:
 class Recorder:
     """Stands in for attention: gives each token its own value, and keeps what each layer made of it.
 
-    Like a `ForwardContext`, it can be told to answer the last tokens only, and has a hook for what is published.
+    What the last layer's cut needs of a `ForwardContext` is here, too: `publish` with its hook, `select_last_tokens`.
     """
 
     def __init__(

@@ -48,14 +48,15 @@ def transform(change: Transform, dtype: torch.dtype) -> bool:
     """Whether the model, whose weights are of `dtype`, runs with `change` from now on. If not, it is as it was."""
     is_applied = False
     try:
-        reason = change.find()
-        if reason is None:
-            is_applied = True
-            change.apply()
-            difference = change.verify()
-            if difference < (FLOAT32_TOLERANCE if dtype == torch.float32 else TOLERANCE):  # False for NaN
-                return True
-            reason = f"results would change by {difference:.1e}"
+        if reason := change.find():
+            logger.debug("transform %r has nothing to change: %s", change.name, reason)
+            return False
+        is_applied = True
+        change.apply()
+        difference = change.verify()
+        if difference < (FLOAT32_TOLERANCE if dtype == torch.float32 else TOLERANCE):  # False for NaN
+            return True
+        reason = f"results would change by {difference:.1e}"
     except Exception as error:  # a family may do anything with its modules
         reason = f"it fails ({error})"
     if is_applied:

@@ -15,13 +15,14 @@ with fewer tokens. Which dim of an argument is tokens is found out once, by runn
 changes with the length. Shapes at run time decide nothing, because a constant argument may be as long as a step.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from transformers import PreTrainedModel
 
+from twofold.attention.op import ForwardContext
 from twofold.attention.spec import AttentionSpec
 from twofold.errors import ModelError
 from twofold.models.probe import Recorder, example_ids, largest_change, run
@@ -34,18 +35,6 @@ class StopAfterPublish(Exception):  # noqa: N818  (nothing went wrong)
     """The last layer's KV entries are on their way; the rest of its output is unused for these tokens."""
 
 
-class AttentionOfStep(Protocol):
-    """What the cut needs of the attention of a forward pass: of a `ForwardContext`, or of what stands in for one."""
-
-    on_publish: Callable[[torch.Tensor], None] | None
-
-    def publish(self, entries: torch.Tensor) -> None:
-        """Sends KV entries [T, entry_width] of the next layer on their way."""
-
-    def select_last_tokens(self) -> torch.Tensor:
-        """Queries are those of each row's last token from now on; → [V] row -> its last token."""
-
-
 class LastLayer(torch.nn.Module):
     """Stands in for a decoder layer."""
 
@@ -55,10 +44,10 @@ class LastLayer(torch.nn.Module):
         self.token_dims: Any = (
             None  # of the layer's (args, kwargs), in their structure: the dim that is tokens, or None
         )
-        self._attention: AttentionOfStep | None = None  # of the forward pass that is cut now
+        self._attention: ForwardContext | Recorder | None = None  # of the forward pass that is cut now
 
     @contextmanager
-    def of_last_tokens(self, attention: AttentionOfStep) -> Iterator[None]:
+    def of_last_tokens(self, attention: ForwardContext | Recorder) -> Iterator[None]:
         """Forward passes return hidden states of each row's last token."""
         self._attention = attention
         try:
