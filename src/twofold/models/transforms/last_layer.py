@@ -41,9 +41,7 @@ class LastLayer(torch.nn.Module):
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.layer, self.training = layer, layer.training
-        self.token_dims: Any = (
-            None  # of the layer's (args, kwargs), in their structure: the dim that is tokens, or None
-        )
+        self.token_dims: Any = None  # in the structure of (args, kwargs): each tensor's dim that is tokens, or None
         self._attention: ForwardContext | Recorder | None = None  # of the forward pass that is cut now
 
     @contextmanager
