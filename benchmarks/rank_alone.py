@@ -21,7 +21,8 @@ from twofold.attention.backends import make_backend
 from twofold.bench.report import environment, print_table
 from twofold.config import EngineConfig
 from twofold.contract import Breakdown, NewRequest, ScheduledBatch, Step
-from twofold.models.loader import DecoderModel, load_model
+from twofold.models.decoder import DecoderModel
+from twofold.models.loader import load_model
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.transport import OneRank, Transport, write_mine, write_others
 from twofold.runtime import settle

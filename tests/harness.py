@@ -19,7 +19,7 @@ from twofold.attention.backends import make_backend
 from twofold.config import EngineConfig, RuntimeConfig
 from twofold.contract import Breakdown, Profile, Step, StepResult
 from twofold.engine.engine import LLMEngine
-from twofold.models.loader import DecoderModel
+from twofold.models.decoder import DecoderModel
 from twofold.models.source import ModelSource
 from twofold.outputs import RequestOutput
 from twofold.parallel.exchange import Exchange

@@ -12,8 +12,9 @@ from torch._inductor.decomposition import select_decomp_table
 from transformers import PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
 
+from twofold.models.transforms.base import transform
 from twofold.models.transforms.compile import RewriteLayers
-from twofold.models.transforms.packing import pack_projections
+from twofold.models.transforms.packing import PackProjections, Part
 
 QKV, KV, GATE_UP = 2, 1, 1  # products fewer in a layer
 
@@ -29,7 +30,25 @@ def test_packed_models_compute_the_same(family: str, with_queries: bool, fewer: 
     ids = torch.arange(7)[None] * 3
     expected = model(ids).logits
     weights = sum(p.numel() for p in model.parameters())
-    assert pack_projections(model, with_queries) == fewer * model.config.num_hidden_layers
+    packing = PackProjections(model, with_queries)
+    assert transform(packing, model.dtype) == (fewer > 0)
+    assert sum(len(names) - 1 for _, names in packing.siblings) == fewer * model.config.num_hidden_layers
+    assert sum(p.numel() for p in model.parameters()) == weights
+    torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
+
+
+@torch.inference_mode()
+def test_packed_projections_that_compute_otherwise_are_unpacked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Here each takes the part of another; the weights stay where they were packed."""
+    model = tiny_model(tiny_config("qwen2"))
+    ids = torch.arange(7)[None] * 3
+    expected = model(ids).logits
+    kinds = [type(module) for module in model.modules()]
+    weights = sum(p.numel() for p in model.parameters())
+    forward = Part.forward
+    monkeypatch.setattr(Part, "forward", lambda part, x: forward(part, x).flip(-1))
+    assert not transform(PackProjections(model, with_queries=True), model.dtype)
+    assert [type(module) for module in model.modules()] == kinds
     assert sum(p.numel() for p in model.parameters()) == weights
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
 
@@ -39,7 +58,7 @@ def test_a_compiled_layer_runs_one_product_for_all_parts() -> None:
     """Each part asks for the whole product: left to the compiler alone, all of them ran."""
     apart: PreTrainedModel = tiny_model(tiny_config("llama"))
     packed = copy.deepcopy(apart)
-    pack_projections(packed, with_queries=True)
+    assert transform(PackProjections(packed, with_queries=True), packed.dtype)
     products: Counter[str] = Counter()
 
     def count(graph: Any, _: Any) -> Any:

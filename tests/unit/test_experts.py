@@ -1,9 +1,14 @@
 """Mixtures of experts: each rank routes its own tokens to its own experts, each token as Transformers does."""
 
+import copy
+import importlib
 import sys
 from collections import defaultdict
+from collections.abc import Iterator
 from pathlib import Path
+from types import ModuleType
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import pytest
@@ -13,6 +18,9 @@ from transformers import PreTrainedModel
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import make_engine, prompt_logprobs, reference_logprobs
 from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
+
+from twofold.models.transforms.base import transform
+from twofold.models.transforms.experts import FewTokenExperts
 
 FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
@@ -79,3 +87,41 @@ def test_tokens_go_to_the_same_experts(model: PreTrainedModel, length: int) -> N
         if position:  # padding has position 0
             assert found_by == [[experts]]
     engine.shutdown()
+
+
+@pytest.fixture(scope="module")
+def kernel() -> Iterator[dict[str, float]]:
+    """The op of our kernel on a CPU, where there is no Triton; it is off by the factor `scale`."""
+    settings = {"scale": 1.0, "calls": 0}
+
+    def expert_linear(
+        x: torch.Tensor, weight: torch.Tensor, expert_ids: torch.Tensor, num_experts: int, is_transposed: bool
+    ) -> torch.Tensor:
+        settings["calls"] += 1
+        weight = weight if is_transposed else weight.mT
+        pairs = x.repeat_interleave(len(expert_ids) // len(x), dim=0)
+        return settings["scale"] * (pairs[:, None] @ weight[expert_ids])[:, 0]
+
+    name = "twofold.models.transforms.expert_linear"
+    if importlib.util.find_spec("triton"):
+        library = torch.library.Library("twofold", "FRAGMENT")
+        importlib.import_module(name)
+    else:
+        library = torch.library.Library("twofold", "FRAGMENT")
+        library.define("expert_linear(Tensor x, Tensor weight, Tensor ids, int num_experts, bool transposed) -> Tensor")
+    library.impl("expert_linear", expert_linear, "CPU")
+    with patch.dict(sys.modules, {name: sys.modules.get(name, ModuleType(name))}):
+        yield settings
+    library._destroy()
+
+
+@pytest.mark.parametrize("scale", [1.0, 1.5])
+def test_experts_of_few_tokens_must_come_out_the_same(
+    model: PreTrainedModel, kernel: dict[str, float], scale: float
+) -> None:
+    """A kernel that computes otherwise is not used, whatever the reason."""
+    body = copy.deepcopy(model).base_model
+    kernel |= {"scale": scale, "calls": 0}
+    assert transform(FewTokenExperts(body), torch.float32) == (scale == 1)
+    assert kernel["calls"] > 0
+    assert body.config._experts_implementation == ("twofold" if scale == 1 else "grouped_mm")

@@ -17,8 +17,10 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from twofold.attention.op import attention_forward
 from twofold.errors import ModelError
-from twofold.models.loader import DecoderModel, fix_rope
-from twofold.models.support import FOUND_BY_PROBE, causal_model_types, probe, refusal
+from twofold.models.decoder import DecoderModel
+from twofold.models.loader import fix_rope
+from twofold.models.probe import probe
+from twofold.models.support import FOUND_BY_PROBE, causal_model_types, refusal
 from twofold.sampling_params import SamplingParams
 
 ENCODER_DECODER = "encoder-decoder"
@@ -44,7 +46,7 @@ SERVED = {
     "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
 }  # fmt: skip
 # Of these all tokens go through the last layer: their layers cannot be told apart, or their code around them wants it.
-WHOLE = {"beam", "diffllama", "dory", "gemma3n_text", "gpt2", "gpt_bigcode", "hrm_text", "longcat_flash"}
+WHOLE = {"diffllama", "dory", "gpt2", "gpt_bigcode", "hrm_text", "longcat_flash"}
 # What is not served, and a part of the reason that is given; versions may come that can be.
 REFUSED = {
     **dict.fromkeys(
@@ -260,7 +262,7 @@ def test_a_variant_is_refused(name: str) -> None:
 )
 def test_windows_are_read_off_the_masks(model_type: str, windows: list[int | None]) -> None:
     """Some families hand their window to attention, some put it into the mask only."""
-    assert [spec.sliding_window for spec in probe(tiny_model(tiny_config(model_type)))] == windows
+    assert [spec.sliding_window for _, spec in probe(tiny_model(tiny_config(model_type)))] == windows
 
 
 @pytest.mark.parametrize("model_type", ["llama", "mixtral", "gpt_oss", "gemma3n_text", "deepseek_v3", "granitemoe"])

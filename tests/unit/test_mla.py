@@ -25,7 +25,7 @@ from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.spec import AttentionSpec, LatentSpec
 from twofold.engine.engine import LLMEngine
 from twofold.errors import ModelError
-from twofold.models.loader import DecoderModel
+from twofold.models.decoder import DecoderModel
 
 SMALL = {"num_hidden_layers": 2, "num_key_value_heads": 4, "v_head_dim": 12, "eos_token_id": None}
 ROW_WIDTH = 16 + 8  # kv_lora_rank + qk_rope_head_dim of the tiny models; their expanded heads take 4 * (24 + 12)

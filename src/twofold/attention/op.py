@@ -10,7 +10,7 @@ in the *forward context* that the model runner sets around the forward pass.
 """
 
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -52,13 +52,19 @@ class ForwardContext:
     exchange: Exchange
     backend: AttentionBackend
     metadata: AttentionMetadata
-    last: AttentionMetadata | None = None  # rows' last tokens, where only they are read (`models/last_layer.py`)
     layer: int = -1  # whose attention runs now
-    kept: torch.Tensor | None = None  # rows of the last layer, which travel while it runs again
+    on_publish: Callable[[torch.Tensor], None] | None = None  # takes a layer's KV entries in place of `publish`
 
+    def publish(self, entries: torch.Tensor) -> None:
+        """Sends the next layer's KV entries [N, entry_width] on their way into every rank's kv_cache."""
+        self.layer += 1
+        self.exchange.publish(entries, self.cache.slots[self.layer])
 
-class StopAfterPublish(Exception):  # noqa: N818  (nothing went wrong)
-    """The last layer's rows are on their way; what else it makes of these tokens nobody reads."""
+    def select_last_tokens(self) -> torch.Tensor:
+        """Queries are those of each row's last token from now on; → [V'] row -> its last token."""
+        last_token_idx = self.metadata.last_token_idx()
+        self.metadata = self.metadata.of_last_tokens()
+        return last_token_idx
 
 
 _current = threading.local()
@@ -74,21 +80,11 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
         del _current.context
 
 
-def _publish(rows: torch.Tensor) -> torch.Tensor:
-    """Sends my cache rows [N, entry_width] on their way into every rank's kv_cache. Returns nothing worth reading.
-
-    Raises:
-        StopAfterPublish: the last layer need do no more for these tokens. It is run again for those of `last`,
-            whose rows are then on their way already.
-    """
+def _publish(entries: torch.Tensor) -> torch.Tensor:
+    """Sends my KV entries [N, entry_width] on their way. Returns nothing worth reading."""
     context: ForwardContext = _current.context
-    if context.kept is None:
-        context.layer += 1
-        context.exchange.publish(rows, context.cache.slots[context.layer])
-        if context.last is not None and context.layer == len(context.specs) - 1:
-            context.metadata, context.kept = context.last, rows
-            raise StopAfterPublish
-    return rows.new_empty(0)
+    (context.on_publish or context.publish)(entries)
+    return entries.new_empty(0)
 
 
 def _attend(query: torch.Tensor, rows: torch.Tensor, published: torch.Tensor, v_head_dim: int) -> torch.Tensor:

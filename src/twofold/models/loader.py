@@ -7,92 +7,12 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
-from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from twofold.attention.spec import AttentionSpec
 from twofold.config import EngineConfig
 from twofold.errors import ModelError
 from twofold.models.checkpoint import check_loaded, check_numbers, check_tied
 from twofold.models.source import ModelSource
-from twofold.models.support import probe, refusal
-from twofold.models.transforms.last_layer import LastLayer, use_last_layer
-
-
-class DecoderModel:
-    """A causal language model of Transformers in two halves: token ids to hidden states, hidden states to logits.
-
-    Only rows that are sampled, or whose prompt log-probabilities were asked for, go through the second half.
-    """
-
-    def __init__(self, model: PreTrainedModel) -> None:
-        self.model = model
-        self.specs: list[AttentionSpec] = probe(model)
-        self.body: torch.nn.Module = model.base_model
-        self.layers = _layers(self.body, len(self.specs))
-        self.last_layer: LastLayer | None = None
-        if self.layers is not None:
-            self.last_layer = use_last_layer(self.layers, self.specs, self._run)
-        head = model.get_output_embeddings()
-        # Some families embed more ids than they can predict.
-        self.vocab_size: int = min(model.get_input_embeddings().num_embeddings, len(head.weight))
-        # The family's own code after the hidden states (scales, soft caps) runs on what this hands it.
-        self._given = _Given()
-        setattr(model, model.base_model_prefix, self._given)
-        try:
-            with torch.inference_mode():
-                self.logits(head.weight.new_zeros(1, head.weight.shape[1]))
-        except Exception as error:
-            raise ModelError(f"{type(model).__name__} is not served: its head cannot run apart ({error})") from error
-
-    def hidden_states(
-        self, input_ids: torch.Tensor, position_ids: torch.Tensor, read: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """input_ids [T], position_ids [T] → [T, hidden_size], or [V, hidden_size] of the tokens `read` [V] only."""
-        if self.last_layer is not None:
-            self.last_layer.read = read
-        hidden = self._run(input_ids, position_ids)
-        return hidden if read is None or self.last_layer is not None else hidden[read]
-
-    def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
-        hidden: torch.Tensor = self.body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)[0]
-        return hidden[0]
-
-    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """hidden_states [S, hidden_size] → [S, vocab_size]."""
-        self._given.hidden_states = hidden_states[None]
-        logits: torch.Tensor = self.model(
-            input_ids=hidden_states.new_zeros(1, len(hidden_states), dtype=torch.long)
-        ).logits
-        return logits[0]
-
-
-def _layers(body: torch.nn.Module, num_attentions: int) -> torch.nn.ModuleList | None:
-    """The list of modules that the forward pass goes through, one an attention; None if they cannot be told apart."""
-    lists = (module for module in body.modules() if isinstance(module, torch.nn.ModuleList))
-    return next((modules for modules in lists if len(modules) == num_attentions), None)
-
-
-class _Given(torch.nn.Module):
-    """Stands in for the layers: returns hidden states that were computed before."""
-
-    hidden_states: torch.Tensor
-
-    def forward(self, *args: Any, **kwargs: Any) -> "_Output":
-        return _Output(last_hidden_state=self.hidden_states)
-
-    @property
-    def decoder(self) -> "_Given":
-        """Some families' heads reach past the base model to the decoder within."""
-        return self
-
-
-class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
-    """Families pass on what else their layers put out; here that is nothing."""
-
-    def __getattr__(self, name: str) -> None:
-        if name.startswith("__"):
-            raise AttributeError(name)
-        return None
+from twofold.models.support import refusal
 
 
 def load_model(

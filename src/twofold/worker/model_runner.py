@@ -8,11 +8,11 @@ from numpy.typing import NDArray
 
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import piece_tokens
-from twofold.attention.op import AttentionBackend, ForwardContext, forward_context
+from twofold.attention.op import AttentionBackend, ForwardContext
 from twofold.attention.spec import LatentSpec
 from twofold.contract import PromptTokenLogprobs, Step, StepResult
 from twofold.kv.cache import KVCache
-from twofold.models.loader import DecoderModel
+from twofold.models.decoder import DecoderModel
 from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.mesh import Mesh
 from twofold.parallel.plan import UNPADDED, Layout, plan_step
@@ -163,11 +163,9 @@ class ModelRunner:
         plan: ExchangePlan,
         needs_all_hidden_states: bool,
     ) -> torch.Tensor:
-        read = None if needs_all_hidden_states else metadata.last_token_idx()  # [V']
-        last = metadata.of_last_tokens() if read is not None and self.model.last_layer is not None else None
+        context = ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, metadata)
         self.exchange.begin(plan)
-        with forward_context(ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, metadata, last)):
-            hidden_states = self.model.hidden_states(input_ids, position_ids, read)
+        hidden_states = self.model.hidden_states(input_ids, position_ids, context, needs_all_hidden_states)
         self.exchange.end(self.cache.stacks)
         return hidden_states
 

@@ -43,8 +43,8 @@ from twofold.contract import (
 from twofold.errors import ModelError
 from twofold.executor.channel import Channel, RankChannel
 from twofold.kv.cache import KVCache, bytes_per_block
-from twofold.models.loader import DecoderModel, empty_model, fix_rope, load_model, share_weights
-from twofold.models.transforms.experts import use_few_token_experts
+from twofold.models.decoder import DecoderModel
+from twofold.models.loader import empty_model, fix_rope, load_model, share_weights
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.mesh import Mesh, make_mesh
 from twofold.parallel.plan import TokenLayout
@@ -87,11 +87,7 @@ class Rank:
         block_bytes = bytes_per_block(self.model.specs, runtime.block_size, runtime.dtype)
         if self.device.torch_device.type == "cuda":
             with self.phase("compile and profile"):
-                use_few_token_experts(self.model.body)
-                if not runtime.engine.enforce_eager:
-                    from twofold.models.transforms.compile import compile_layers  # the compiler takes seconds to import
-
-                    compile_layers(self.model, self.mesh.size)
+                self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
                 room = default = self._measure_room()
         else:
             room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.mesh.size

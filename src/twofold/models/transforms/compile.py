@@ -1,4 +1,4 @@
-"""Decoder layers under `torch.compile`: one graph serves all layers that look alike, whatever the number of tokens."""
+"""Compile decoder layers: one graph serves all layers that look alike, whatever the number of tokens."""
 
 import hashlib
 import inspect
@@ -9,32 +9,48 @@ import torch
 import torch._inductor.config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
-from twofold.models.loader import DecoderModel
-from twofold.models.transforms.packing import pack_projections
+from twofold.models.transforms.base import Transform
+from twofold.models.transforms.last_layer import LastLayer
 
 
-def compile_layers(model: DecoderModel, num_ranks: int) -> bool:
-    """Compiles each decoder layer in place at its first call; False if the model's layers cannot be told apart."""
-    layers = model.layers
-    if layers is None:
-        return False
-    # With several ranks queries stay apart: they are projected while keys and values travel.
-    pack_projections(layers, with_queries=num_ranks == 1)
-    inductor.post_grad_custom_post_pass = RewriteLayers()
-    inductor.reorder_for_peak_memory = False  # it would undo that order
-    warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 is asked for to be exact
-    torch._dynamo.config.recompile_limit = 64  # kinds of layers × one token or more
-    for layer in layers:
-        layer.compile(dynamic=True)
-    return True
+class CompileLayers(Transform):
+    """Each decoder layer is compiled in place at its first call.
+
+    Nothing is compared when a model is loaded: no kernel is made yet, and those that will be made round in another
+    way. Tests compare the rewriting of graphs (`test_compile.py`) and compiled models (`tests/gpu`).
+    """
+
+    name = "compiled layers"
+
+    def __init__(self, layers: torch.nn.ModuleList) -> None:
+        # The last layer's stand-in stays outside: it calls its layer twice.
+        self.layers = [layer.layer if isinstance(layer, LastLayer) else layer for layer in layers]
+
+    def find(self) -> str | None:
+        return None
+
+    def apply(self) -> None:
+        inductor.post_grad_custom_post_pass = RewriteLayers()
+        inductor.reorder_for_peak_memory = False  # it would move `publish` back (`_publish_early`)
+        warnings.filterwarnings("ignore", message="TensorFloat32 tensor cores")  # float32 is asked for to be exact
+        torch._dynamo.config.recompile_limit = 64  # kinds of layers × one token or more
+        for layer in self.layers:
+            layer.compile(dynamic=True)
+
+    def verify(self) -> float:
+        return 0.0
+
+    def undo(self) -> None:
+        for layer in self.layers:
+            layer._compiled_call_impl = None
 
 
 class RewriteLayers(CustomGraphPass):
-    """What is ours to know of a layer's graph.
+    """Rewrites a layer's graph by what the compiler cannot know.
 
-    One product serves all projections that were packed into it. Rotations by complex numbers become real ones, which
-    the compiler can fuse. And `publish`, with all that it needs, comes before the rest: queries are then projected
-    while rows travel.
+    One product serves all projections that were packed into it. RoPE by complex numbers becomes RoPE by real ones,
+    which the compiler can fuse. `publish`, with all that it needs, comes before the rest, so that queries are projected
+    while KV entries travel.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:

@@ -1,16 +1,16 @@
-"""Products of a few tokens with their experts' weights: every weight is read once, and nothing is sorted.
+"""Multiply a few tokens by their experts' weights: every weight is read once, and nothing is sorted.
 
-A *pair* is a token and one of the experts that it was sent to. Grouped products want pairs sorted and counted by
-expert, which for a few of them takes longer than the products. Here each program takes a slice of one expert's weight
-and finds the pairs that want it among all of them.
+A *pair* is a token and one of the experts that it is routed to. Grouped products need pairs sorted and counted by
+expert. For a few pairs that takes longer than the products. Here each program takes a slice of one expert's weight and
+looks through all pairs for those of its expert.
 """
 
 import torch
 import triton
 import triton.language as tl
 
-BLOCK_N, BLOCK_K = 64, 64  # of an expert's weight, that a program has at once
-BLOCK_PAIRS = 16  # more, in turn, read the weight again: from the cache
+BLOCK_N, BLOCK_K = 64, 64  # of an expert's weight, that a program holds at once
+BLOCK_PAIRS = 16  # of an expert at once; for the next ones its weight is read again, from the cache
 NUM_WARPS, NUM_STAGES = 4, 4
 
 
@@ -34,7 +34,7 @@ def _linear_kernel(
     block_n: tl.constexpr,
     block_k: tl.constexpr,
 ) -> None:
-    """Grid (slices of out_features, experts); or, `by_pair`, pairs: the first of an expert's computes for all."""
+    """Grid: (slices of out_features, experts), or (slices, pairs) `by_pair`: an expert's first pair serves all."""
     every = tl.arange(0, pairs_pad)
     ids = tl.load(expert_ids + every, mask=every < num_pairs, other=-1)
     expert = tl.program_id(1).to(tl.int64)

@@ -1,7 +1,8 @@
-"""Experts of a decode step on a GPU; for more tokens Transformers' grouped products, which are hard to beat.
+"""Run the experts of few tokens with a kernel of ours on a GPU.
 
-Models reach this through Transformers' `ExpertsInterface`, as they reach attention: routing, gates and weights of
-experts stay theirs. On every rank the experts are whole, and each rank routes its own tokens: nothing is exchanged.
+More tokens go through Transformers' grouped products, which are hard to beat. Models reach both through Transformers'
+`ExpertsInterface`, as they reach attention: routing, gates and weights of experts stay theirs. Every rank holds all
+experts and routes its own tokens, so nothing is exchanged.
 """
 
 from typing import Any
@@ -9,18 +10,60 @@ from typing import Any
 import torch
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
+from twofold.models.probe import largest_change
+from twofold.models.transforms.base import Transform, sample_input
+
 EXPERTS_NAME = "twofold"
+GROUPED_NAME = "grouped_mm"
 MAX_PAIRS = 256  # of a token and an expert: more are worth sorting
+TOP_K = 2  # experts of a token in the comparison
+NUM_TOKENS = (4, MAX_PAIRS // TOP_K)  # of the inputs compared: fewer pairs than experts, and the most that are served
 
 
-def use_few_token_experts(body: torch.nn.Module) -> None:
-    """Lets layers on a GPU take their experts' products from here, where they would take grouped ones."""
-    from twofold.models.transforms import expert_linear  # noqa: F401  (Triton is on GPU machines only)
+class FewTokenExperts(Transform):
+    """Each module of experts must put out what grouped products put out."""
 
-    for module in body.modules():
-        config: Any = getattr(module, "config", None)
-        if hasattr(module, "down_proj") and getattr(config, "_experts_implementation", None) == "grouped_mm":
-            config._experts_implementation = EXPERTS_NAME
+    name = "experts of few tokens"
+
+    def __init__(self, body: torch.nn.Module) -> None:
+        self.body = body
+
+    def find(self) -> str | None:
+        self.experts: list[Any] = [
+            module
+            for module in self.body.modules()
+            if isinstance(getattr(module, "down_proj", None), torch.nn.Parameter)
+            and getattr(getattr(module, "config", None), "_experts_implementation", None) == GROUPED_NAME
+        ]
+        if not self.experts:
+            return "no experts run as grouped products"
+        from twofold.models.transforms import expert_linear  # noqa: F401  (Triton is on GPU machines only)
+
+        self._expected = self._outputs()
+        return None
+
+    def apply(self) -> None:
+        self._use(EXPERTS_NAME)
+
+    def verify(self) -> float:
+        return largest_change(self._outputs(), self._expected)
+
+    def undo(self) -> None:
+        self._use(GROUPED_NAME)
+
+    def _use(self, name: str) -> None:
+        for module in self.experts:
+            module.config._experts_implementation = name
+
+    def _outputs(self) -> list[torch.Tensor]:
+        outputs = []
+        for module in self.experts:
+            num_experts, width = len(module.down_proj), module.down_proj.shape[2 if module.is_transposed else 1]
+            for num_tokens in NUM_TOKENS:
+                x = sample_input(num_tokens, width, like=module.down_proj)
+                chosen = torch.arange(num_tokens * TOP_K, device=x.device).view(-1, TOP_K) % num_experts
+                outputs.append(module(x, chosen, x.new_full(chosen.shape, 1 / TOP_K)))
+        return outputs
 
 
 def experts_forward(

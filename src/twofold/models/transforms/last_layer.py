@@ -1,46 +1,38 @@
-"""The last layer, of which most tokens are read by nobody.
+"""Skip the last layer where its output is unused.
 
-Later tokens attend to keys and values of all tokens, in every layer. What the last layer makes of a token beside them
-is read only where the next token is sampled, and a row samples after its last token at most. So it runs twice:
+The last layer's output is needed only at sampled positions; its keys and values are needed everywhere. A row samples
+after its last token at most. So the last layer runs twice:
 
-    all tokens of my rows [N]      norm, keys, values, what comes before them ──publish──► on their way, and no further
-    each row's last token [V']     the whole layer, with attention over everyone's keys ──► hidden states
+    all tokens of my rows [T]      norm, keys, values, what comes before them ──publish──► on their way; stop here
+    each row's last token [V]      the whole layer, with attention over everyone's keys ──► hidden states
 
-Of a prefill with L layers that leaves out almost a part in L. Where prompt log-probabilities are asked for, all tokens
-are read, and the layer runs as its family wrote it; so it does in steps of decodes, where each row is its last token.
+Of a prefill with L layers that leaves out almost a part in L. Where prompt log-probabilities are asked for, all hidden
+states are needed, and the layer runs once, as its family wrote it. So it does in steps of decodes, where each row is
+its last token.
 
-No layer's forward is written again: `publish` ends the first run by an exception (`attention/op.py`), and the second
-one is given the same arguments with fewer tokens. Names prove nothing: both ways are compared when a model is loaded.
+The first run is ended by an exception when the layer publishes its KV entries. The second run gets the same arguments
+with fewer tokens. Which dim of an argument is tokens is found out once, by running at two lengths: it is the one that
+changes with the length. Shapes at run time decide nothing, because a constant argument may be as long as a step.
 """
 
-import logging
-from collections.abc import Callable, Sequence
-from contextlib import suppress
-from dataclasses import replace
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from typing import Any
 
-import numpy as np
 import torch
+from transformers import PreTrainedModel
 
-from twofold.attention.backends.sdpa import SDPABackend
-from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.op import ForwardContext, StopAfterPublish, forward_context
-from twofold.attention.spec import AttentionSpec, LatentSpec
-from twofold.contract import NewRequest, ScheduledBatch, Step
-from twofold.kv.cache import KVCache
-from twofold.models.support import largest_change
-from twofold.parallel.exchange import Exchange
-from twofold.parallel.mesh import SingleRank
-from twofold.parallel.plan import TokenLayout, plan_step
-from twofold.parallel.transport import OneRank
-from twofold.sampling_params import SamplingParams
-from twofold.worker.input_batch import InputBatch, prepare
-from twofold.worker.request_states import RequestStates
+from twofold.attention.op import ForwardContext
+from twofold.attention.spec import AttentionSpec
+from twofold.errors import ModelError
+from twofold.models.probe import Recorder, example_ids, largest_change, run
+from twofold.models.transforms.base import Transform
 
-logger = logging.getLogger(__name__)
+PROMPT_LENS = ((5, 3), (4, 3, 4))  # of the two steps that are compared
 
-TOLERANCE = 0.05  # above what bfloat16 rounds; those of another token are off by about 1
-BLOCK_SIZE = 8  # of the step that both ways are compared in
+
+class StopAfterPublish(Exception):  # noqa: N818  (nothing went wrong)
+    """The last layer's KV entries are on their way; the rest of its output is unused for these tokens."""
 
 
 class LastLayer(torch.nn.Module):
@@ -49,19 +41,36 @@ class LastLayer(torch.nn.Module):
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.layer, self.training = layer, layer.training
-        self.read: torch.Tensor | None = None  # [V] places of the tokens that are read; None if all are
+        self.token_dims: Any = None  # in the structure of (args, kwargs): each tensor's dim that is tokens, or None
+        self._attention: ForwardContext | Recorder | None = None  # of the forward pass that is cut now
 
-    def forward(self, hidden_states: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
-        """hidden_states [1, T, X] → what the layer returns, of T tokens or of V."""
-        if self.read is None:
-            return self.layer(hidden_states, *args, **kwargs)
+    @contextmanager
+    def of_last_tokens(self, attention: ForwardContext | Recorder) -> Iterator[None]:
+        """Forward passes return hidden states of each row's last token."""
+        self._attention = attention
+        try:
+            yield
+        finally:
+            self._attention = None
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        """What the layer returns, of all T tokens or of the last ones of V rows."""
+        attention = self._attention
+        if attention is None:
+            return self.layer(*args, **kwargs)
+        sent: list[torch.Tensor] = []  # kept: they travel while the layer runs again
+
+        def publish_and_stop(entries: torch.Tensor) -> None:
+            attention.publish(entries)
+            sent.append(entries)
+            raise StopAfterPublish
+
+        attention.on_publish = publish_and_stop
         with suppress(StopAfterPublish):
-            self.layer(hidden_states, *args, **kwargs)
-        args, kwargs = _of_tokens((args, kwargs), hidden_states.shape[1], self.read)
-        return self.layer(hidden_states[:, self.read], *args, **kwargs)
-
-    def compile(self, *args: Any, **kwargs: Any) -> None:
-        self.layer.compile(*args, **kwargs)
+            self.layer(*args, **kwargs)
+        attention.on_publish = lambda entries: None
+        args, kwargs = _select((args, kwargs), self.token_dims, attention.select_last_tokens())
+        return self.layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
         """Families look at what kind of layer it is."""
@@ -71,83 +80,92 @@ class LastLayer(torch.nn.Module):
             return getattr(super().__getattr__("layer"), name)
 
 
-def _of_tokens(given: Any, num_tokens: int, read: torch.Tensor) -> Any:
-    """Positions, rotations and whatever else is [1, T, ...], as [1, V, ...]."""
-    if isinstance(given, torch.Tensor):
-        return given[:, read] if given.shape[:2] == (1, num_tokens) else given
-    if isinstance(given, dict):
-        return {name: _of_tokens(value, num_tokens, read) for name, value in given.items()}
-    if isinstance(given, tuple | list):
-        return type(given)(_of_tokens(value, num_tokens, read) for value in given)
-    return given
-
-
-class _NotingBackend(SDPABackend):
-    """Keeps the queries of the layer that attended last."""
-
-    query: torch.Tensor
-
-    def attend(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        self.query = query
-        return super().attend(query, pages, spec, metadata)
-
-    def attend_at_once(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor | None:
-        self.query = query
-        return None
-
-
-@torch.inference_mode()
-def use_last_layer(
-    layers: torch.nn.ModuleList,
-    specs: Sequence[AttentionSpec],
-    run: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
-) -> LastLayer | None:
-    """Puts a LastLayer in the place of the last one, if its queries and hidden states come out the same.
-
-    `run` is the forward pass: ids [T], positions [T] → hidden states [T, hidden_size].
-    """
-    last = LastLayer(layers[-1])
-    parameter = next(last.parameters())
-    device, dtype = parameter.device, parameter.dtype
-    batch = _two_prompts(device)
-
-    def run_step(last_tokens: AttentionMetadata | None) -> tuple[torch.Tensor, torch.Tensor]:
-        cache = KVCache(specs, 3, BLOCK_SIZE, dtype, device)
-        exchange, backend = Exchange(SingleRank(), OneRank()), _NotingBackend()
-        exchange.begin(batch.exchange)
-        with forward_context(ForwardContext(specs, cache, exchange, backend, batch.metadata, last_tokens)):
-            hidden_states = run(batch.input_ids, batch.position_ids)
-        return backend.query, hidden_states
-
-    try:
-        read, last_tokens = batch.metadata.last_token_idx(), batch.metadata.of_last_tokens()
-        expected = [part[read] for part in run_step(None)]
-        layers[-1], last.read = last, read
-        found = run_step(replace(last_tokens, num_decode_rows=0))  # latents' queries are then those of heads
-        change = largest_change(found, expected)
-        if change < (1e-3 if dtype == torch.float32 else TOLERANCE):
-            return last
-        logger.info("the last layer runs for all tokens: for some, they would come out differently (%.1e)", change)
-    except Exception as error:  # the family does more around its layers than to call one after the other
-        logger.info("the last layer runs for all tokens: for some, it fails (%s)", error)
-    finally:
-        last.read = None
-    layers[-1] = last.layer
+def _token_dims(short: Any, long: Any, num_tokens: tuple[int, int]) -> Any:
+    """Which dim of each tensor is tokens, given the same arguments of two steps; None where no dim changed."""
+    if isinstance(short, torch.Tensor):
+        sizes = list(zip(short.shape, long.shape, strict=True))
+        changed = [dim for dim, (before, after) in enumerate(sizes) if before != after]
+        if not changed:
+            return None
+        if len(changed) > 1 or sizes[changed[0]] != num_tokens:
+            raise ModelError(f"of {num_tokens} tokens it gets an argument of {tuple(short.shape)}, {tuple(long.shape)}")
+        return changed[0]
+    if isinstance(short, dict):
+        return {name: _token_dims(value, long[name], num_tokens) for name, value in short.items()}
+    if isinstance(short, tuple | list):
+        return [_token_dims(*pair, num_tokens) for pair in zip(short, long, strict=True)]
     return None
 
 
-def _two_prompts(device: torch.device) -> InputBatch:
-    """A step of two prompts, of 5 and 3 tokens, each in a block of 8."""
-    prompts = ([5, 1, 4, 2, 3], [3, 5, 2])
-    new = tuple(
-        NewRequest(i, i, np.array(ids, np.int32), len(ids), [1 + i], SamplingParams(), 0)
-        for i, ids in enumerate(prompts)
-    )
-    batch = ScheduledBatch.of([0] * len(prompts), [len(ids) for ids in prompts])
-    states = RequestStates(len(prompts), BLOCK_SIZE, BLOCK_SIZE, device)
-    states.apply(Step(0, (), new, {}, batch))
-    return prepare(batch, plan_step(batch, TokenLayout(1)), states, 0, BLOCK_SIZE)
+def _select(given: Any, dims: Any, tokens: torch.Tensor) -> Any:
+    """The arguments with these tokens [V] alone, where `dims` says that they are tokens."""
+    if isinstance(given, torch.Tensor):
+        return given if dims is None else given.index_select(dims, tokens)
+    if isinstance(given, dict):
+        return {name: _select(value, dims[name], tokens) for name, value in given.items()}
+    if isinstance(given, tuple | list):
+        return type(given)(_select(*pair, tokens) for pair in zip(given, dims, strict=True))
+    return given
+
+
+class CutLastLayer(Transform):
+    """The last layer's queries, keys and values and the hidden states must be the same, in steps of two lengths."""
+
+    name = "last layer"
+
+    def __init__(
+        self, model: PreTrainedModel, layers: torch.nn.ModuleList | None, specs: Sequence[AttentionSpec]
+    ) -> None:
+        """`layers` that the forward pass goes through, one a spec; None if they cannot be told apart."""
+        self.model, self.layers, self.specs = model, layers, specs
+
+    def find(self) -> str | None:
+        if self.layers is None:
+            return "the layers cannot be told apart"
+        self.last = LastLayer(self.layers[-1])
+        given: list[tuple[Any, Any]] = []
+        hook = self.last.layer.register_forward_pre_hook(
+            lambda _, args, kwargs: given.append((args, kwargs)), with_kwargs=True
+        )
+        try:
+            self._expected = [part for step in self._steps() for part in self._whole(*step)]
+        finally:
+            hook.remove()
+        if len(given) != len(PROMPT_LENS):
+            return "it runs more than once in a forward pass"
+        (short, long), (few, many) = given, (sum(lens) for lens in PROMPT_LENS)
+        self.last.token_dims = _token_dims(short, long, (few, many))
+        return None
+
+    def apply(self) -> None:
+        assert self.layers is not None
+        self.layers[-1] = self.last
+
+    def verify(self) -> float:
+        return largest_change([part for step in self._steps() for part in self._cut(*step)], self._expected)
+
+    def undo(self) -> None:
+        assert self.layers is not None
+        self.layers[-1] = self.last.layer
+
+    def _steps(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
+        """Ids [T] and positions [T] of several prompts, and which tokens are their last ones [V]."""
+        for lens in PROMPT_LENS:
+            ids = example_ids(self.model, sum(lens))
+            positions = torch.cat([torch.arange(length, device=ids.device) for length in lens])
+            yield ids, positions, torch.tensor(lens, device=ids.device).cumsum(0) - 1
+
+    def _whole(self, ids: torch.Tensor, positions: torch.Tensor, last_token_idx: torch.Tensor) -> list[torch.Tensor]:
+        """The last layer's keys and values of all tokens, queries and hidden states of the last ones."""
+        recorder = Recorder(self.specs)
+        hidden = run(self.model, recorder, ids, positions)
+        queries, keys, values = recorder.tokens[-3:]
+        return [keys, values, queries[last_token_idx], hidden[last_token_idx]]
+
+    def _cut(self, ids: torch.Tensor, positions: torch.Tensor, last_token_idx: torch.Tensor) -> list[torch.Tensor]:
+        """The same of a forward pass that is cut."""
+        recorder = Recorder(self.specs, last_token_idx)
+        with self.last.of_last_tokens(recorder):
+            hidden = run(self.model, recorder, ids, positions)
+        queries, keys, values = recorder.tokens[-3:]
+        return [keys, values, queries, hidden]

@@ -1,57 +1,62 @@
-"""Which attention modules can hand over latents in place of heads, and how they are made to.
+"""Keep latents in place of heads (multi-head latent attention; DeepSeek-V2, https://arxiv.org/abs/2405.04434).
 
-Families with multi-head latent attention project, scale and rotate each in its own way, but all of them give the
-finished latent and the rotated part of the keys to a method `expand_kv`, and what that returns to the attention
-interface. So this method alone is replaced, by one that returns what it was given: no family's forward is written
-again, nothing is expanded that attention does not ask for, and a compiler sees latents flow into the attention op like
-any keys and values.
-
-Names prove nothing. A forward pass with latents must lead to the very queries, keys, values and hidden states that one
-without them led to; otherwise the model keeps its heads, which is right for any model, only larger.
+Families with latent attention project, scale and apply RoPE each in its own way. But all of them give the finished
+latent and the RoPE part of the keys to a method `expand_kv`, and what that returns to the attention interface. So this
+method alone is replaced, by one that returns what it was given: nothing is expanded that attention does not ask for,
+and a compiler sees latents flow into the attention op like any keys and values.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any
-
 import torch
+from transformers import PreTrainedModel
 
-from twofold.attention.mla import expand
 from twofold.attention.spec import AttentionSpec, LatentSpec
-from twofold.errors import ModelError
+from twofold.models.probe import Recorder, example_ids, largest_change, run
+from twofold.models.transforms.base import Transform
 
-TOLERANCE = 1e-2  # above what bfloat16 rounds; heads that are made in another way are off by about 1
-
-Attention = Callable[..., tuple[torch.Tensor, None]]
+NUM_TOKENS = 8  # of the forward passes that are compared
 
 
-def keep_latents(
-    specs: Sequence[AttentionSpec], modules: Sequence[torch.nn.Module], run: Callable[[Attention], torch.Tensor]
-) -> list[AttentionSpec]:
-    """Replaces `expand_kv` of attention modules where that is sound; what each of them computes from now on.
+class KeepLatents(Transform):
+    """Latents must expand to the very queries, keys, values and hidden states that there were without them."""
 
-    `run` makes a forward pass with the given function in the place of attention, and returns hidden states.
-    """
-    candidates = {
-        module: spec
-        for module, spec in zip(modules, specs, strict=True)
-        if callable(getattr(module, "expand_kv", None)) and hasattr(module, "kv_b_proj")
-    }
-    if not candidates:
-        return list(specs)
-    heads = _Heads()
-    hidden = run(heads)
-    for module in candidates:
-        module.expand_kv = _return_latents  # type: ignore[assignment]
-    latents = _Latents(candidates, heads.calls)
-    try:
-        sound = _close(run(latents), hidden)
-    except Exception:  # the family does more with its keys than to hand them over
-        sound = False
-    if not sound:
-        for module in candidates:
-            del module.expand_kv
-        return list(specs)
-    return [latents.specs.get(module, spec) for module, spec in zip(modules, specs, strict=True)]
+    name = "latents"
+
+    def __init__(self, model: PreTrainedModel, modules: list[torch.nn.Module], specs: list[AttentionSpec]) -> None:
+        """`modules` and `specs` of each layer's attention; the specs of those that keep latents are replaced."""
+        self.model, self.modules, self.specs = model, modules, specs
+
+    def find(self) -> str | None:
+        self._heads = list(self.specs)
+        self._latents: dict[int, LatentSpec] = {}  # layer -> its spec with latents
+        for layer, (module, spec) in enumerate(zip(self.modules, self.specs, strict=True)):
+            if callable(getattr(module, "expand_kv", None)) and hasattr(module, "kv_b_proj"):
+                latents = _latent_spec(spec, module.get_parameter("kv_b_proj.weight"))
+                if latents is None:
+                    return f"the heads of layer {layer} are not made of latents in the way known here"
+                self._latents[layer] = latents
+        if not self._latents:
+            return "no layer has latents"
+        self._before, self._hidden_before = self._record(None)
+        return None
+
+    def apply(self) -> None:
+        for layer, spec in self._latents.items():
+            self.modules[layer].expand_kv = _return_latents  # type: ignore[assignment]
+            self.specs[layer] = spec
+
+    def verify(self) -> float:
+        now, hidden = self._record(self._before)
+        return largest_change([*now.tokens, hidden], [*self._before.tokens, self._hidden_before])
+
+    def undo(self) -> None:
+        self.specs[:] = self._heads
+        for layer in self._latents:
+            vars(self.modules[layer]).pop("expand_kv", None)
+
+    def _record(self, before: Recorder | None) -> tuple[Recorder, torch.Tensor]:
+        recorder = Recorder(self.specs, answers=None if before is None else before.values)
+        ids = example_ids(self.model, NUM_TOKENS)
+        return recorder, run(self.model, recorder, ids, torch.arange(NUM_TOKENS, device=ids.device))
 
 
 def _return_latents(kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -59,74 +64,27 @@ def _return_latents(kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.T
     return kv_nope, k_rot
 
 
-class _Heads:
-    """Stands in for attention: passes each token its own value, and notes what it was called with."""
+def _latent_spec(spec: AttentionSpec, weight: torch.nn.Parameter) -> LatentSpec | None:
+    """What attention over latents computes, if over heads it is `spec`; None if it has what latents have not.
 
-    def __init__(self) -> None:
-        self.calls: dict[torch.nn.Module, tuple[torch.Tensor, ...]] = {}  # query, key, value
-
-    def __call__(
-        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, None]:
-        self.calls[module] = query, key, value
-        groups = query.shape[1] // value.shape[1]
-        return value.repeat_interleave(groups, dim=1).transpose(1, 2).contiguous(), None
-
-
-class _Latents(_Heads):
-    """The same for modules that hand over latents; they must expand to what `expected` has. It answers from there, so
-    rounding does not add up from layer to layer."""
-
-    def __init__(
-        self,
-        candidates: Mapping[torch.nn.Module, AttentionSpec],
-        expected: Mapping[torch.nn.Module, tuple[torch.Tensor, ...]],
-    ) -> None:
-        super().__init__()
-        self.candidates, self.expected = candidates, expected
-        self.specs: dict[torch.nn.Module, LatentSpec] = {}
-
-    def __call__(
-        self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
-    ) -> tuple[torch.Tensor, None]:
-        if module in self.candidates:
-            spec = self.specs[module] = _latent_spec(
-                self.candidates[module], module.get_parameter("kv_b_proj.weight"), key, value
-            )
-            keys, values = expand(torch.cat([key[0, 0], value[0, 0]], dim=-1), spec)
-            key, value = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
-        expected = self.expected[module]
-        for now, then in zip((query, key, value), expected, strict=True):
-            if not _close(now, then):
-                raise ModelError("latents do not expand to the heads")
-        return super().__call__(module, *expected)
-
-
-def _latent_spec(
-    spec: AttentionSpec, weight: torch.nn.Parameter, latents: torch.Tensor, rotated: torch.Tensor
-) -> LatentSpec:
-    """What attention over `latents` [1, 1, T, L] and `rotated` [1, 1, T, R] computes, if over heads it is `spec`."""
-    kv_lora_rank, qk_rope_head_dim = latents.shape[-1], rotated.shape[-1]
-    num_rows = spec.num_heads * (spec.qk_head_dim - qk_rope_head_dim + spec.v_head_dim)
+    weight [H * (D - R + Dv), L] expands a latent: R, the width of the RoPE part, follows from its shape.
+    """
+    num_expanded, rest = divmod(len(weight), spec.num_heads)  # D - R + Dv
+    qk_rope_head_dim = spec.qk_head_dim + spec.v_head_dim - num_expanded
     if (
-        weight.shape != (num_rows, kv_lora_rank)
-        or not latents.shape[:2] == rotated.shape[:2] == (1, 1)
+        rest
+        or not 0 < qk_rope_head_dim < spec.qk_head_dim
         or spec.num_kv_heads != spec.num_heads
         or any(extra is not None for extra in (spec.sliding_window, spec.softcap, spec.sinks))
     ):
-        raise ModelError("its heads are not made of latents in the way known here")
+        return None
     return LatentSpec(
         num_heads=spec.num_heads,
         num_kv_heads=spec.num_kv_heads,
         qk_head_dim=spec.qk_head_dim,
         v_head_dim=spec.v_head_dim,
         scaling=spec.scaling,
-        kv_lora_rank=kv_lora_rank,
+        kv_lora_rank=weight.shape[1],
         qk_rope_head_dim=qk_rope_head_dim,
         weight=weight,
     )
-
-
-def _close(now: torch.Tensor, then: torch.Tensor) -> bool:
-    """False for NaN, too."""
-    return now.shape == then.shape and bool((now.float() - then.float()).norm() <= TOLERANCE * then.float().norm())

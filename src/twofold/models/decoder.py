@@ -1,0 +1,112 @@
+"""A model put together: Transformers' modules, described by the probe, with all that is done to them."""
+
+from typing import Any
+
+import torch
+from transformers import PreTrainedModel
+from transformers.modeling_outputs import BaseModelOutputWithPast
+
+from twofold.attention.op import ForwardContext, forward_context
+from twofold.attention.spec import AttentionSpec
+from twofold.errors import ModelError
+from twofold.models.probe import probe
+from twofold.models.transforms.base import Transform, transform
+from twofold.models.transforms.experts import FewTokenExperts
+from twofold.models.transforms.last_layer import CutLastLayer, LastLayer
+from twofold.models.transforms.latents import KeepLatents
+from twofold.models.transforms.packing import PackProjections
+
+
+class DecoderModel:
+    """A causal language model of Transformers in two halves: token ids to hidden states, hidden states to logits.
+
+    Only tokens that are sampled after, or whose prompt log-probabilities were asked for, go through the second half.
+    """
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        self.model = model
+        self.body: torch.nn.Module = model.base_model
+        self.dtype: torch.dtype = model.dtype
+        modules, specs = map(list, zip(*probe(model), strict=True))
+        self.specs: list[AttentionSpec] = specs
+        for module, spec in zip(modules, specs, strict=True):
+            module.twofold_v_head_dim = spec.v_head_dim
+        self.layers = _layers(self.body, len(specs))
+        transform(KeepLatents(model, modules, self.specs), self.dtype)
+        cut = CutLastLayer(model, self.layers, self.specs)
+        self.last_layer: LastLayer | None = cut.last if transform(cut, self.dtype) else None
+        head = model.get_output_embeddings()
+        # Some families embed more ids than they can predict.
+        self.vocab_size: int = min(model.get_input_embeddings().num_embeddings, len(head.weight))
+        # The family's own code after the hidden states (scales, soft caps) runs on what this hands it.
+        self._given = _Given()
+        setattr(model, model.base_model_prefix, self._given)
+        try:
+            with torch.inference_mode():
+                self.logits(head.weight.new_zeros(1, head.weight.shape[1]))
+        except Exception as error:
+            raise ModelError(f"{type(model).__name__} is not served: its head cannot run apart ({error})") from error
+
+    def optimize(self, num_ranks: int, enforce_eager: bool) -> None:
+        """What is worth it on a GPU only. Layers are compiled in place at their first call, unless `enforce_eager`."""
+        changes: list[Transform] = [FewTokenExperts(self.body)]
+        if not enforce_eager and self.layers is not None:
+            from twofold.models.transforms.compile import CompileLayers  # the compiler takes seconds to import
+
+            # With several ranks queries stay apart: they are projected while keys and values travel.
+            changes += [PackProjections(self.layers, with_queries=num_ranks == 1), CompileLayers(self.layers)]
+        for change in changes:
+            transform(change, self.dtype)
+
+    def hidden_states(
+        self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: ForwardContext, needs_all: bool
+    ) -> torch.Tensor:
+        """input_ids [N], position_ids [N] → [N, hidden_size], or [V', hidden_size] of each row's last token only."""
+        with forward_context(context):
+            if needs_all:
+                return self._run(input_ids, position_ids)
+            if self.last_layer is None:
+                return self._run(input_ids, position_ids)[context.metadata.last_token_idx()]
+            with self.last_layer.of_last_tokens(context):
+                return self._run(input_ids, position_ids)
+
+    def _run(self, input_ids: torch.Tensor, position_ids: torch.Tensor) -> torch.Tensor:
+        hidden: torch.Tensor = self.body(input_ids=input_ids[None], position_ids=position_ids[None], use_cache=False)[0]
+        return hidden[0]
+
+    def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [S, hidden_size] → [S, vocab_size]."""
+        self._given.hidden_states = hidden_states[None]
+        logits: torch.Tensor = self.model(
+            input_ids=hidden_states.new_zeros(1, len(hidden_states), dtype=torch.long)
+        ).logits
+        return logits[0]
+
+
+def _layers(body: torch.nn.Module, num_attentions: int) -> torch.nn.ModuleList | None:
+    """The list of modules that the forward pass goes through, one an attention; None if they cannot be told apart."""
+    lists = (module for module in body.modules() if isinstance(module, torch.nn.ModuleList))
+    return next((modules for modules in lists if len(modules) == num_attentions), None)
+
+
+class _Given(torch.nn.Module):
+    """Stands in for the layers: returns hidden states that were computed before."""
+
+    hidden_states: torch.Tensor
+
+    def forward(self, *args: Any, **kwargs: Any) -> "_Output":
+        return _Output(last_hidden_state=self.hidden_states)
+
+    @property
+    def decoder(self) -> "_Given":
+        """Some families' heads reach past the base model to the decoder within."""
+        return self
+
+
+class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
+    """Families pass on what else their layers put out; here that is nothing."""
+
+    def __getattr__(self, name: str) -> None:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return None
