@@ -205,6 +205,7 @@ def test_an_engine_that_fails_is_one_line_and_exit_code_1(
         raise RankDiedError("rank 1 was killed by signal 9")
 
     monkeypatch.setattr(tiny_engine.executor, "collect", die)
+    monkeypatch.setattr(tiny_engine, "_make_executor", None)
     code, out, error = run("generate", "--model", "tiny", "--prompt-token-ids", "5,6,7", "-q")
     assert (code, out, error) == (1, "", "error: rank 1 was killed by signal 9\n")
 

@@ -481,7 +481,7 @@ def test_a_wrong_request_touches_nobody(model: PreTrainedModel, expected: dict[s
         ([1, 10**30], "token id 10{30} is out of range"),
         (random_prompt(100), r"100 tokens, more than the 99 .* max_model_len=100"),
         ("text", "skip_tokenizer_init"),
-        ({"tokens": [1]}, "'prompt_token_ids'"),
+        ({"tokens": [1]}, "'tokens' is not known"),
         (7, "must be text or a list of token ids, got int"),
     ]
     finished: dict[str, RequestOutput] = {}

@@ -34,6 +34,7 @@ from twofold.interrupts import let_through
 
 SHUTDOWN_SECONDS = 5.0
 LOOK_SECONDS = 0.5  # between looks at ranks that do not answer
+KILLED_SECONDS = 0.05  # in which the end of a killed rank is seen, after another rank has noticed it
 LOOKS_STOPPED = 4  # after so many a rank that someone stopped counts as dead
 
 Answer = TypeVar("Answer", RankReport, Allocated, StepResult, Profiled)
@@ -146,10 +147,18 @@ class LocalExecutor:
             except (EOFError, OSError):
                 self._raise_dead(rank)
             if (failure := channel.find(Failure)) is not None:
+                self._raise_killed()
                 self._kill()
                 if failure.is_model_error:
                     raise ModelError(failure.message)
                 raise RankFailedError(f"rank {rank} failed: {failure.message}")
+
+    def _raise_killed(self) -> None:
+        """Raises if a rank was killed: it is why another one failed, whose word may come first."""
+        time.sleep(KILLED_SECONDS)
+        for rank, process in enumerate(self._processes):
+            if (process.poll() or 0) < 0:
+                self._raise_dead(rank)
 
     def _check_open(self) -> None:
         if not self._channels:
