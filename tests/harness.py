@@ -168,7 +168,7 @@ def make_engine(
     )
     if num_blocks is None:
         num_blocks = 4 * -(-max_model_len // block_size) + 1
-    engine = LLMEngine(runtime, None, ThreadExecutor(model, runtime, num_blocks))
+    engine = LLMEngine(runtime, None, lambda start_timeout: ThreadExecutor(model, runtime, num_blocks))
     engine.max_steps_in_flight = steps_in_flight
     return engine
 

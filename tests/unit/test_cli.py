@@ -20,6 +20,7 @@ from twofold.cli.arguments import ENGINE_HELP, add_engine_arguments, chosen
 from twofold.cli.main import main
 from twofold.config import EngineConfig
 from twofold.contract import Step
+from twofold.engine import engine as engine_module
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -205,8 +206,10 @@ def test_an_engine_that_fails_is_one_line_and_exit_code_1(
         raise RankDiedError("rank 1 was killed by signal 9")
 
     monkeypatch.setattr(tiny_engine.executor, "collect", die)
+    monkeypatch.setattr(tiny_engine, "_make_executor", die)
+    monkeypatch.setattr(engine_module, "RESTART_DELAYS", (0.0, 0.0))
     code, out, error = run("generate", "--model", "tiny", "--prompt-token-ids", "5,6,7", "-q")
-    assert (code, out, error) == (1, "", "error: rank 1 was killed by signal 9\n")
+    assert (code, out, error) == (1, "", "error: the ranks did not start in 2 tries\n")
 
 
 class LosingExecutor(ThreadExecutor):
@@ -220,7 +223,7 @@ class LosingExecutor(ThreadExecutor):
 
 def test_a_prompt_that_is_given_up_is_a_line_and_exit_code_1(run: Run, tiny_engine: Any) -> None:
     model, num_blocks = tiny_model(tiny_config("llama")), tiny_engine.block_pool.num_blocks
-    tiny_engine._make_executor = lambda: LosingExecutor(model, tiny_engine.runtime, num_blocks)
+    tiny_engine._make_executor = lambda start_timeout: LosingExecutor(model, tiny_engine.runtime, num_blocks)
     tiny_engine.recover()
     prompts = ("--prompt-token-ids", "5,6,7", "--prompt-token-ids", "8,9")
     code, out, error = run("generate", "--model", "tiny", *prompts, "--json", "-q", "--max-tokens", "2")

@@ -20,6 +20,7 @@ from tqdm import tqdm
 from twofold import ConfigError, RequestError, RequestOutput, SamplingParams
 from twofold.cli.arguments import add_engine_arguments, add_fields, chosen
 from twofold.config import EngineConfig
+from twofold.engine.drive import Drive
 from twofold.errors import GIVEN_UP, EngineError, TwofoldError
 
 if TYPE_CHECKING:
@@ -81,14 +82,18 @@ def run(args: Namespace) -> int:
             answers.refuse(number, error)
     if prompts:
         with _load(config, args.quiet) as llm:
-            for number, prompt in prompts.items():
-                try:
-                    if args.chat and isinstance(prompt, str):
-                        prompt = llm.chat_prompt([{"role": "user", "content": prompt}])
-                    llm.engine.add_request(str(number), prompt, params)
-                except RequestError as error:
-                    answers.refuse(number, error)
-            _answer(llm, answers, args.quiet)
+            with Drive(llm.engine, show_progress=not args.quiet) as drive:
+                for number, prompt in prompts.items():
+                    try:
+                        if args.chat and isinstance(prompt, str):
+                            prompt = llm.chat_prompt([{"role": "user", "content": prompt}])
+                        drive.add(str(number), prompt, params)
+                    except RequestError as error:
+                        answers.refuse(number, error)
+                for outputs in drive:
+                    for output in outputs:
+                        answers.finish(int(output.request_id), output)
+            answers.summarise()
     return 1 if answers.num_refused else 0
 
 
@@ -124,7 +129,7 @@ def _load(config: EngineConfig, quiet: bool) -> "LLM":
         status.update(f"loading {config.model} on {ranks}")
         llm = LLM(**vars(config))
     runtime, seconds = llm.engine.runtime, time.perf_counter() - start
-    reports = llm.engine.executor.reports
+    reports = llm.engine.reports
     phases = {name: max(report.seconds.get(name, 0.0) for report in reports) for name in reports[0].seconds}
     console.print(
         f"{config.model} is ready on {ranks} ({runtime.device}, {str(runtime.dtype).removeprefix('torch.')}) after "
@@ -132,25 +137,6 @@ def _load(config: EngineConfig, quiet: bool) -> "LLM":
         + (f" (of that {', '.join(f'{name} {phases[name]:.1f}' for name in phases)})" if phases else "")
     )
     return llm
-
-
-def _answer(llm: "LLM", answers: "_Answers", quiet: bool) -> None:
-    """Steps until every request has its answer."""
-    engine = llm.engine
-    users = engine.outputs.user_requests
-    num_prompt_tokens, num_answers = sum(len(user.prompt_token_ids) for user in users.values()), len(users)
-    num_done = num_finished = num_generated = 0
-    with tqdm(total=num_prompt_tokens, desc="prefill", unit="tok", disable=quiet) as bar:
-        while engine.has_unfinished_requests:
-            for output in engine.step_or_recover():
-                num_generated += 1
-                if output.finished:
-                    num_finished += 1
-                    num_done += len(output.prompt_token_ids)
-                    answers.finish(int(output.request_id), output)
-            bar.set_postfix_str(f"answers {num_finished}/{num_answers}, {num_generated} tokens", refresh=False)
-            bar.update(num_done + engine.num_computed_tokens() - bar.n)
-    answers.summarise()
 
 
 class _Answers:

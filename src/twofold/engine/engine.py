@@ -8,24 +8,22 @@ import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from twofold.config import EngineConfig, RuntimeConfig
+from twofold.config import RuntimeConfig
 from twofold.contract import Breakdown, RankReport, ScheduledBatch, StepResult
 from twofold.engine.block_pool import BlockPool
 from twofold.engine.output_processor import OutputProcessor
 from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import Scheduler
-from twofold.engine.stats import EngineStats
+from twofold.engine.stats import EngineSnapshot, EngineStats, Progress
 from twofold.engine.watchdog import Watchdog
 from twofold.errors import ConfigError, EngineError, RequestError, TwofoldError
 from twofold.executor.base import Executor
-from twofold.executor.local import LocalExecutor
 from twofold.outputs import OutputKind, RequestOutput
-from twofold.runtime import settle
 from twofold.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -40,7 +38,8 @@ logger = logging.getLogger(__name__)
 class LLMEngine:
     """Takes requests at any time; each `step` moves all of them on and returns those that changed.
 
-    `make_executor` is how `recover` gets new ranks.
+    `make_executor(start_timeout)` starts the ranks, and new ones after these are lost. Ranks that need more than
+    `start_timeout` seconds count as hung; None is no limit.
 
     Raises:
         ConfigError: the cache has no room for one request of max_model_len tokens.
@@ -50,11 +49,13 @@ class LLMEngine:
         self,
         runtime: RuntimeConfig,
         tokenizer: "PreTrainedTokenizerBase | None",
-        executor: Executor,
-        make_executor: Callable[[], Executor] | None = None,
+        make_executor: Callable[[float | None], Executor],
     ) -> None:
         self.runtime, self.tokenizer = runtime, tokenizer
-        self._make_executor = make_executor
+        self._make_executor: Callable[[float | None], Executor] | None = make_executor
+        start = time.monotonic()
+        executor = make_executor(None)
+        self._start_timeout = runtime.engine.step_timeout + START_SLACK * (time.monotonic() - start)
         self.watchdog = Watchdog(runtime.engine.step_timeout, runtime.device, executor.reports[0].num_parameters)
         self.block_pool = self._open(executor)
         self.vocab_size = executor.reports[0].vocab_size
@@ -66,19 +67,6 @@ class LLMEngine:
         self.stats = EngineStats()
         self._in_flight: deque[tuple[ScheduledBatch, float]] = deque()  # and when it could begin
         self._num_seeds = 0
-
-    @classmethod
-    def from_config(cls, config: EngineConfig) -> Self:
-        """An engine with ranks on this machine.
-
-        Raises:
-            ConfigError, ModelError: the arguments, the model and the machine do not fit together.
-        """
-        runtime, tokenizer = settle(config)
-        start = time.monotonic()
-        executor = LocalExecutor(runtime)
-        limit = runtime.engine.step_timeout + START_SLACK * (time.monotonic() - start)
-        return cls(runtime, tokenizer, executor, lambda: LocalExecutor(runtime, limit))
 
     def _open(self, executor: Executor) -> BlockPool:
         """Puts ranks that have just loaded their model to use; the blocks that they hold."""
@@ -246,13 +234,13 @@ class LLMEngine:
             EngineError: they did not come up.
         """
         if self._make_executor is None:
-            raise EngineError("the engine has ended, or was made without a way to start new ranks")
+            raise EngineError("the engine was shut down; make a new one")
         for delay in RESTART_DELAYS:
             if wait(delay):
                 return False
             start = time.monotonic()
             try:
-                self.block_pool = self._open(self._make_executor())
+                self.block_pool = self._open(self._make_executor(self._start_timeout))
             except TwofoldError as error:
                 logger.error("the ranks did not start: %s", error)
                 continue
@@ -323,12 +311,39 @@ class LLMEngine:
         """No request, no step in flight, and every block free or in the prefix cache."""
         return self.scheduler.is_idle and not self.outputs.user_requests
 
-    def num_computed_tokens(self) -> int:
-        """Prompt tokens done so far of all requests under way, for progress bars."""
-        return sum(
-            min(sequence.request.num_computed_tokens, len(user.prompt_token_ids))
-            for user in self.outputs.user_requests.values()
-            for sequence in user.sequences
+    @property
+    def kv_cache_capacity(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.block_pool.capacity_tokens
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes; False, and nothing is forgotten, while requests hold blocks."""
+        return self.block_pool.reset_prefix_cache()
+
+    def progress(self) -> Progress:
+        """How far the requests under way are."""
+        users = self.outputs.user_requests.values()
+        requests = [sequence.request for user in users for sequence in user.sequences]
+        return Progress(
+            num_requests=len(users),
+            num_prompt_tokens=sum(request.num_prompt_tokens for request in requests),
+            num_computed_tokens=sum(min(request.num_computed_tokens, request.num_prompt_tokens) for request in requests),
+            num_output_tokens=sum(request.num_output_tokens for request in requests),
+        )
+
+    def snapshot(self) -> EngineSnapshot:
+        """What metrics show. May be called from any thread; the numbers may be a step apart."""
+        scheduler, pool = self.scheduler, self.block_pool
+        return EngineSnapshot(
+            num_running=scheduler.num_running,
+            num_prefilling=len(scheduler.prefilling()),
+            num_waiting=scheduler.num_waiting,
+            num_blocks=pool.num_blocks - 1,
+            num_blocks_in_use=pool.num_blocks - 1 - pool.num_free,
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_queries=scheduler.num_prefix_queries,
+            num_prefix_hits=scheduler.num_prefix_hits,
+            stats=self.stats,
         )
 
     def prefill_progress(self) -> dict[str, tuple[int, int]]:
@@ -338,6 +353,10 @@ class LLMEngine:
             done = (request.num_computed_tokens, request.num_prompt_tokens)
             progress.setdefault(self.outputs.user_of(request).request_id, done)
         return progress
+
+    def kill(self) -> None:
+        """Ends the ranks at once; from any thread, while another waits for them in `step`."""
+        self.executor.kill()
 
     def shutdown(self) -> None:
         """Ends the ranks for good."""

@@ -14,6 +14,7 @@ import uvicorn
 from twofold.config import EngineConfig
 from twofold.engine.async_engine import AsyncEngine, State
 from twofold.engine.engine import LLMEngine
+from twofold.launch import start_engine
 from twofold.server.app import make_app
 from twofold.server.config import ServerConfig
 from twofold.server.metrics import Metrics
@@ -24,12 +25,12 @@ def load(config: EngineConfig) -> LLMEngine:
     start = time.perf_counter()
     size = config.prefill_context_parallel_size
     print(f"loading {config.model} on {'1 rank' if size == 1 else f'{size} ranks'}", file=sys.stderr, flush=True)
-    engine = LLMEngine.from_config(config)
+    engine = start_engine(config)
     runtime = engine.runtime
     print(
         f"{config.model} is ready after {time.perf_counter() - start:.1f} s: {runtime.device}, "
         f"{str(runtime.dtype).removeprefix('torch.')}, max_model_len {runtime.max_model_len}, "
-        f"cache of {engine.block_pool.capacity_tokens} tokens",
+        f"cache of {engine.kv_cache_capacity} tokens",
         file=sys.stderr,
         flush=True,
     )
