@@ -26,9 +26,7 @@ class LLM:
     def __init__(self, model: str, **engine_args: Any) -> None:
         known = EngineConfig.__dataclass_fields__
         if unknown := [name for name in engine_args if name not in known]:
-            raise ConfigError(
-                f"unknown engine argument {unknown[0]!r}; known are {', '.join(known)}", field=unknown[0]
-            )
+            raise ConfigError(f"unknown engine argument {unknown[0]!r}; known are {', '.join(known)}", field=unknown[0])
         self.engine = start_engine(EngineConfig(model=model, **engine_args))
         self._ids = count()
 

@@ -1,4 +1,4 @@
-"""The offline loop: it ends with nothing left, also when it is interrupted, and puts each answer together once."""
+"""The offline loop: it leaves nothing behind, also when it is interrupted, and puts each answer together once."""
 
 from collections.abc import Iterator
 from itertools import count
@@ -68,9 +68,10 @@ def test_an_interrupt_leaves_the_engine_usable(
             raise KeyboardInterrupt
         return step()
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(engine, "step", interrupted)
-        answer(engine)
+        with pytest.raises(KeyboardInterrupt):
+            answer(engine)
     assert not engine.has_unfinished_requests
     assert answer(engine) == expected
     assert engine.is_idle
@@ -78,13 +79,22 @@ def test_an_interrupt_leaves_the_engine_usable(
 
 def test_a_caller_that_fails_leaves_nothing_behind(engine: LLMEngine) -> None:
     """Guards the next caller from requests of one that raised in the midst of its own loop, or never began it."""
-    with pytest.raises(ZeroDivisionError), Drive(engine) as drive:
-        drive.add("a", PROMPTS[1], PARAMS)
-        next(drive)
-        raise ZeroDivisionError
-    with pytest.raises(RequestError, match="empty"), Drive(engine) as drive:
-        drive.add("a", PROMPTS[1], PARAMS)
-        drive.add("b", [], PARAMS)
+
+    def fail_between_steps() -> None:
+        with Drive(engine) as drive:
+            drive.add("a", PROMPTS[1], PARAMS)
+            next(drive)
+            raise ZeroDivisionError
+
+    def add_a_wrong_prompt() -> None:
+        with Drive(engine) as drive:
+            drive.add("b", PROMPTS[1], PARAMS)
+            drive.add("c", [], PARAMS)
+
+    with pytest.raises(ZeroDivisionError):
+        fail_between_steps()
+    with pytest.raises(RequestError, match="empty"):
+        add_a_wrong_prompt()
     assert not engine.has_unfinished_requests
     assert len(answer(engine)) == len(PROMPTS)
 

@@ -1,7 +1,7 @@
-"""Flags made from the fields of a dataclass: the command line knows what Python knows, by the same names."""
+"""Make command-line flags from the fields of a dataclass, so that the command line and Python have the same names."""
 
 from argparse import SUPPRESS, Action, ArgumentParser, BooleanOptionalAction, Namespace, _ActionsContainer
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import MISSING, fields
 from types import NoneType
 from typing import Any, get_args, get_type_hints
@@ -47,16 +47,18 @@ ENGINE_HELP = {
 SHORT = {"prefill_context_parallel_size": ["-pcp"]}
 
 
-def add_engine_arguments(parser: ArgumentParser, *, positional_model: bool = False) -> None:
-    """Every field of EngineConfig as a flag; `chosen(args, EngineConfig)` are its arguments."""
-    help_of = dict(ENGINE_HELP)
+def add_engine_arguments(
+    parser: ArgumentParser, *, positional_model: bool = False, leave_out: Collection[str] = ()
+) -> None:
+    """Adds a flag for each field of EngineConfig but those to leave out. `chosen(args, EngineConfig)` reads them."""
+    help_of = {name: text for name, text in ENGINE_HELP.items() if name not in leave_out}
     if positional_model:
         parser.add_argument("model", metavar="MODEL", help=help_of.pop("model"))
     add_fields(parser.add_argument_group("engine"), EngineConfig, help_of)
 
 
 def add_fields(group: _ActionsContainer, cls: type[Any], help_of: Mapping[str, str]) -> None:
-    """A flag for each field of the dataclass that `help_of` names. A flag that is not given leaves nothing behind."""
+    """Adds a flag for each field of the dataclass that `help_of` names. A flag that is not given sets no attribute."""
     hints = get_type_hints(cls)
     field_of = {field.name: field for field in fields(cls)}
     for name, text in help_of.items():

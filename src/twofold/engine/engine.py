@@ -327,7 +327,9 @@ class LLMEngine:
         return Progress(
             num_requests=len(users),
             num_prompt_tokens=sum(request.num_prompt_tokens for request in requests),
-            num_computed_tokens=sum(min(request.num_computed_tokens, request.num_prompt_tokens) for request in requests),
+            num_computed_tokens=sum(
+                min(request.num_computed_tokens, request.num_prompt_tokens) for request in requests
+            ),
             num_output_tokens=sum(request.num_output_tokens for request in requests),
         )
 
