@@ -24,7 +24,7 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
     source = resolve(config)
     model_config = load_config(source, config.trust_remote_code)
     if reason := refusal(model_config):
-        raise ModelError(f"model {config.model!r} ({model_config.model_type}) is not served: {reason}")
+        raise ModelError(f"model {config.model!r} ({model_config.model_type}) is not served: {reason}", field="model")
     device = _device(config)
     num_cores = len(os.sched_getaffinity(0))
     backend = config.attention_backend
@@ -61,7 +61,8 @@ def _device(config: EngineConfig) -> str:
         limit, holder = RANKS_PER_CORE * num_cores, f"{num_cores} cores"
     if size > limit:
         raise ConfigError(
-            f"prefill_context_parallel_size must be at most {limit} on this machine ({holder}), got {size}"
+            f"prefill_context_parallel_size must be at most {limit} on this machine ({holder}), got {size}",
+            field="prefill_context_parallel_size",
         )
     return device
 
@@ -84,7 +85,8 @@ def _max_model_len(config: EngineConfig, model_config: PretrainedConfig) -> int:
     if limit is not None and config.max_model_len > limit:
         raise ConfigError(
             f"max_model_len must be at most the model's {limit} positions (max_position_embeddings), "
-            f"got {config.max_model_len}"
+            f"got {config.max_model_len}",
+            field="max_model_len",
         )
     return config.max_model_len
 

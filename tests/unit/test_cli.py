@@ -5,6 +5,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,13 +15,14 @@ from harness import ThreadExecutor, make_engine
 from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 
 import twofold
-from twofold import RankDiedError, SamplingParams
+from twofold import ConfigError, RankDiedError, SamplingParams
 from twofold.cli import generate
 from twofold.cli.arguments import ENGINE_HELP, add_engine_arguments, chosen
 from twofold.cli.main import main
 from twofold.config import EngineConfig
 from twofold.contract import Step
 from twofold.engine import engine as engine_module
+from twofold.server.config import ServerConfig
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -152,6 +154,26 @@ def test_every_engine_argument_is_a_flag() -> None:
         "enforce_eager": True,
         "gpu_memory_utilization": 0.5,
     }
+
+
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (partial(EngineConfig, model="m"), "prefill_context_parallel_size", 0),
+        (partial(EngineConfig, model="m"), "dtype", "int8"),
+        (partial(EngineConfig, model="m"), "gpu_memory_utilization", 1.5),
+        (partial(EngineConfig, model="m"), "seed", -1),
+        (ServerConfig, "port", 70_000),
+        (ServerConfig, "max_waiting_tokens", 0),
+        (ServerConfig, "drain_timeout", -1.0),
+        (ServerConfig, "api_key", [""]),
+    ],
+)
+def test_a_configuration_error_names_its_field(make: Callable[..., Any], name: str, value: Any) -> None:
+    """Guards callers, who need not read the message to know which argument to change."""
+    with pytest.raises(ConfigError, match=name) as refusal:
+        make(**{name: value})
+    assert refusal.value.field == name
 
 
 def test_every_sampling_flag_is_a_parameter() -> None:

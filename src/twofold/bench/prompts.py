@@ -29,15 +29,16 @@ def make_prompts(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[
     if args.dataset_name == "random":
         return _random_prompts(args, tokenizer)
     if args.dataset_path is None:
-        raise ConfigError(f"--dataset-name {args.dataset_name} needs --dataset-path")
+        raise ConfigError(f"--dataset-name {args.dataset_name} needs --dataset-path", field="dataset_path")
     try:
         text = Path(args.dataset_path).read_text(encoding="utf-8")
         read = _custom if args.dataset_name == "custom" else _sharegpt
         found = list(islice(read(text, args, tokenizer), args.num_prompts))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"cannot read prompts from {args.dataset_path!r}: {error!r}") from None
+        message = f"cannot read prompts from {args.dataset_path!r}: {error!r}"
+        raise ConfigError(message, field="dataset_path") from None
     if not found:
-        raise ConfigError(f"{args.dataset_path!r} has no prompts")
+        raise ConfigError(f"{args.dataset_path!r} has no prompts", field="dataset_path")
     return [found[i % len(found)] for i in range(args.num_prompts)]
 
 

@@ -114,12 +114,15 @@ def run(args: Namespace) -> int:
     percentiles = _numbers("--metric-percentiles", args.metric_percentiles)
     shown = [name for name in args.percentile_metrics.split(",") if name]
     if wrong := [name for name in shown if name not in METRICS]:
-        raise ConfigError(f"--percentile-metrics must be of {', '.join(METRICS)}, got {wrong[0]!r}")
+        raise ConfigError(
+            f"--percentile-metrics must be of {', '.join(METRICS)}, got {wrong[0]!r}", field="percentile_metrics"
+        )
     goals = _goals(args.goodput)
-    if args.num_prompts < 1 or not args.request_rate > 0 or not args.burstiness > 0:
-        raise ConfigError("--num-prompts, --request-rate and --burstiness must be above 0")
+    for name in ("num_prompts", "request_rate", "burstiness"):
+        if not getattr(args, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}", field=name)
     if args.max_concurrency is not None and args.max_concurrency < 1:
-        raise ConfigError(f"--max-concurrency must be at least 1, got {args.max_concurrency}")
+        raise ConfigError(f"--max-concurrency must be at least 1, got {args.max_concurrency}", field="max_concurrency")
     url = (args.base_url or f"http://{args.host}:{args.port}").rstrip("/")
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     if args.model is None:
@@ -307,7 +310,7 @@ def _goals(given: Sequence[str]) -> dict[str, float]:
     for one in given:
         name, _, limit = one.partition(":")
         if name not in ("ttft", "tpot", "e2el"):
-            raise ConfigError(f"--goodput must be like ttft:200, of ttft, tpot and e2el, got {one!r}")
+            raise ConfigError(f"--goodput must be like ttft:200, of ttft, tpot and e2el, got {one!r}", field="goodput")
         goals[name] = _numbers("--goodput", limit)[0]
     return goals
 
@@ -316,7 +319,8 @@ def _numbers(flag: str, text: str) -> list[float]:
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{flag} must be numbers with commas between them, got {text!r}") from None
+        field = flag.strip("-").replace("-", "_")
+        raise ConfigError(f"{flag} must be numbers with commas between them, got {text!r}", field=field) from None
 
 
 def _print(result: dict[str, Any], args: Namespace, shown: Sequence[str], percentiles: Sequence[float]) -> None:

@@ -85,7 +85,7 @@ def _read(path: str) -> str:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"cannot read {path!r}: {reason}") from None
+        raise ConfigError(f"cannot read {path!r}: {reason}", field="file") from None
 
 
 class Chat:

@@ -53,11 +53,16 @@ def configure(parser: ArgumentParser) -> None:
 def run(args: Namespace) -> int:
     num_ranks = args.prefill_context_parallel_size
     if not 1 <= num_ranks <= MAX_RANKS:
-        raise ConfigError(f"prefill_context_parallel_size must be from 1 to {MAX_RANKS}, got {num_ranks}")
+        raise ConfigError(
+            f"prefill_context_parallel_size must be from 1 to {MAX_RANKS}, got {num_ranks}",
+            field="prefill_context_parallel_size",
+        )
     lens = _numbers("--lens", args.lens, 1)
     computed = [0] * len(lens) if args.computed is None else _numbers("--computed", args.computed, 0)
     if len(computed) != len(lens):
-        raise ConfigError(f"--computed must have a number for each of the {len(lens)} requests, got {len(computed)}")
+        raise ConfigError(
+            f"--computed must have a number for each of the {len(lens)} requests, got {len(computed)}", field="computed"
+        )
     batch = make_batch(lens, computed)
     part = partition(batch, num_ranks, args.policy)
     draw(batch, part, args.policy, Console(highlight=False, soft_wrap=True))
@@ -65,7 +70,7 @@ def run(args: Namespace) -> int:
         try:
             draw_picture(batch, part, args.policy, Path(args.png))
         except (OSError, ValueError) as error:  # matplotlib says ValueError to a suffix that it does not know
-            raise ConfigError(f"cannot write --png {args.png!r}: {error}") from None
+            raise ConfigError(f"cannot write --png {args.png!r}: {error}", field="png") from None
     if args.model is not None:
         measure(args.model, lens, num_ranks, args.policy)
     return 0
@@ -101,9 +106,9 @@ def _numbers(flag: str, text: str, least: int) -> list[int]:
     try:
         numbers = [int(piece) for piece in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{rule}, got {text!r}") from None
+        raise ConfigError(f"{rule}, got {text!r}", field=flag.strip("-")) from None
     if wrong := [number for number in numbers if not least <= number <= MAX_TOKENS]:
-        raise ConfigError(f"{rule}, got {wrong[0]}")
+        raise ConfigError(f"{rule}, got {wrong[0]}", field=flag.strip("-"))
     return numbers
 
 

@@ -72,7 +72,7 @@ def run(args: Namespace) -> int:
     config = EngineConfig(**chosen(args, EngineConfig))
     params = SamplingParams(**(DEFAULTS | chosen(args, SamplingParams)))
     if not args.prompts:
-        raise ConfigError("no prompt; give --prompt, --prompt-file or --prompt-token-ids")
+        raise ConfigError("no prompt; give --prompt, --prompt-file or --prompt-token-ids", field="prompt")
     answers = _Answers(args.prompts, args.json, args.quiet)
     prompts: dict[int, Any] = {}
     for number, source in enumerate(args.prompts):
@@ -109,11 +109,14 @@ def _read(source: _Source) -> str | dict[str, Any]:
             data = value.encode(errors="surrogateescape")  # as it came on the command line
         return data.decode()
     except UnicodeDecodeError as error:
-        raise RequestError(f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
+        byte = error.object[error.start]
+        message = f"it is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
+        raise RequestError(message, field="prompt") from None
     except OSError as error:
-        raise RequestError(f"it cannot be read: {error.strerror}") from None
+        raise RequestError(f"it cannot be read: {error.strerror}", field="prompt") from None
     except ValueError:
-        raise RequestError(f"token ids must be integers with commas between them, got {value!r}") from None
+        message = f"token ids must be integers with commas between them, got {value!r}"
+        raise RequestError(message, field="prompt") from None
 
 
 def _load(config: EngineConfig, quiet: bool) -> "LLM":

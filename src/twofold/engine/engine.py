@@ -91,7 +91,8 @@ class LLMEngine:
             held = max(report.num_blocks - 1, 0) * runtime.block_size
             raise ConfigError(
                 f"the cache holds {held} tokens, fewer than max_model_len={runtime.max_model_len}; lower "
-                f"max_model_len, or raise kv_cache_memory_bytes to at least {needed * report.bytes_per_block}"
+                f"max_model_len, or raise kv_cache_memory_bytes to at least {needed * report.bytes_per_block}",
+                field="max_model_len",
             )
         return report.num_blocks
 
@@ -110,7 +111,7 @@ class LLMEngine:
         """
         text, token_ids = self.tokenize(prompt)
         if request_id in self.outputs.user_requests:
-            raise RequestError(f"request id {request_id!r} is in use; choose another")
+            raise RequestError(f"request id {request_id!r} is in use; choose another", field="request_id")
         requests = []
         for index in range(params.n):
             seed = self._draw_seed() if params.seed is None else params.seed + index
@@ -130,30 +131,35 @@ class LLMEngine:
         if isinstance(prompt, dict):
             if not {"prompt", "prompt_token_ids"} & prompt.keys():
                 given = ", ".join(map(str, prompt)) or "nothing"
-                raise RequestError(f"a prompt needs 'prompt' or 'prompt_token_ids', got {given}")
+                raise RequestError(f"a prompt needs 'prompt' or 'prompt_token_ids', got {given}", field="prompt")
             text = prompt.get("prompt")
             prompt = prompt["prompt_token_ids"] if "prompt_token_ids" in prompt else prompt["prompt"]
         if isinstance(prompt, str):
             text = prompt
             if self.tokenizer is None:
-                raise RequestError("the prompt is text, but skip_tokenizer_init is set; give prompt_token_ids")
+                raise RequestError(
+                    "the prompt is text, but skip_tokenizer_init is set; give prompt_token_ids", field="prompt"
+                )
             token_ids = self.tokenizer.encode(prompt)
         else:
             token_ids = self._checked(prompt)
         if not len(token_ids):
-            raise RequestError("the prompt is empty (0 tokens); it needs at least 1")
+            raise RequestError("the prompt is empty (0 tokens); it needs at least 1", field="prompt")
         limit = self.scheduler.max_num_tokens - 1
         if len(token_ids) > limit:
             raise RequestError(
                 f"the prompt has {len(token_ids)} tokens, more than the {limit} that max_model_len="
-                f"{self.runtime.max_model_len} leaves beside one of the answer; shorten it or raise max_model_len"
+                f"{self.runtime.max_model_len} leaves beside one of the answer; shorten it or raise max_model_len",
+                field="prompt",
             )
         return text, token_ids
 
     def _checked(self, prompt: Any) -> NDArray[np.int64]:
         """Token ids that the model has; at once, since a prompt may have a million."""
         if not isinstance(prompt, Sequence | np.ndarray):
-            raise RequestError(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
+            raise RequestError(
+                f"a prompt must be text or a list of token ids, got {type(prompt).__name__}", field="prompt"
+            )
         if not len(prompt):
             return np.empty(0, np.int64)
         try:
@@ -162,12 +168,15 @@ class LLMEngine:
             token_ids = np.empty(0)
         if token_ids.dtype.kind not in "iu" or token_ids.ndim != 1:
             if wrong := [t for t in prompt if isinstance(t, bool) or not isinstance(t, int | np.integer)]:
-                raise RequestError(f"{wrong[0]!r} is not a token id; a prompt is a list of integers from 0")
+                raise RequestError(
+                    f"{wrong[0]!r} is not a token id; a prompt is a list of integers from 0", field="prompt"
+                )
             token_ids = np.asarray(prompt, object)  # integers too large for any other array
         outside = np.flatnonzero((token_ids < 0) | (token_ids >= self.vocab_size))
         if len(outside):
             raise RequestError(
-                f"token id {token_ids[outside[0]]} is out of range; the model has ids 0 to {self.vocab_size - 1}"
+                f"token id {token_ids[outside[0]]} is out of range; the model has ids 0 to {self.vocab_size - 1}",
+                field="prompt",
             )
         return token_ids
 

@@ -94,11 +94,12 @@ class Scheduler:
         Raises RequestError for an id in use, and for a prompt that is empty or leaves no room for an output token.
         """
         if request.request_id in self._requests:
-            raise RequestError(f"request id {request.request_id!r} is in use; choose another")
+            raise RequestError(f"request id {request.request_id!r} is in use; choose another", field="request_id")
         if not 1 <= request.num_prompt_tokens < self.max_num_tokens:
             raise RequestError(
                 f"the prompt has {request.num_prompt_tokens} tokens; it must have 1 to {self.max_num_tokens - 1}, "
-                "for max_model_len and the cache to hold one more"
+                "for max_model_len and the cache to hold one more",
+                field="prompt",
             )
         request.max_num_tokens = min(request.max_num_tokens, self.max_num_tokens)
         self._requests[request.request_id] = request
