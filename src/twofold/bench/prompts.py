@@ -1,4 +1,4 @@
-"""Prompts that a benchmark sends to a server: random ones, those of a file, those of a data set."""
+"""Prompts for the server benchmark: random, or from a file or data set."""
 
 import json
 import math
@@ -25,7 +25,11 @@ class Prompt:
 
 
 def make_prompts(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
-    """The same for the same seed."""
+    """Makes `args.num_prompts` prompts, the same for the same seed.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no prompts.
+    """
     if args.dataset_name == "random":
         return _random_prompts(args, tokenizer)
     if args.dataset_path is None:
@@ -71,7 +75,7 @@ def _custom(text: str, args: Namespace, tokenizer: "PreTrainedTokenizerBase") ->
 
 
 def _sharegpt(text: str, args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Prompt]:
-    """First questions, and answers as long as theirs. vLLM's bounds leave out what is very short or long."""
+    """The first question of each conversation. As in vLLM, very short and very long ones are left out."""
     for one in _shuffled(json.loads(text), args):
         turns = one["conversations"]
         if len(turns) < 2:
