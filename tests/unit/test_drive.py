@@ -99,6 +99,21 @@ def test_a_caller_that_fails_leaves_nothing_behind(engine: LLMEngine) -> None:
     assert len(answer(engine)) == len(PROMPTS)
 
 
+def test_an_id_in_use_is_left_to_whose_it_is(engine: LLMEngine) -> None:
+    """Guards another caller's request from the clean-up of one that chose the same id."""
+    engine.add_request("a", PROMPTS[0], PARAMS)
+
+    def add_again() -> None:
+        with Drive(engine) as drive:
+            drive.add("a", PROMPTS[1], PARAMS)
+
+    with pytest.raises(RequestError, match="in use") as refusal:
+        add_again()
+    assert refusal.value.field == "request_id"
+    assert engine.has_unfinished_requests
+    assert len(answer(engine)) == len(PROMPTS)
+
+
 def test_the_bar_counts_prompts_and_answers(engine: LLMEngine, capsys: pytest.CaptureFixture[str]) -> None:
     """Guards the totals with several answers to a prompt: each of them has the prompt's tokens."""
     with Drive(engine, show_progress=True) as drive:

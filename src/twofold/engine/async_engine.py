@@ -170,7 +170,6 @@ class AsyncEngine:
         max_waiting_requests: prompts that may wait for their first token.
         max_waiting_tokens: tokens that these prompts may have in all; a prompt alone may have more.
         observe: called in the engine's thread with each output and the part that it belongs to.
-        on_death: called in the event loop when new ranks could not be started.
     """
 
     def __init__(
@@ -179,12 +178,12 @@ class AsyncEngine:
         *,
         max_waiting_requests: int,
         max_waiting_tokens: int,
-        observe: Callable[[Part, RequestOutput], None] = lambda part, output: None,
-        on_death: Callable[[], None] = lambda: None,
+        observe: Callable[[Part, RequestOutput], None],
     ) -> None:
         self.engine = engine
         self.max_waiting_requests, self.max_waiting_tokens = max_waiting_requests, max_waiting_tokens
-        self.observe, self.on_death = observe, on_death
+        self.observe = observe
+        self.on_death: Callable[[], None] = lambda: None  # called in the event loop when the engine has failed for good
         self.state = State.STARTING
         self.num_waiting_requests = self.num_waiting_tokens = 0
         self._answers: set[Answer] = set()

@@ -1,4 +1,4 @@
-"""The loop that answers requests offline: add them, step the engine until nothing is left, show how far it is."""
+"""The offline loop: add requests, step the engine until nothing is left, and show the progress."""
 
 from collections.abc import Iterator, Sequence
 from types import TracebackType
@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
+from twofold.errors import RequestError
 from twofold.outputs import OutputKind, RequestOutput
 from twofold.sampling_params import SamplingParams
 
@@ -16,20 +17,20 @@ Prompt = str | Sequence[int] | dict[str, Any]
 
 
 class Drive:
-    """Adds requests to an engine and iterates over its steps: for each, the outputs that are due.
+    """Adds requests to an engine, and iterates over its steps: each gives the outputs that are due.
 
         with Drive(engine) as drive:
             drive.add("0", prompt, params)
             for outputs in drive:
                 ...
 
-    However the block ends, requests of this drive that are not finished are aborted, and the engine can be used again.
+    However the block ends, its unfinished requests are aborted, and the engine can be used again.
 
     Args:
         output_kind: which outputs the requests give.
         recover: whether lost ranks are replaced. Without it a step that fails raises an EngineError.
-        show_progress: a bar on stderr with prompt tokens computed, answers finished and tokens generated. It counts
-            the tokens of final outputs, so it is not for OutputKind.DELTA.
+        show_progress: show computed prompt tokens, finished answers and generated tokens on stderr. Needs final
+            outputs with all tokens, so not OutputKind.DELTA.
     """
 
     def __init__(
@@ -52,8 +53,12 @@ class Drive:
         Raises:
             RequestError: the prompt or its parameters cannot be served; nothing is queued.
         """
-        self._engine.add_request(request_id, prompt, params, output_kind=self._output_kind)
-        self._request_ids.append(request_id)
+        self._request_ids.append(request_id)  # first, since an interrupt may come in between
+        try:
+            self._engine.add_request(request_id, prompt, params, output_kind=self._output_kind)
+        except RequestError:  # the id may be that of another caller's request
+            self._request_ids.pop()
+            raise
 
     def __iter__(self) -> Iterator[list[RequestOutput]]:
         return self
@@ -74,10 +79,10 @@ class Drive:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        if self._bar is not None:
-            self._bar.close()
         for request_id in self._request_ids:
             self._engine.abort_request(request_id)
+        if self._bar is not None:
+            self._bar.close()
 
 
 class _ProgressBar:

@@ -7,7 +7,7 @@ from twofold.contract import ScheduledBatch
 SLACK = 10.0  # a step may be this many times slower than recent ones
 DECAY = 0.98  # factor for the slowest known pace, after each step
 STEP_TOKENS = 64.0  # fixed cost of a step, in tokens
-PAIRS_PER_TOKEN = 4096.0  # attended pairs that cost as much as a token; in most models more do
+PAIRS_PER_TOKEN = 4096.0  # attended pairs that cost as much as a token; most models need more
 UNKNOWN_PACE = {"cpu": 3e-10, "cuda": 1e-12}  # seconds per token and parameter: 7 GFLOP/s, 2 TFLOP/s
 START_UP = {"cpu": 0.0, "cuda": 300.0}  # seconds that new ranks may need in their first step, to compile kernels
 
