@@ -160,7 +160,7 @@ class Matrix:
             # The longest prompt is first: when it grows, the others must be preempted.
             longest, *others = sorted(self.cases, key=lambda case: len(case.prompt), reverse=True)
             self.note(llm, row, [[longest, *reversed(others)]])
-            row.preemptions = llm.engine.scheduler.num_preemptions
+            row.preemptions = llm.engine.snapshot().num_preemptions
             if not row.preemptions:
                 row.problem += " nothing was preempted;"
 

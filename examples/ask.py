@@ -1,6 +1,6 @@
-"""Ask a small model a question about a long text, and show what each rank computed of the prompt.
+"""Ask a model about a long text, with the prefill split over ranks, and show what each rank computed.
 
-`scripts/demo` runs this. The defaults are SmolLM2-135M-Instruct, two ranks and the opening of Alice in Wonderland.
+`scripts/demo` runs this. By default: SmolLM2-135M-Instruct, two ranks, the opening of Alice in Wonderland.
 """
 
 import argparse
@@ -42,7 +42,7 @@ def main() -> None:
         f"(loading took {seconds:.1f} s)"
     )
 
-    # A prompt longer than a step is computed in chunks, and each chunk is split over all ranks.
+    # A prompt that is longer than a step is computed in chunks. Each chunk is split over all ranks.
     tokens = pairs = np.zeros(num_ranks, np.int64)
     for computed in range(0, num_tokens, max_num_batched_tokens):
         length = min(max_num_batched_tokens, num_tokens - computed)

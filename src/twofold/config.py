@@ -1,4 +1,4 @@
-"""Engine arguments: frozen, and validated once, where they are made. The names are vLLM's where vLLM has one."""
+"""Engine arguments, and what they come to on this machine. The names are vLLM's, where vLLM has one."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
@@ -21,10 +21,10 @@ PARTITION_POLICIES = ("dual_chunk_swap", "contiguous")
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig:
-    """What `LLM(...)` and the command line accept. `None` means: chosen from the model and the machine.
+    """What `LLM(...)` and the command line accept. None and "auto": chosen from the model and the machine.
 
     Raises:
-        ConfigError: a value is out of range; the message names the value and the limit.
+        ConfigError: a value is out of range; `field` is its name.
     """
 
     model: str
@@ -36,17 +36,17 @@ class EngineConfig:
     device: str = "auto"
     dtype: str = "auto"
     load_format: str = "auto"
-    max_model_len: int | None = None  # tokens, prompt and answer together
-    max_num_batched_tokens: int | None = None  # tokens a step, over all ranks
+    max_model_len: int | None = None  # tokens of prompt and answer together
+    max_num_batched_tokens: int | None = None  # tokens in a step, over all ranks
     max_num_seqs: int = 256
-    block_size: int | None = None  # tokens a page
-    kv_cache_memory_bytes: int | None = None  # per rank
+    block_size: int | None = None  # tokens in a KV cache block
+    kv_cache_memory_bytes: int | None = None  # of each rank
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
     attention_backend: str = "auto"
     exchange: str = "auto"
     enforce_eager: bool = False
-    step_timeout: float = 20.0  # seconds that a step may take beyond what its tokens explain
+    step_timeout: float = 20.0  # seconds that a step may take beyond what its tokens need
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -76,7 +76,7 @@ class EngineConfig:
 
 @dataclass(frozen=True, slots=True)
 class RuntimeConfig:
-    """What a rank needs to know; sent to each when it starts."""
+    """The settled configuration. Each rank gets it when it starts."""
 
     engine: EngineConfig
     source: "ModelSource"
@@ -88,7 +88,7 @@ class RuntimeConfig:
     block_size: int
     attention_backend: str
     eos_token_ids: frozenset[int]
-    num_threads: int  # of each rank, on a CPU
+    num_threads: int  # CPU threads of each rank
 
     @property
     def num_ranks(self) -> int:
@@ -97,7 +97,7 @@ class RuntimeConfig:
 
 def _check(ok: bool, name: str, value: object, limit: str) -> None:
     if not ok:
-        raise ConfigError(f"{name} must be {limit}, got {value!r}")
+        raise ConfigError(f"{name} must be {limit}, got {value!r}", field=name)
 
 
 def _check_count(name: str, value: object) -> None:

@@ -1,17 +1,17 @@
-"""What can go wrong, as one tree: what the user did (HTTP 4xx), and what we or the machine did (HTTP 5xx).
+"""All errors that Twofold raises: mistakes of a user (HTTP 4xx), and failures of the engine or its load (429, 5xx).
 
     TwofoldError
     ├── UserError                  the request or the configuration cannot be served as it stands
-    │   ├── ConfigError            an engine argument
+    │   ├── ConfigError            an argument of the engine, the server or a command
     │   ├── ModelError             a model that is missing, broken or not supported
     │   └── RequestError           one prompt or its sampling parameters; no other request is touched
-    ├── OverloadedError            too much waits already; to be tried again
+    ├── OverloadedError            too many requests wait; try again later
     └── EngineError                the engine failed
         ├── RankDiedError          a rank ended, or stopped answering
         ├── RankFailedError        a rank raised
-        └── UnavailableError       the server starts, stops, or has lost its engine
+        └── UnavailableError       the server starts, stops, or its engine has failed
 
-Every message is one line that names the value, the limit and the way out.
+Every message is one line with the value, the limit and the way out.
 """
 
 GIVEN_UP = "this request made the engine fail twice and was given up; no other request is affected"
@@ -22,9 +22,9 @@ class TwofoldError(Exception):
 
 
 class UserError(TwofoldError, ValueError):
-    """What was asked for cannot be served; the message says what to change.
+    """What was asked for cannot be served. The message says what to change.
 
-    `field` names the argument, parameter or prompt field that is wrong, where there is one.
+    `field` is the name of the wrong argument, parameter or field, or None if there is none.
     """
 
     def __init__(self, message: str, *, field: str | None = None) -> None:
@@ -33,7 +33,7 @@ class UserError(TwofoldError, ValueError):
 
 
 class ConfigError(UserError):
-    """An engine argument is wrong."""
+    """An argument is wrong."""
 
 
 class ModelError(UserError):
@@ -45,7 +45,7 @@ class RequestError(UserError):
 
 
 class OverloadedError(TwofoldError):
-    """The queue is full; there should be room in `retry_after` seconds."""
+    """The queue is full. There should be room in `retry_after` seconds."""
 
     def __init__(self, message: str, retry_after: int) -> None:
         super().__init__(message)
@@ -53,7 +53,7 @@ class OverloadedError(TwofoldError):
 
 
 class EngineError(TwofoldError, RuntimeError):
-    """The engine failed; no user is at fault."""
+    """The engine failed. It is not the user's fault."""
 
 
 class RankDiedError(EngineError):
@@ -61,8 +61,8 @@ class RankDiedError(EngineError):
 
 
 class RankFailedError(EngineError):
-    """A rank raised; the message carries its last line."""
+    """A rank raised an exception. The message has its last line."""
 
 
 class UnavailableError(EngineError):
-    """No request can be taken now, or the one under way had to be given up."""
+    """No request is accepted now, or the one under way had to be given up."""

@@ -1,4 +1,4 @@
-"""Starts an engine with ranks on this machine."""
+"""Start an engine with ranks on this machine."""
 
 from functools import partial
 
@@ -9,10 +9,11 @@ from twofold.runtime import settle
 
 
 def start_engine(config: EngineConfig) -> LLMEngine:
-    """An engine whose ranks have loaded the model.
+    """Settles the configuration, starts one process for each rank, and waits until all have loaded the model.
 
     Raises:
         ConfigError, ModelError: the arguments, the model and the machine do not fit together.
+        RankDiedError, RankFailedError: a rank did not start.
     """
     runtime, tokenizer = settle(config)
     return LLMEngine(runtime, tokenizer, partial(LocalExecutor, runtime))

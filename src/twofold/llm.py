@@ -5,20 +5,17 @@ from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
-from tqdm import tqdm
-
 from twofold.config import EngineConfig
+from twofold.engine.drive import Drive, Prompt
 from twofold.engine.prompts import checked_params
 from twofold.errors import ConfigError, RequestError, UserError
 from twofold.launch import start_engine
 from twofold.outputs import RequestOutput
 from twofold.sampling_params import SamplingParams
 
-Prompt = str | Sequence[int] | dict[str, Any]
-
 
 class LLM:
-    """A model, ready to answer. Keyword arguments are those of `EngineConfig`.
+    """A model that answers prompts. Keyword arguments are the fields of `EngineConfig`.
 
     >>> llm = LLM("demo", prefill_context_parallel_size=2)
     >>> llm.generate("The capital of France is", SamplingParams(max_tokens=8))[0].outputs[0].text
@@ -30,7 +27,7 @@ class LLM:
     def __init__(self, model: str, **engine_args: Any) -> None:
         known = EngineConfig.__dataclass_fields__
         if unknown := [name for name in engine_args if name not in known]:
-            raise ConfigError(f"unknown engine argument {unknown[0]!r}; known are {', '.join(known)}")
+            raise ConfigError(f"unknown engine argument {unknown[0]!r}; known are {', '.join(known)}", field=unknown[0])
         self.engine = start_engine(EngineConfig(model=model, **engine_args))
         self._ids = count()
 
@@ -41,39 +38,37 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answers every prompt; outputs in the order of prompts.
+        """Answers every prompt. Outputs come in the order of the prompts.
 
-        When a rank is lost new ones are started, with a warning, and the answers are what they would have been. A
-        prompt that brings its ranks down twice is given up alone: its output has the finish_reason "error", and the
-        text that it had by then.
+        If a rank is lost, all ranks are started again, with a warning, and the answers do not change. A prompt whose
+        steps fail twice is given up, and no other with it: its output has the text so far and the finish_reason
+        "error".
 
         Args:
-            prompts: text, {"prompt_token_ids": [...]} or {"prompt": ...}, or a list of these.
-            sampling_params: for all prompts, or one for each.
-            use_tqdm: show prompt tokens computed and answers finished, on stderr.
+            prompts: one prompt or a list. A prompt is text, {"prompt": text}, {"prompt_token_ids": ids}, or in a list
+                also a list of token ids.
+            sampling_params: for all prompts, or one for each. Without it, `SamplingParams()`.
+            use_tqdm: show progress on stderr.
 
         Raises:
-            RequestError: a prompt or its parameters cannot be served; none of the call's prompts is then run.
-            EngineError: ranks were lost, and no new ones could be started.
+            RequestError: a prompt or its parameters cannot be served. No prompt of the call is run then.
+            EngineError: ranks were lost and could not be started again.
         """
         batch: list[Prompt] = [prompts] if isinstance(prompts, str | dict) else list(prompts)  # type: ignore[arg-type]
         if batch and all(isinstance(token, int) for token in batch):
             batch = [{"prompt_token_ids": batch}]
-        params = self._params(sampling_params, len(batch))
+        params = checked_params(sampling_params, len(batch))
         ids = [str(next(self._ids)) for _ in batch]
-        added: list[str] = []
-        try:
+        finished: dict[str, RequestOutput] = {}
+        with Drive(self.engine, show_progress=use_tqdm) as drive:
             for number, (request_id, prompt, one) in enumerate(zip(ids, batch, params, strict=True)):
                 try:
-                    self.engine.add_request(request_id, prompt, one)
+                    drive.add(request_id, prompt, one)
                 except RequestError as error:
-                    raise RequestError(f"prompt {number}: {error}" if len(batch) > 1 else str(error)) from None
-                added.append(request_id)
-            finished = self._run(use_tqdm)
-        except BaseException:
-            for request_id in added:
-                self.engine.abort_request(request_id)
-            raise
+                    message = f"prompt {number}: {error}" if len(batch) > 1 else str(error)
+                    raise RequestError(message, field=error.field) from None
+            for outputs in drive:
+                finished.update((output.request_id, output) for output in outputs)
         return [finished[request_id] for request_id in ids]
 
     def chat(
@@ -83,44 +78,30 @@ class LLM:
         *,
         use_tqdm: bool = True,
     ) -> list[RequestOutput]:
-        """Answers conversations, each a list of {"role": ..., "content": ...}, through the model's chat template."""
+        """Like `generate`, for one conversation or a list of them: each a list of {"role": ..., "content": ...}.
+
+        The model's chat template makes a prompt of each.
+        """
         conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
         return self.generate([self.chat_prompt(one) for one in conversations], sampling_params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> Prompt:
-        """A conversation as the model's chat template writes it, as token ids."""
+        """Applies the model's chat template to a conversation → its text and token ids, a prompt for `generate`.
+
+        Raises:
+            UserError: the model has no chat template.
+        """
         tokenizer = self.engine.tokenizer
         if tokenizer is None or tokenizer.chat_template is None:
             raise UserError(
-                f"model {self.engine.runtime.engine.model!r} has no chat template; use generate() with a plain prompt"
+                f"model {self.engine.runtime.engine.model!r} has no chat template; use generate() with a plain prompt",
+                field="messages",
             )
         text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
         return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
 
-    def _params(
-        self, sampling_params: SamplingParams | Sequence[SamplingParams] | None, num_prompts: int
-    ) -> list[SamplingParams]:
-        return checked_params(sampling_params, num_prompts)
-
-    def _run(self, use_tqdm: bool) -> dict[str, RequestOutput]:
-        engine, finished = self.engine, dict[str, RequestOutput]()
-        users = engine.outputs.user_requests.values()
-        total = sum(len(user.prompt_token_ids) * len(user.sequences) for user in users)
-        answers = len(users)
-        with tqdm(total=total, desc="prompt tokens", unit="tok", disable=not use_tqdm) as bar:
-            done = 0
-            # Steps may be under way still when the last request ends.
-            while engine.has_unfinished_requests or engine.scheduler.num_in_flight:
-                for output in engine.step_or_recover():
-                    if output.finished:
-                        finished[output.request_id] = output
-                        done += len(output.prompt_token_ids) * len(output.outputs)
-                bar.set_postfix_str(f"answers {len(finished)}/{answers}", refresh=False)
-                bar.update(done + engine.num_computed_tokens() - bar.n)
-        return finished
-
     def shutdown(self) -> None:
-        """Ends the ranks; the object is of no use afterwards."""
+        """Ends the ranks. The object cannot be used afterwards."""
         self.engine.shutdown()
 
     def __enter__(self) -> Self:

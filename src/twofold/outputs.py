@@ -1,4 +1,4 @@
-"""What the engine hands back for a request, under vLLM's names."""
+"""Outputs of a request, with vLLM's names."""
 
 from dataclasses import dataclass, field
 from enum import Enum, auto
@@ -17,41 +17,41 @@ class OutputKind(Enum):
 
 @dataclass(slots=True)
 class Logprob:
-    """A token's log-probability under the model's raw logits, and its rank among all tokens (the most likely: 1)."""
+    """Log-probability of a token by the model's raw logits, and its rank in the vocabulary, from 1."""
 
     logprob: float
     rank: int | None = None
     decoded_token: str | None = None
 
 
-Logprobs = list[dict[int, Logprob]]  # per generated token: token id -> Logprob, the generated one first
-PromptLogprobs = list[dict[int, Logprob] | None]  # per prompt token; None for the first, which nothing precedes
+Logprobs = list[dict[int, Logprob]]  # for each generated token: token id -> Logprob, the generated token first
+PromptLogprobs = list[dict[int, Logprob] | None]  # for each prompt token; None for the first
 
 
 @dataclass(slots=True)
 class RequestMetrics:
-    """When things happened, in seconds since the epoch; None is not yet."""
+    """Times of a request in seconds since the epoch, None until they are known, and its numbers of tokens."""
 
     arrival_time: float
     first_token_time: float | None = None
     finished_time: float | None = None
     num_prompt_tokens: int = 0
-    num_cached_tokens: int = 0
+    num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
 
     @property
     def ttft(self) -> float | None:
-        """Time to first token: seconds from arrival to the first generated token."""
+        """Time to first token: seconds from the arrival of the request."""
         return None if self.first_token_time is None else self.first_token_time - self.arrival_time
 
     @property
     def e2e(self) -> float | None:
-        """Seconds from arrival to the end."""
+        """End-to-end latency: seconds from the arrival of the request to its end."""
         return None if self.finished_time is None else self.finished_time - self.arrival_time
 
 
 @dataclass(slots=True)
 class CompletionOutput:
-    """One of a request's `n` answers. `stop_reason` is the stop string or stop token id that ended it, if one did."""
+    """One of the `n` answers to a request. `stop_reason` is the stop string or stop token id that ended it, if any."""
 
     index: int
     text: str
@@ -67,7 +67,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request's state: all answers so far, and when `finished` the final ones."""
+    """A request and its answers: as far as they are, or what is new of them (see OutputKind)."""
 
     request_id: str
     prompt: str | None

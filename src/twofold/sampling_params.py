@@ -1,10 +1,10 @@
-"""What a user can ask of the sampling of one request, under vLLM's names and with its defaults."""
+"""Sampling parameters of a request, with vLLM's names and defaults."""
 
 import difflib
 import inspect
 import math
 import reprlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -15,7 +15,7 @@ from twofold.errors import RequestError
 _GREEDY_BELOW = 1e-5
 _MAX_INT = 2**31 - 1
 _OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
-_INTEGERS = {  # both ends included
+_INTEGERS = {  # lowest and highest value
     "n": (1, 128),
     "top_k": (-1, _MAX_INT),
     "seed": (-(2**63), 2**64 - 1),
@@ -24,7 +24,7 @@ _INTEGERS = {  # both ends included
     "logprobs": (0, 20),
     "prompt_logprobs": (0, 20),
 }
-_NUMBERS = {  # both ends included; the outermost ones keep float32 arithmetic finite
+_NUMBERS = {  # lowest and highest value; 1e6 keeps float32 arithmetic finite
     "temperature": (0.0, 1e6),
     "top_p": (math.ulp(0.0), 1.0),
     "min_p": (0.0, 1.0),
@@ -41,18 +41,22 @@ _FLAGS = (
 )
 
 
-def _wrong(name: str, rule: str, value: object) -> RequestError:
+def _wrong(name: str, rule: str, value: object, *, one_of_many: bool = False) -> RequestError:
     try:
         shown = " ".join(reprlib.repr(value).split())
     except ValueError:  # Python refuses to print integers of thousands of digits
         shown = f"a very large {type(value).__name__}"
-    return RequestError(f"{name} must be {rule}, got {shown}")
+    return RequestError(f"{'each of ' * one_of_many}{name} must be {rule}, got {shown}", field=name)
 
 
-def _integer(name: str, value: object, low: int, high: int, optional: bool = False) -> int | None:
+def _is_integer(value: object, low: int, high: int) -> bool:
+    return isinstance(value, int | np.integer) and not isinstance(value, bool) and low <= int(value) <= high
+
+
+def _integer(name: str, value: Any, low: int, high: int, optional: bool = False) -> int | None:
     if optional and value is None:
         return None
-    if isinstance(value, int | np.integer) and not isinstance(value, bool) and low <= value <= high:
+    if _is_integer(value, low, high):
         return int(value)
     raise _wrong(name, f"an integer from {low} to {high}{' or None' * optional}", value)
 
@@ -67,13 +71,17 @@ def _number(name: str, value: object, low: float, high: float) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
-    """How the tokens of one request are drawn, and when to stop. Checked once, here; `RequestError` names the fault.
+    """How the tokens of a request are sampled, and when it ends.
 
-    A temperature below 1e-5 means greedy: the most likely token, whatever `top_k`, `top_p` and `min_p` say. A
-    `top_k` of 0 or -1 is off. `max_tokens=None` generates up to the engine's `max_model_len`. Until `min_tokens`
-    tokens were generated neither an end-of-sequence token nor anything in `stop` or `stop_token_ids` ends the request.
-    `logprobs=0` reports the sampled token alone. `stop` takes a string or several, and both `stop` and
-    `stop_token_ids` take None; afterwards they are tuples.
+    temperature: below 1e-5 sampling is greedy, and `top_k`, `top_p` and `min_p` have no effect.
+    top_k: 0 and -1 are off.
+    max_tokens: None generates up to the engine's `max_model_len`.
+    min_tokens: before so many tokens, no end-of-sequence token, `stop` or `stop_token_ids` ends the request.
+    logprobs: 0 reports the sampled token alone.
+    stop, stop_token_ids: None, or one or several; kept as tuples.
+
+    Raises:
+        RequestError: a value has a wrong type or is out of range; `field` is its name.
     """
 
     n: int = 1
@@ -98,21 +106,19 @@ class SamplingParams:
     include_stop_str_in_output: bool = False
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
-        """Answer what the generated `__init__` would answer with a TypeError, in the user's terms."""
+        """Refuses, with a RequestError, what the generated `__init__` would refuse with a TypeError."""
         if args:
-            raise RequestError(f"sampling parameters are given by name, got {reprlib.repr(args[0])} without one")
+            raise RequestError(
+                f"sampling parameters must be given by name, got {reprlib.repr(args[0])} without one",
+                field="sampling_params",
+            )
         known = [field.name for field in fields(cls)]
         for name in kwargs:
             if name not in known:
                 close = difflib.get_close_matches(name, known, n=1)
                 hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
-                raise RequestError(f"{reprlib.repr(name)} is not a sampling parameter; {hint}")
+                raise RequestError(f"{reprlib.repr(name)} is not a sampling parameter; {hint}", field=name)
         return super().__new__(cls)
-
-    @classmethod
-    def from_dict(cls, values: Mapping[str, Any]) -> Self:
-        """The parameters in `values`, by name, and the defaults of all others."""
-        return cls(**{str(name): value for name, value in values.items()})
 
     def __post_init__(self) -> None:
         checked: dict[str, object] = {}
@@ -147,14 +153,17 @@ class SamplingParams:
         ids: object = () if self.stop_token_ids is None else self.stop_token_ids
         if not isinstance(ids, list | tuple | set | frozenset):
             raise _wrong("stop_token_ids", "a list of token ids or None", ids)
-        return tuple(_integer("each of stop_token_ids", i, 0, _MAX_INT) or 0 for i in ids)
+        for one in ids:
+            if not _is_integer(one, 0, _MAX_INT):
+                raise _wrong("stop_token_ids", f"an integer from 0 to {_MAX_INT}", one, one_of_many=True)
+        return tuple(map(int, ids))
 
     @property
     def greedy(self) -> bool:
-        """Whether the most likely token is always taken."""
+        """Whether the most likely token is always chosen."""
         return self.temperature < _GREEDY_BELOW
 
 
-# `help` and notebooks would show the signature of `__new__`, which names no field.
+# Otherwise `help` and notebooks show the signature of `__new__`, which has no fields.
 _init = inspect.signature(SamplingParams.__init__)
 SamplingParams.__signature__ = _init.replace(parameters=[*_init.parameters.values()][1:])  # type: ignore[attr-defined]

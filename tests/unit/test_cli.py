@@ -5,6 +5,7 @@ from argparse import ArgumentParser
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import fields
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,12 +15,14 @@ from harness import ThreadExecutor, make_engine
 from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 
 import twofold
-from twofold import RankDiedError, SamplingParams
+from twofold import ConfigError, RankDiedError, SamplingParams
 from twofold.cli import generate
 from twofold.cli.arguments import ENGINE_HELP, add_engine_arguments, chosen
 from twofold.cli.main import main
 from twofold.config import EngineConfig
 from twofold.contract import Step
+from twofold.engine import engine as engine_module
+from twofold.server.config import ServerConfig
 
 Run = Callable[..., tuple[int, str, str]]
 
@@ -153,6 +156,26 @@ def test_every_engine_argument_is_a_flag() -> None:
     }
 
 
+@pytest.mark.parametrize(
+    ("make", "name", "value"),
+    [
+        (partial(EngineConfig, model="m"), "prefill_context_parallel_size", 0),
+        (partial(EngineConfig, model="m"), "dtype", "int8"),
+        (partial(EngineConfig, model="m"), "gpu_memory_utilization", 1.5),
+        (partial(EngineConfig, model="m"), "seed", -1),
+        (ServerConfig, "port", 70_000),
+        (ServerConfig, "max_waiting_tokens", 0),
+        (ServerConfig, "drain_timeout", -1.0),
+        (ServerConfig, "api_key", [""]),
+    ],
+)
+def test_a_configuration_error_names_its_field(make: Callable[..., Any], name: str, value: Any) -> None:
+    """Guards callers, who need not read the message to know which argument to change."""
+    with pytest.raises(ConfigError, match=name) as refusal:
+        make(**{name: value})
+    assert refusal.value.field == name
+
+
 def test_every_sampling_flag_is_a_parameter() -> None:
     assert set(generate.SAMPLING_HELP) <= {field.name for field in fields(SamplingParams)}
 
@@ -205,9 +228,10 @@ def test_an_engine_that_fails_is_one_line_and_exit_code_1(
         raise RankDiedError("rank 1 was killed by signal 9")
 
     monkeypatch.setattr(tiny_engine.executor, "collect", die)
-    monkeypatch.setattr(tiny_engine, "_make_executor", None)
+    monkeypatch.setattr(tiny_engine, "_make_executor", die)
+    monkeypatch.setattr(engine_module, "RESTART_DELAYS", (0.0, 0.0))
     code, out, error = run("generate", "--model", "tiny", "--prompt-token-ids", "5,6,7", "-q")
-    assert (code, out, error) == (1, "", "error: rank 1 was killed by signal 9\n")
+    assert (code, out, error) == (1, "", "error: the ranks did not start in 2 tries\n")
 
 
 class LosingExecutor(ThreadExecutor):
@@ -221,7 +245,7 @@ class LosingExecutor(ThreadExecutor):
 
 def test_a_prompt_that_is_given_up_is_a_line_and_exit_code_1(run: Run, tiny_engine: Any) -> None:
     model, num_blocks = tiny_model(tiny_config("llama")), tiny_engine.block_pool.num_blocks
-    tiny_engine._make_executor = lambda timeout: LosingExecutor(model, tiny_engine.runtime, num_blocks)
+    tiny_engine._make_executor = lambda start_timeout: LosingExecutor(model, tiny_engine.runtime, num_blocks)
     tiny_engine.recover()
     prompts = ("--prompt-token-ids", "5,6,7", "--prompt-token-ids", "8,9")
     code, out, error = run("generate", "--model", "tiny", *prompts, "--json", "-q", "--max-tokens", "2")

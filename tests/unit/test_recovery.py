@@ -143,7 +143,7 @@ def test_answers_do_not_depend_on_losses(num_ranks: int, in_flight: int) -> None
         engine = make_engine(model, num_ranks, max_num_batched_tokens=24, steps_in_flight=in_flight)
         runtime, num_blocks = engine.runtime, engine.block_pool.num_blocks
         FailingExecutor.fail_at, FailingExecutor.count = fail_at, 0
-        engine._make_executor = lambda timeout: FailingExecutor(model, runtime, num_blocks)
+        engine._make_executor = lambda start_timeout: FailingExecutor(model, runtime, num_blocks)
         engine.recover()
         for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
             engine.add_request(str(number), prompt, one, output_kind=OutputKind.DELTA)
@@ -186,7 +186,7 @@ def offline() -> Iterator[LLM]:
     model, llm._ids = tiny_model(tiny_config("llama")), count()
     llm.engine = engine = make_engine(model, 2)
     runtime, num_blocks = engine.runtime, engine.block_pool.num_blocks
-    engine._make_executor = lambda timeout: PoisonedExecutor(model, runtime, num_blocks)
+    engine._make_executor = lambda start_timeout: PoisonedExecutor(model, runtime, num_blocks)
     yield llm
     llm.shutdown()
 
@@ -209,7 +209,7 @@ def test_generate_ends_when_no_ranks_come_up(offline: LLM, monkeypatch: pytest.M
     make, tries = offline.engine._make_executor, count()
     assert make is not None
 
-    def refuse(timeout: float | None) -> ThreadExecutor:
+    def refuse(start_timeout: float | None) -> ThreadExecutor:
         next(tries)
         raise EngineError("no memory")
 

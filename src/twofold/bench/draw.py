@@ -1,4 +1,4 @@
-"""Pictures of benchmark rows."""
+"""Draw the rows of a benchmark."""
 
 from pathlib import Path
 from typing import Any
@@ -7,7 +7,7 @@ PARTS = {"projections": "#4c78a8", "attention": "#f58518", "rest": "#bab0ac", "e
 
 
 def draw_ttft(rows: list[dict[str, Any]], path: Path) -> None:
-    """Time against length, speed-up against ranks if there are several numbers of them, and where the time goes."""
+    """Draws time against length, speed-up against ranks if these vary, and where the time goes."""
     import matplotlib
 
     matplotlib.use("Agg")

@@ -1,109 +1,115 @@
-"""latency of one batch: prompts of --input-len tokens, answers of --output-len
+"""latency of one batch, and of one decode step in it
 
-The flags are vLLM's. Prints the mean time of a whole batch, and of one decoding step within it.
+Prompts are random token ids, without prefix caching. Prints the mean time of a whole batch and the median time of a
+decode step; on a GPU also how long kernels run in it. The flags are those of `vllm bench latency`.
 """
 
-import json
 import statistics
 import time
 from argparse import ArgumentParser, Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from twofold.bench.report import bytes_per_token, environment
-from twofold.cli.arguments import add_engine_arguments, chosen
-from twofold.config import EngineConfig
+from twofold.bench.arguments import add_lengths, engine_arguments, write_json
+from twofold.bench.report import bytes_per_token, describe
+from twofold.engine.drive import Drive
+from twofold.outputs import OutputKind
+from twofold.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
-    from twofold import LLM
+    from twofold.engine.engine import LLMEngine
+
+NUM_PROFILED = 16  # decode steps
 
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("--input-len", type=int, default=32, help="tokens of each prompt (default: 32)")
-    parser.add_argument("--output-len", type=int, default=128, help="tokens of each answer (default: 128)")
-    parser.add_argument("--batch-size", type=int, default=8, help="prompts at once (default: 8)")
-    parser.add_argument("--num-iters-warmup", type=int, default=1, help="batches not counted (default: 1)")
-    parser.add_argument("--num-iters", type=int, default=3, help="batches measured (default: 3)")
-    parser.add_argument("--output-json", metavar="FILE", help="write every figure there")
-    add_engine_arguments(parser)
+    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts in a batch (default: 8)")
+    parser.add_argument(
+        "--num-iters-warmup", type=int, default=1, metavar="N", help="batches that are not measured (default: 1)"
+    )
+    parser.add_argument("--num-iters", type=int, default=3, metavar="N", help="batches that are measured (default: 3)")
+    add_lengths(parser, input_len=32)
 
 
 def run(args: Namespace) -> int:
-    from twofold import LLM, SamplingParams
+    from twofold import LLM
 
-    arguments = chosen(args, EngineConfig) | {"enable_prefix_caching": False, "skip_tokenizer_init": True}
-    arguments.setdefault("max_model_len", args.input_len + args.output_len + 1)
+    arguments = engine_arguments(args, args.input_len + args.output_len + 1, enable_prefix_caching=False)
     arguments.setdefault("max_num_seqs", args.batch_size)
-    rng = np.random.default_rng(0)
-    latencies: list[float] = []
-    steps: list[float] = []  # milliseconds of decode steps in which every request took part
     with LLM(**arguments) as llm:
         engine = llm.engine
-        for iteration in range(args.num_iters_warmup + args.num_iters):
-            start = time.perf_counter()
-            for number in range(args.batch_size):
-                prompt = rng.integers(0, engine.vocab_size, args.input_len).tolist()
-                params = SamplingParams(temperature=0, max_tokens=args.output_len, ignore_eos=True)
-                engine.add_request(f"{iteration} {number}", {"prompt_token_ids": prompt}, params)
-            ends = [start]
-            changed: list[int] = []
-            while engine.has_unfinished_requests or engine.scheduler.num_in_flight:
-                changed.append(len(engine.step()))
-                ends.append(time.perf_counter())
-            if iteration >= args.num_iters_warmup:
-                latencies.append(ends[-1] - start)
-                durations = np.diff(ends) * 1e3
-                full = [number for number, count in enumerate(changed) if count == args.batch_size]
-                steps += [float(durations[number]) for number in full[2:-1]]
+        batches = [
+            time_batch(engine, args.batch_size, args.input_len, args.output_len, seed)
+            for seed in range(args.num_iters_warmup + args.num_iters)
+        ][args.num_iters_warmup :]
         busy = None
         if engine.runtime.device == "cuda":
-            busy = profile_decode(llm, args.batch_size, args.input_len)
-        result = environment() | {
-            "model": args.model,
-            "dtype": str(engine.runtime.dtype).removeprefix("torch."),
-            "pcp": engine.runtime.num_ranks,
-            "input_len": args.input_len,
-            "output_len": args.output_len,
-            "batch_size": args.batch_size,
-            "avg_latency": statistics.mean(latencies),
-            "latencies": latencies,
-            "decode_ms_per_step": statistics.median(steps) if steps else None,
-            "decode_busy_ms_per_step": busy,
-            "bytes_per_token": bytes_per_token(engine),
-        }
+            busy = profile_decode(engine, args.batch_size, args.input_len)
+        settings = describe(engine) | {"bytes_per_token": bytes_per_token(engine)}
+    latencies = [latency for latency, _ in batches]
+    steps = [step for _, decode_steps in batches for step in decode_steps]
+    result = settings | {
+        "input_len": args.input_len,
+        "output_len": args.output_len,
+        "batch_size": args.batch_size,
+        "avg_latency": statistics.mean(latencies),
+        "latencies": latencies,
+        "decode_ms_per_step": statistics.median(steps) if steps else None,
+        "decode_busy_ms_per_step": busy,
+    }
     if busy is not None:
-        print(f"GPU busy: {busy:.3f} ms a decode step")
+        print(f"GPU busy: {busy:.3f} ms per decode step")
     print(f"Avg latency: {result['avg_latency']:.4f} s")
     if steps:
-        print(f"decode: {result['decode_ms_per_step']:.3f} ms a step, batch {args.batch_size}, {result['pcp']} ranks")
-    if args.output_json:
-        Path(args.output_json).write_text(json.dumps(result, indent=1))
+        print(f"decode: {result['decode_ms_per_step']:.3f} ms per step, batch {args.batch_size}, {result['pcp']} ranks")
+    write_json(args, result)
     return 0
 
 
-def profile_decode(llm: "LLM", batch_size: int, input_len: int) -> float:
-    """Milliseconds a decode step in which any kernel of the first rank runs; prints the longest."""
-    from twofold import SamplingParams
-    from twofold.executor.local import LocalExecutor
+def start_drive(engine: "LLMEngine") -> Drive:
+    """One whose steps give an output for each request that got a token."""
+    return Drive(engine, output_kind=OutputKind.DELTA, recover=False)
 
-    engine, executor, num_steps = llm.engine, llm.engine.executor, 16
-    assert isinstance(executor, LocalExecutor)
-    rng = np.random.default_rng(1)
-    params = SamplingParams(temperature=0, max_tokens=num_steps + 8, ignore_eos=True)
+
+def add_batch(drive: Drive, vocab_size: int, batch_size: int, input_len: int, output_len: int, seed: int) -> None:
+    """Adds random prompts."""
+    rng = np.random.default_rng(seed)
+    params = SamplingParams(temperature=0, max_tokens=output_len, ignore_eos=True)
     for number in range(batch_size):
-        engine.add_request(f"profile {number}", rng.integers(0, engine.vocab_size, input_len).tolist(), params)
-    while len(engine.step()) < batch_size:  # the last prompt's first token
-        pass
-    executor.profile(True)
-    for _ in range(num_steps):
-        engine.step()
-    breakdown = executor.profile(False)[0]
+        drive.add(f"{seed} {number}", rng.integers(0, vocab_size, input_len).tolist(), params)
+
+
+def time_batch(
+    engine: "LLMEngine", batch_size: int, input_len: int, output_len: int, seed: int
+) -> tuple[float, list[float]]:
+    """→ seconds of the whole batch, and milliseconds of each decode step in which every request took part."""
+    ends = [time.perf_counter()]
+    num_outputs = []
+    with start_drive(engine) as drive:
+        add_batch(drive, engine.vocab_size, batch_size, input_len, output_len, seed)
+        for outputs in drive:
+            num_outputs.append(len(outputs))
+            ends.append(time.perf_counter())
+    durations = (np.diff(ends) * 1e3).tolist()
+    full = [duration for duration, count in zip(durations, num_outputs, strict=True) if count == batch_size]
+    return ends[-1] - ends[0], full[2:-1]  # the first ones may have prefilled, the last one had no step behind it
+
+
+def profile_decode(engine: "LLMEngine", batch_size: int, input_len: int) -> float:
+    """Milliseconds of a decode step in which any kernel of the first rank runs. Prints the longest kernels."""
+    with start_drive(engine) as drive:
+        add_batch(drive, engine.vocab_size, batch_size, input_len, NUM_PROFILED + 8, seed=10**6)
+        while len(next(drive)) < batch_size:  # until the last prompt has its first token
+            pass
+        engine.profile(True)
+        for _ in range(NUM_PROFILED):
+            next(drive)
+        breakdown = engine.profile(False)[0]
+        for _ in drive:
+            pass
     assert breakdown is not None
-    while engine.has_unfinished_requests or engine.scheduler.num_in_flight:
-        engine.step()
-    launches = max(1, num_steps + engine.max_steps_in_flight - 1)
+    num_launched = NUM_PROFILED + engine.max_steps_in_flight - 1
     for name, total, count in breakdown.kernels[:12]:
-        print(f"  {total / launches:8.3f} ms  {count / launches:6.1f} x  {name[:100]}")
-    return breakdown.busy / launches
+        print(f"  {total / num_launched:8.3f} ms  {count / num_launched:6.1f} x  {name[:100]}")
+    return breakdown.busy / num_launched

@@ -1,4 +1,4 @@
-"""Prompts that a benchmark sends to a server: random ones, those of a file, those of a data set."""
+"""Prompts for the server benchmark: random, or from a file or data set."""
 
 import json
 import math
@@ -25,19 +25,24 @@ class Prompt:
 
 
 def make_prompts(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
-    """The same for the same seed."""
+    """Makes `args.num_prompts` prompts, the same for the same seed.
+
+    Raises:
+        ConfigError: the file cannot be read, or has no prompts.
+    """
     if args.dataset_name == "random":
         return _random_prompts(args, tokenizer)
     if args.dataset_path is None:
-        raise ConfigError(f"--dataset-name {args.dataset_name} needs --dataset-path")
+        raise ConfigError(f"--dataset-name {args.dataset_name} needs --dataset-path", field="dataset_path")
     try:
         text = Path(args.dataset_path).read_text(encoding="utf-8")
         read = _custom if args.dataset_name == "custom" else _sharegpt
         found = list(islice(read(text, args, tokenizer), args.num_prompts))
     except (OSError, ValueError, KeyError, TypeError) as error:
-        raise ConfigError(f"cannot read prompts from {args.dataset_path!r}: {error!r}") from None
+        message = f"cannot read prompts from {args.dataset_path!r}: {error!r}"
+        raise ConfigError(message, field="dataset_path") from None
     if not found:
-        raise ConfigError(f"{args.dataset_path!r} has no prompts")
+        raise ConfigError(f"{args.dataset_path!r} has no prompts", field="dataset_path")
     return [found[i % len(found)] for i in range(args.num_prompts)]
 
 
@@ -70,7 +75,7 @@ def _custom(text: str, args: Namespace, tokenizer: "PreTrainedTokenizerBase") ->
 
 
 def _sharegpt(text: str, args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> Iterator[Prompt]:
-    """First questions, and answers as long as theirs. vLLM's bounds leave out what is very short or long."""
+    """The first question of each conversation. As in vLLM, very short and very long ones are left out."""
     for one in _shuffled(json.loads(text), args):
         turns = one["conversations"]
         if len(turns) < 2:

@@ -1,4 +1,4 @@
-"""What every benchmark says beside its figures: where they come from."""
+"""What a benchmark says beside its figures: commit, command, versions, hardware, and bytes per token."""
 
 import os
 import platform
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def environment() -> dict[str, Any]:
-    """The commit, the command, the versions and the hardware that a figure belongs to."""
+    """The commit, command, versions and hardware that figures belong to."""
     import torch
 
     from twofold.runtime import usable_cores
@@ -38,13 +38,13 @@ def environment() -> dict[str, Any]:
 
 
 def _program(path: str) -> list[str]:
-    is_script = path.endswith(".py") and Path(path).stem not in ("main", "__main__")  # those are `python -m twofold...`
+    is_script = path.endswith(".py") and Path(path).stem not in ("main", "__main__")  # these are `python -m twofold...`
     return ["python", path] if is_script else ["twofold"]
 
 
 def _commit() -> str:
-    if said := os.environ.get("TWOFOLD_COMMIT"):  # a copy of the tree without its history
-        return said
+    if given := os.environ.get("TWOFOLD_COMMIT"):  # for a copy of the tree without its history
+        return given
     folder = Path(__file__).parent
     answer = subprocess.run(["git", "describe", "--always", "--dirty"], cwd=folder, capture_output=True, text=True)
     return answer.stdout.strip() or "unknown"
@@ -59,18 +59,23 @@ def _cpu_name() -> str:
 
 
 def bytes_per_token(engine: "LLMEngine") -> dict[str, float]:
-    """What a token's rows of all layers take, by the buffers that were allocated and sent.
+    """Bytes of a token's KV entries over all layers, measured at the buffers that were allocated and sent.
 
-    `stored` is on every rank. `exchanged` went from its rank to each of the others, on average of all tokens computed
-    so far; padding travels, too.
+    `stored` is what each rank keeps. `exchanged` is what a token's rank sends to each other rank, padding included: the
+    mean over all tokens computed so far.
     """
-    report, size, stats = engine.executor.reports[0], engine.runtime.num_ranks, engine.stats
+    report, size, stats = engine.reports[0], engine.runtime.num_ranks, engine.stats
     exchanged = stats.exchange_bytes / max(1, (size - 1) * stats.num_tokens)
     return {"stored": report.bytes_per_block / engine.runtime.block_size, "exchanged": round(exchanged, 1)}
 
 
+def describe(engine: "LLMEngine") -> dict[str, Any]:
+    """The settings that a figure belongs to."""
+    return {"dtype": str(engine.runtime.dtype).removeprefix("torch."), "pcp": engine.runtime.num_ranks}
+
+
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Columns as wide as they need to be, on stdout."""
+    """Prints right-aligned columns."""
     widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
     for line in [header, *rows]:
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

@@ -1,7 +1,7 @@
 """a running server under load: throughput, time to first token, time per token
 
-Flags, report and JSON are those of `vllm bench serve`, and any OpenAI-compatible server can be measured. Prompts are
-random token ids (text for chats), or come from a file: --dataset-name custom takes JSON lines with a "prompt" each,
+Measures any OpenAI-compatible server. Flags, report and JSON are those of `vllm bench serve`. Prompts are random token
+ids (for chats, random text), or come from a file: --dataset-name custom reads lines of JSON with a "prompt" in each,
 sharegpt the JSON of that data set.
 """
 
@@ -10,7 +10,7 @@ import json
 import math
 import sys
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, Namespace, _ArgumentGroup
 from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -38,10 +38,10 @@ METRICS = {
 
 @dataclass(slots=True)
 class Outcome:
-    """One request. Times are in seconds."""
+    """A request and its answer. Times are in seconds."""
 
     prompt_len: int
-    start: float = 0.0  # on the clock of the run
+    start: float = 0.0  # since the start of the run
     success: bool = False
     ttft: float = 0.0
     latency: float = 0.0
@@ -56,54 +56,86 @@ class Outcome:
 
 
 def configure(parser: ArgumentParser) -> None:
-    server = parser.add_argument_group("server")
-    server.add_argument("--backend", default="openai", choices=ENDPOINTS, help="kind of requests (default: openai)")
-    server.add_argument("--base-url", help="in place of --host and --port")
-    server.add_argument("--host", default="127.0.0.1")
-    server.add_argument("--port", type=int, default=8000)
-    server.add_argument("--endpoint", help="path (default: that of the backend)")
-    server.add_argument("--api-key", help="what the server asks for")
-    server.add_argument("--model", help="what the server calls the model (default: the first it lists)")
-    server.add_argument("--tokenizer", help="directory or hub name (default: the model)")
-    data = parser.add_argument_group("prompts")
-    data.add_argument("--dataset-name", default="random", choices=("random", "custom", "sharegpt"))
-    data.add_argument("--dataset-path", metavar="FILE")
-    data.add_argument("--num-prompts", type=int, default=1000, metavar="N")
-    data.add_argument("--random-input-len", type=int, default=1024, metavar="N")
-    data.add_argument("--random-output-len", type=int, default=128, metavar="N")
-    data.add_argument(
-        "--random-range-ratio", type=float, default=0.0, metavar="X", help="lengths vary by this part of them, 0 to 1"
+    _add_server(parser.add_argument_group("server"))
+    _add_prompts(parser.add_argument_group("prompts"))
+    _add_load(parser.add_argument_group("load"))
+    _add_result(parser.add_argument_group("result"))
+
+
+def _add_server(group: _ArgumentGroup) -> None:
+    group.add_argument("--backend", default="openai", choices=ENDPOINTS, help="kind of requests (default: openai)")
+    group.add_argument("--base-url", help="address of the server, instead of --host and --port")
+    group.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
+    group.add_argument("--port", type=int, default=8000, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--endpoint", help="path of the requests (default: that of the backend)")
+    group.add_argument("--api-key", help="key that the server asks for")
+    group.add_argument("--model", help="name of the model (default: the first that the server lists)")
+    group.add_argument("--tokenizer", help="directory or hub name (default: the model)")
+
+
+def _add_prompts(group: _ArgumentGroup) -> None:
+    group.add_argument(
+        "--dataset-name", default="random", choices=("random", "custom", "sharegpt"), help="(default: random)"
     )
-    data.add_argument(
-        "--random-prefix-len", type=int, default=0, metavar="N", help="tokens that all prompts begin with"
+    group.add_argument("--dataset-path", metavar="FILE", help="file of the prompts, if they are not random")
+    group.add_argument("--num-prompts", type=int, default=1000, metavar="N", help="number of prompts (default: 1000)")
+    group.add_argument(
+        "--random-input-len", type=int, default=1024, metavar="N", help="tokens in a random prompt (default: 1024)"
     )
-    data.add_argument("--custom-output-len", type=int, default=256, metavar="N")
-    data.add_argument("--sharegpt-output-len", type=int, metavar="N", help="(default: that of the data set's answer)")
-    load = parser.add_argument_group("load")
-    load.add_argument(
-        "--request-rate", type=float, default=math.inf, metavar="X", help="requests/s (default: all at once)"
+    group.add_argument(
+        "--random-output-len", type=int, default=128, metavar="N", help="tokens in its answer (default: 128)"
     )
-    load.add_argument(
-        "--burstiness", type=float, default=1.0, metavar="X", help="1 is Poisson; below it comes in bursts"
+    group.add_argument(
+        "--random-range-ratio", type=float, default=0.0, metavar="X", help="random lengths vary by this share, 0 to 1"
     )
-    load.add_argument("--max-concurrency", type=int, metavar="N", help="requests under way at once")
-    load.add_argument("--ignore-eos", action="store_true", help="answers are as long as they may be")
-    load.add_argument("--temperature", type=float, default=0.0, metavar="X")
-    load.add_argument("--seed", type=int, default=0, metavar="N")
-    load.add_argument("--num-warmups", type=int, default=0, metavar="N", help="requests before the clock starts")
-    result = parser.add_argument_group("result")
-    result.add_argument("--percentile-metrics", default="ttft,tpot,itl", help=f"of {','.join(METRICS)}")
-    result.add_argument("--metric-percentiles", default="99", help="with commas between them (default: 99)")
-    result.add_argument(
-        "--goodput", nargs="*", default=[], metavar="METRIC:MS", help="what a good request must keep to"
+    group.add_argument(
+        "--random-prefix-len", type=int, default=0, metavar="N", help="tokens that all random prompts begin with"
     )
-    result.add_argument("--save-result", action="store_true", help="write a JSON file")
-    result.add_argument("--save-detailed", action="store_true", help="with the figures of each request")
-    result.add_argument("--result-dir", default=".", metavar="DIR")
-    result.add_argument("--result-filename", metavar="FILE")
-    result.add_argument("--label")
-    result.add_argument("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="for the JSON file")
-    result.add_argument("--disable-tqdm", action="store_true")
+    group.add_argument(
+        "--custom-output-len", type=int, default=256, metavar="N", help="tokens in an answer (default: 256)"
+    )
+    group.add_argument(
+        "--sharegpt-output-len", type=int, metavar="N", help="tokens in an answer (default: as in the data set)"
+    )
+
+
+def _add_load(group: _ArgumentGroup) -> None:
+    group.add_argument(
+        "--request-rate", type=float, default=math.inf, metavar="X", help="requests per second (default: all at once)"
+    )
+    group.add_argument(
+        "--burstiness",
+        type=float,
+        default=1.0,
+        metavar="X",
+        help="1 is a Poisson process, less comes in bursts (default: 1)",
+    )
+    group.add_argument(
+        "--max-concurrency", type=int, metavar="N", help="requests that run at the same time (default: no limit)"
+    )
+    group.add_argument("--ignore-eos", action="store_true", help="do not end answers before their length")
+    group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of the requests (default: 0)")
+    group.add_argument("--seed", type=int, default=0, metavar="N", help="for prompts and their times (default: 0)")
+    group.add_argument(
+        "--num-warmups", type=int, default=0, metavar="N", help="requests before the measurement (default: 0)"
+    )
+
+
+def _add_result(group: _ArgumentGroup) -> None:
+    group.add_argument(
+        "--percentile-metrics", default="ttft,tpot,itl", help=f"metrics to print, of {','.join(METRICS)}"
+    )
+    group.add_argument(
+        "--metric-percentiles", default="99", help="percentiles to print, with commas between them (default: 99)"
+    )
+    group.add_argument("--goodput", nargs="*", default=[], metavar="METRIC:MS", help="limits that a good request keeps")
+    group.add_argument("--save-result", action="store_true", help="write the result to a JSON file")
+    group.add_argument("--save-detailed", action="store_true", help="the same, with the figures of each request")
+    group.add_argument("--result-dir", default=".", metavar="DIR", help="where to write it (default: here)")
+    group.add_argument("--result-filename", metavar="FILE", help="name of the JSON file")
+    group.add_argument("--label", help="label in the JSON file and in its name")
+    group.add_argument("--metadata", nargs="*", default=[], metavar="KEY=VALUE", help="more fields for the JSON file")
+    group.add_argument("--disable-tqdm", action="store_true", help="show no progress")
 
 
 def run(args: Namespace) -> int:
@@ -114,12 +146,15 @@ def run(args: Namespace) -> int:
     percentiles = _numbers("--metric-percentiles", args.metric_percentiles)
     shown = [name for name in args.percentile_metrics.split(",") if name]
     if wrong := [name for name in shown if name not in METRICS]:
-        raise ConfigError(f"--percentile-metrics must be of {', '.join(METRICS)}, got {wrong[0]!r}")
+        raise ConfigError(
+            f"--percentile-metrics must be of {', '.join(METRICS)}, got {wrong[0]!r}", field="percentile_metrics"
+        )
     goals = _goals(args.goodput)
-    if args.num_prompts < 1 or not args.request_rate > 0 or not args.burstiness > 0:
-        raise ConfigError("--num-prompts, --request-rate and --burstiness must be above 0")
+    for name in ("num_prompts", "request_rate", "burstiness"):
+        if not getattr(args, name) > 0:
+            raise ConfigError(f"--{name.replace('_', '-')} must be above 0, got {getattr(args, name)}", field=name)
     if args.max_concurrency is not None and args.max_concurrency < 1:
-        raise ConfigError(f"--max-concurrency must be at least 1, got {args.max_concurrency}")
+        raise ConfigError(f"--max-concurrency must be at least 1, got {args.max_concurrency}", field="max_concurrency")
     url = (args.base_url or f"http://{args.host}:{args.port}").rstrip("/")
     headers = {"Authorization": f"Bearer {args.api_key}"} if args.api_key else {}
     if args.model is None:
@@ -142,7 +177,7 @@ def _load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
     from twofold.config import EngineConfig
     from twofold.models.source import load_tokenizer, resolve
 
-    # Without weights there is nothing to miss: only the tokenizer is read.
+    # With dummy weights the directory may have none: only the tokenizer is read.
     return load_tokenizer(None, resolve(EngineConfig(model=name, load_format="dummy")))
 
 
@@ -150,7 +185,7 @@ def _load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
 
 class Bench:
-    """Sends prompts at their times and watches the answers come."""
+    """Sends prompts at their times, and times the answers."""
 
     def __init__(self, args: Namespace, url: str, headers: dict[str, str]) -> None:
         self.args, self.url, self.headers = args, url, headers
@@ -158,7 +193,7 @@ class Bench:
         self._num_running = 0
 
     async def run(self, prompts: Sequence[Prompt]) -> tuple[list[Outcome], float]:
-        """→ every request's outcome, and the seconds from the first to the end of the last."""
+        """→ the outcome of each request, and seconds from the first request to the end of the last."""
         import httpx
 
         args = self.args
@@ -183,7 +218,7 @@ class Bench:
                 return outcomes, time.perf_counter() - begin
 
     async def _arrivals(self, prompts: Sequence[Prompt]) -> AsyncIterator[Prompt]:
-        """Each prompt at its time: gaps are gamma distributed, exponentially with a burstiness of 1."""
+        """Yields each prompt at its time. Gaps have a gamma distribution; with burstiness 1 an exponential one."""
         rate, shape = self.args.request_rate, self.args.burstiness
         rng = np.random.default_rng(self.args.seed + 1)
         due = time.perf_counter()
@@ -254,7 +289,7 @@ class Bench:
 def summarise(
     outcomes: Sequence[Outcome], duration: float, percentiles: Sequence[float], goals: dict[str, float]
 ) -> dict[str, Any]:
-    """vLLM's fields."""
+    """The result, with vLLM's fields."""
     good = [outcome for outcome in outcomes if outcome.success]
     num_in, num_out = sum(one.prompt_len for one in good), sum(one.num_tokens for one in good)
     result: dict[str, Any] = {
@@ -307,7 +342,7 @@ def _goals(given: Sequence[str]) -> dict[str, float]:
     for one in given:
         name, _, limit = one.partition(":")
         if name not in ("ttft", "tpot", "e2el"):
-            raise ConfigError(f"--goodput must be like ttft:200, of ttft, tpot and e2el, got {one!r}")
+            raise ConfigError(f"--goodput must be like ttft:200, of ttft, tpot and e2el, got {one!r}", field="goodput")
         goals[name] = _numbers("--goodput", limit)[0]
     return goals
 
@@ -316,7 +351,8 @@ def _numbers(flag: str, text: str) -> list[float]:
     try:
         return [float(number) for number in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{flag} must be numbers with commas between them, got {text!r}") from None
+        field = flag.strip("-").replace("-", "_")
+        raise ConfigError(f"{flag} must be numbers with commas between them, got {text!r}", field=field) from None
 
 
 def _print(result: dict[str, Any], args: Namespace, shown: Sequence[str], percentiles: Sequence[float]) -> None:

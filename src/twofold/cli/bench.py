@@ -1,4 +1,4 @@
-"""measure: time to first token, latency of a batch, throughput, a server under load"""
+"""measure time to first token, latency of a batch, throughput, or a server under load"""
 
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter
 from importlib import import_module

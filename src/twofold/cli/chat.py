@@ -1,7 +1,7 @@
-"""talk to a running server, and see how far it is with a long prompt
+"""talk to a running server, and see its progress with a long prompt
 
-Type a message and press Enter. /file PATH puts a file's text before the next message, /new forgets the conversation,
-/quit or Ctrl-D ends; Ctrl-C stops an answer. With MESSAGE there is one answer on stdout and the end.
+Type a message and press Enter. /file PATH puts a file's text before the next message, /new starts a new conversation,
+/quit or Ctrl-D ends, Ctrl-C stops an answer. With MESSAGE the command prints one answer on stdout and ends.
 """
 
 import contextlib
@@ -24,15 +24,19 @@ BAR_WIDTH = 30
 
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("message", nargs="?", metavar="MESSAGE", help="ask this, print the answer, and end")
-    parser.add_argument("--url", default="http://127.0.0.1:8000", help="the server (default: %(default)s)")
-    parser.add_argument("--api-key", default=None, help="what it asks for (default: $OPENAI_API_KEY)")
-    parser.add_argument("--model", default=None, help="what it calls the model (default: the first it lists)")
-    parser.add_argument("--system", default=None, metavar="TEXT", help="what the model is told first")
+    parser.add_argument("message", nargs="?", metavar="MESSAGE", help="ask this, print the answer and end")
+    parser.add_argument("--url", default="http://127.0.0.1:8000", help="address of the server (default: %(default)s)")
+    parser.add_argument("--api-key", default=None, help="key that the server asks for (default: $OPENAI_API_KEY)")
+    parser.add_argument("--model", default=None, help="name of the model (default: the first that the server lists)")
+    parser.add_argument("--system", default=None, metavar="TEXT", help="system message, before all others")
     parser.add_argument("--file", action="append", default=[], metavar="FILE", help="text to put before the message")
-    parser.add_argument("--temperature", type=float, default=None, metavar="X")
-    parser.add_argument("--max-tokens", type=int, default=None, metavar="N")
-    parser.add_argument("--seed", type=int, default=None, metavar="N")
+    parser.add_argument(
+        "--temperature", type=float, default=None, metavar="X", help="0 always takes the most likely token"
+    )
+    parser.add_argument(
+        "--max-tokens", type=int, default=None, metavar="N", help="largest number of tokens in an answer"
+    )
+    parser.add_argument("--seed", type=int, default=None, metavar="N", help="for sampling")
 
 
 def run(args: Namespace) -> int:
@@ -53,9 +57,9 @@ def run(args: Namespace) -> int:
 
 
 def _talk(chat: "Chat", files: list[str]) -> int:
-    """Messages from the terminal until it ends."""
+    """Answers messages from the terminal until its input ends → the exit code."""
     with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - lines can be edited, and called up again
+        import readline  # noqa: F401 - input() then has editing and a history
     chat.console.print(f"{chat.model}. /file PATH, /new, /quit", style="dim")
     while True:
         try:
@@ -85,7 +89,7 @@ def _read(path: str) -> str:
         return Path(path).expanduser().read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
-        raise ConfigError(f"cannot read {path!r}: {reason}") from None
+        raise ConfigError(f"cannot read {path!r}: {reason}", field="file") from None
 
 
 class Chat:
@@ -105,7 +109,7 @@ class Chat:
         self.messages = [{"role": "system", "content": self._system}] if self._system else []
 
     def ask(self, message: str) -> None:
-        """Prints the answer as it comes, and keeps both if it is whole."""
+        """Prints the answer as it comes. Message and answer join the conversation if the answer is whole."""
         asked = [*self.messages, {"role": "user", "content": message}]
         body = {
             "model": self.model,
@@ -141,7 +145,7 @@ class Chat:
         )
 
     def _events(self, response: "httpx.Response") -> Iterator[dict[str, Any]]:
-        """The stream's events; its comments are shown on the terminal's last line meanwhile."""
+        """The events of a stream. Its comments are shown on the last line of the terminal until an event comes."""
         shown = False
         for line in response.iter_lines():
             if line.startswith(": ") and self.console.is_terminal:
@@ -157,7 +161,7 @@ class Chat:
                 yield event
 
     def _overwrite(self, text: str) -> None:
-        """Puts `text` in place of the terminal's last line."""
+        """Replaces the last line of the terminal."""
         self.console.file.write(f"\r\x1b[K{text}")
         self.console.file.flush()
 
@@ -181,7 +185,7 @@ class Chat:
 
 
 def _as_bar(note: str) -> str:
-    """`prefill 4096/8192` as a bar; other notes as they are."""
+    """Draws a bar for `prefill 4096/8192`; returns other notes unchanged."""
     done, _, total = note.removeprefix("prefill ").partition("/")
     if not (done.isdigit() and total.isdigit() and int(total)):
         return note

@@ -1,8 +1,8 @@
 """draw which rank computes which tokens of a step
 
-This is the partition that the ranks themselves derive from the step; without --model nothing is run. Each request has
-`--lens` tokens to compute, after `--computed` tokens that are in the cache. A token attends to itself and all before
-it; attended pairs are what attention costs, tokens are what everything else costs.
+The drawing shows the partition that ranks compute from the step. Nothing is run without --model. Each request has
+--lens tokens to compute, after --computed tokens that are in the cache. A token attends to itself and all tokens before
+it. The cost of attention is the number of attended pairs; the cost of all else is the number of tokens.
 """
 
 import colorsys
@@ -42,37 +42,42 @@ def configure(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--policy", "--partition-policy", default="dual_chunk_swap", metavar="S", help=f"one of {', '.join(POLICIES)}"
     )
-    parser.add_argument("--png", metavar="FILE", help="draw a picture, too")
+    parser.add_argument("--png", metavar="FILE", help="also draw a picture to this file")
     parser.add_argument(
         "--model",
         metavar="M",
-        help="run it with random weights, and say what ranks stored and exchanged",
+        help="also run this model with random weights, and print the bytes that ranks store and exchange",
     )
 
 
 def run(args: Namespace) -> int:
     num_ranks = args.prefill_context_parallel_size
     if not 1 <= num_ranks <= MAX_RANKS:
-        raise ConfigError(f"prefill_context_parallel_size must be from 1 to {MAX_RANKS}, got {num_ranks}")
+        raise ConfigError(
+            f"prefill_context_parallel_size must be from 1 to {MAX_RANKS}, got {num_ranks}",
+            field="prefill_context_parallel_size",
+        )
     lens = _numbers("--lens", args.lens, 1)
     computed = [0] * len(lens) if args.computed is None else _numbers("--computed", args.computed, 0)
     if len(computed) != len(lens):
-        raise ConfigError(f"--computed must have a number for each of the {len(lens)} requests, got {len(computed)}")
+        raise ConfigError(
+            f"--computed must have a number for each of the {len(lens)} requests, got {len(computed)}", field="computed"
+        )
     batch = ScheduledBatch.of(computed, lens)
     part = plan_step(batch, TokenLayout(num_ranks, args.policy))
     draw(batch, part, args.policy, Console(highlight=False, soft_wrap=True))
     if args.png is not None:
         try:
             draw_picture(batch, part, args.policy, Path(args.png))
-        except (OSError, ValueError) as error:  # matplotlib says ValueError to a suffix that it does not know
-            raise ConfigError(f"cannot write --png {args.png!r}: {error}") from None
+        except (OSError, ValueError) as error:  # matplotlib raises ValueError for an unknown suffix
+            raise ConfigError(f"cannot write --png {args.png!r}: {error}", field="png") from None
     if args.model is not None:
         measure(args.model, lens, num_ranks, args.policy)
     return 0
 
 
 def measure(model: str, lens: Sequence[int], num_ranks: int, policy: str) -> None:
-    """Runs prompts of such lengths in one step; prints what of them was stored and sent, by the buffers themselves."""
+    """Runs prompts of these lengths in one step. Prints the bytes per token that were stored and exchanged."""
     from twofold import LLM, SamplingParams
     from twofold.bench.report import bytes_per_token
 
@@ -101,15 +106,15 @@ def _numbers(flag: str, text: str, least: int) -> list[int]:
     try:
         numbers = [int(piece) for piece in text.split(",")]
     except ValueError:
-        raise ConfigError(f"{rule}, got {text!r}") from None
+        raise ConfigError(f"{rule}, got {text!r}", field=flag.strip("-")) from None
     if wrong := [number for number in numbers if not least <= number <= MAX_TOKENS]:
-        raise ConfigError(f"{rule}, got {wrong[0]}")
+        raise ConfigError(f"{rule}, got {wrong[0]}", field=flag.strip("-"))
     return numbers
 
 
 @dataclass(frozen=True, slots=True)
 class Run:
-    """Consecutive tokens of one request: a virtual request, or what the cache holds (no rank)."""
+    """Consecutive tokens of one request: a row of a rank, or tokens in the cache (rank None)."""
 
     rank: int | None
     start: int
@@ -117,7 +122,7 @@ class Run:
 
 
 def runs_of(batch: ScheduledBatch, part: StepPlan) -> list[list[Run]]:
-    """The runs of each request, in the order of its tokens."""
+    """The runs of each request, in the order of tokens."""
     ranks = np.repeat(np.arange(part.num_ranks), np.diff(part.row_ptr))
     runs = [[Run(None, 0, computed)] if computed else [] for computed in batch.num_computed_tokens.tolist()]
     rows = zip(part.request_idx.tolist(), part.start.tolist(), part.length.tolist(), ranks.tolist(), strict=True)
@@ -127,7 +132,7 @@ def runs_of(batch: ScheduledBatch, part: StepPlan) -> list[list[Run]]:
 
 
 def draw(batch: ScheduledBatch, part: StepPlan, policy: str, console: Console) -> None:
-    """Draws with characters; with colours where the console has them."""
+    """Draws with characters, and with colours if the console has them."""
     num_requests, num_tokens = len(batch), int(part.num_tokens.sum())
     console.print(
         f"one step: {_count(num_tokens, 'token')} of {_count(num_requests, 'request')} "
@@ -169,7 +174,7 @@ def draw(batch: ScheduledBatch, part: StepPlan, policy: str, console: Console) -
 
 
 def cell_widths(lengths: Sequence[int], scale: float, width: int) -> list[int]:
-    """How many of `width` characters each run gets: its share, and at least one if there are enough for all."""
+    """Number of characters for each run, `width` in all: its share, and at least 1 if there are enough."""
     edges = [0, *(round(end * scale) for end in accumulate(lengths))]
     if len(lengths) <= width:
         for i in range(1, len(edges)):
@@ -214,7 +219,7 @@ def _draw_ranks(part: StepPlan, console: Console) -> None:
 
 
 def _list_rows(part: StepPlan, rank: int) -> str:
-    """A rank's virtual requests: request[first token..last token]."""
+    """The rows of a rank: request[first token..last token]."""
     rows = part.rows_of(rank)
     if rows.start == rows.stop:
         return "nothing"
@@ -227,7 +232,7 @@ def _list_rows(part: StepPlan, rank: int) -> str:
 
 
 def colour(rank: int, num_ranks: int) -> str:
-    """Of a rank, in the terminal and in pictures."""
+    """The colour of a rank, in the terminal and in pictures."""
     if num_ranks <= len(COLOURS):
         return COLOURS[rank]
     red, green, blue = colorsys.hls_to_rgb(rank / num_ranks, 0.6 + 0.15 * (rank % 2), 0.75)
@@ -239,7 +244,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def draw_picture(batch: ScheduledBatch, part: StepPlan, policy: str, path: Path) -> None:
-    """Draws with matplotlib: the runs of each request, what the longest attends to, and each rank's load."""
+    """Draws with matplotlib: the runs of each request, the attention of the longest one, and the load of each rank."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -268,7 +273,7 @@ def _plot_runs(axes: "Axes", runs: Sequence[Sequence[Run]], num_ranks: int) -> N
     for y, request in enumerate(runs):
         for run in request:
             shade = COMPUTED_COLOUR if run.rank is None else colour(run.rank, num_ranks)
-            edge = shade if run.length < 0.01 * longest else "white"  # of its own colour, to be seen at all
+            edge = shade if run.length < 0.01 * longest else "white"  # a white edge would hide a short run
             axes.barh(y, run.length, left=run.start, height=0.7, color=shade, edgecolor=edge, linewidth=1)
             if run.length > 0.04 * longest:
                 label = "in the cache" if run.rank is None else str(run.rank)
@@ -284,7 +289,7 @@ def _plot_runs(axes: "Axes", runs: Sequence[Sequence[Run]], num_ranks: int) -> N
 
 
 def _plot_attention(axes: "Axes", request: Sequence[Run], number: int, num_ranks: int) -> None:
-    """Queries downwards, keys to the right: the area of a rank's colour is its number of attended pairs."""
+    """Queries downwards, keys to the right: the area in a rank's colour is its number of attended pairs."""
     end = request[-1].start + request[-1].length
     first = next(run.start for run in request if run.rank is not None)
     for run in request:
@@ -310,7 +315,7 @@ def _count_tokens(axis: "Axis") -> None:
 
 
 def _plot_load(axes: "Axes", part: StepPlan) -> None:
-    """Each rank's share of tokens and of attended pairs; the line is an even share."""
+    """Each rank's share of tokens and of attended pairs. Dotted lines show even shares."""
     shares = [values / max(values.sum(), 1) for values in (part.num_tokens, part.num_pairs)]
     left = np.zeros(2)
     for rank in range(part.num_ranks):

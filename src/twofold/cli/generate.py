@@ -1,8 +1,9 @@
 """answer prompts: text or JSON on stdout, progress on stderr
 
-Prompts are answered together and printed in the order of the command line. A prompt that cannot be served is one line
-on stderr and hinders no other. With --json every prompt is one line on stdout, in order: prompt_token_ids, token_ids,
-text, finish_reason and metrics (ttft and e2e in seconds, num_prompt_tokens, num_cached_tokens), or only error.
+Prompts are answered together; answers are printed in the order of the prompts. A prompt that cannot be served is
+reported in one line on stderr, and the others are answered. With --json each prompt gives one line on stdout:
+prompt_token_ids, token_ids, text, finish_reason and metrics (ttft and e2e in seconds, num_prompt_tokens,
+num_cached_tokens), or error alone.
 """
 
 import json
@@ -20,25 +21,26 @@ from tqdm import tqdm
 from twofold import ConfigError, RequestError, RequestOutput, SamplingParams
 from twofold.cli.arguments import add_engine_arguments, add_fields, chosen
 from twofold.config import EngineConfig
+from twofold.engine.drive import Drive
 from twofold.errors import GIVEN_UP, EngineError, TwofoldError
 
 if TYPE_CHECKING:
     from twofold import LLM
 
-DEFAULTS = {"temperature": 0.0, "max_tokens": 256}  # where they differ from those of SamplingParams
+DEFAULTS = {"temperature": 0.0, "max_tokens": 256}  # those that differ from SamplingParams
 SAMPLING_HELP = {
-    "max_tokens": f"length of an answer, at most (default: {DEFAULTS['max_tokens']})",
-    "min_tokens": "length of an answer, at least",
-    "temperature": f"0 takes the most likely token (default: {DEFAULTS['temperature']:g})",
-    "top_k": "draw from the K most likely tokens; 0 is off",
-    "top_p": "draw from the most likely tokens that hold this probability together",
-    "min_p": "draw from tokens at least this likely, next to the most likely one",
-    "presence_penalty": "for tokens that are in the answer",
-    "frequency_penalty": "for tokens, as often as they are in the answer",
-    "repetition_penalty": "for tokens that are in the prompt or the answer; 1 is off",
+    "max_tokens": f"largest number of tokens in an answer (default: {DEFAULTS['max_tokens']})",
+    "min_tokens": "smallest number of tokens in an answer",
+    "temperature": f"0 always takes the most likely token (default: {DEFAULTS['temperature']:g})",
+    "top_k": "sample from the N most likely tokens; 0 is off",
+    "top_p": "sample from the most likely tokens that have this probability together",
+    "min_p": "sample from tokens at least this likely, relative to the most likely one",
+    "presence_penalty": "penalty for tokens that are in the answer already",
+    "frequency_penalty": "penalty for each time that a token is in the answer already",
+    "repetition_penalty": "factor against tokens that are in the prompt or the answer already; 1 is off",
     "stop": "text that ends an answer; may be given more than once",
     "stop_token_ids": "token that ends an answer; may be given more than once",
-    "ignore_eos": "go on after the end-of-sequence token",
+    "ignore_eos": "continue after the end-of-sequence token",
 }
 
 
@@ -50,7 +52,7 @@ class _Source(NamedTuple):
 
 
 def configure(parser: ArgumentParser) -> None:
-    prompts = parser.add_argument_group("prompts, each any number of times")
+    prompts = parser.add_argument_group("prompts; each flag may be given more than once")
     for flag, metavar, text in (
         ("--prompt", "TEXT", "a prompt"),
         ("--prompt-file", "FILE", "a file that is a prompt, in UTF-8; - is standard input"),
@@ -58,20 +60,22 @@ def configure(parser: ArgumentParser) -> None:
     ):
         source = partial(_Source, flag)
         prompts.add_argument(flag, dest="prompts", action="append", metavar=metavar, help=text, type=source)
-    prompts.add_argument("--chat", action="store_true", help="prompts are a user's messages to a chat model")
+    prompts.add_argument(
+        "--chat", action="store_true", help="apply the model's chat template: each prompt is a user's message"
+    )
     output = parser.add_argument_group("output")
-    output.add_argument("--json", action="store_true", help="one JSON object a prompt and line")
+    output.add_argument("--json", action="store_true", help="print one line of JSON for each prompt")
     output.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
     add_fields(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP)
     add_engine_arguments(parser)
 
 
 def run(args: Namespace) -> int:
-    # What can be wrong without a model is told before PyTorch is imported.
+    # All errors that need no model are reported before PyTorch is imported.
     config = EngineConfig(**chosen(args, EngineConfig))
     params = SamplingParams(**(DEFAULTS | chosen(args, SamplingParams)))
     if not args.prompts:
-        raise ConfigError("no prompt; give --prompt, --prompt-file or --prompt-token-ids")
+        raise ConfigError("no prompt; give --prompt, --prompt-file or --prompt-token-ids", field="prompt")
     answers = _Answers(args.prompts, args.json, args.quiet)
     prompts: dict[int, Any] = {}
     for number, source in enumerate(args.prompts):
@@ -81,19 +85,23 @@ def run(args: Namespace) -> int:
             answers.refuse(number, error)
     if prompts:
         with _load(config, args.quiet) as llm:
-            for number, prompt in prompts.items():
-                try:
-                    if args.chat and isinstance(prompt, str):
-                        prompt = llm.chat_prompt([{"role": "user", "content": prompt}])
-                    llm.engine.add_request(str(number), prompt, params)
-                except RequestError as error:
-                    answers.refuse(number, error)
-            _answer(llm, answers, args.quiet)
+            with Drive(llm.engine, show_progress=not args.quiet) as drive:
+                for number, prompt in prompts.items():
+                    try:
+                        if args.chat and isinstance(prompt, str):
+                            prompt = llm.chat_prompt([{"role": "user", "content": prompt}])
+                        drive.add(str(number), prompt, params)
+                    except RequestError as error:
+                        answers.refuse(number, error)
+                for outputs in drive:
+                    for output in outputs:
+                        answers.finish(int(output.request_id), output)
+            answers.summarise()
     return 1 if answers.num_refused else 0
 
 
 def _read(source: _Source) -> str | dict[str, Any]:
-    """The prompt itself."""
+    """Reads a prompt: its text, or its token ids."""
     flag, value = source
     try:
         if flag == "--prompt-token-ids":
@@ -104,11 +112,14 @@ def _read(source: _Source) -> str | dict[str, Any]:
             data = value.encode(errors="surrogateescape")  # as it came on the command line
         return data.decode()
     except UnicodeDecodeError as error:
-        raise RequestError(f"it is not UTF-8: byte 0x{error.object[error.start]:02x} at offset {error.start}") from None
+        byte = error.object[error.start]
+        message = f"it is not UTF-8: byte 0x{byte:02x} at offset {error.start}"
+        raise RequestError(message, field="prompt") from None
     except OSError as error:
-        raise RequestError(f"it cannot be read: {error.strerror}") from None
+        raise RequestError(f"it cannot be read: {error.strerror}", field="prompt") from None
     except ValueError:
-        raise RequestError(f"token ids must be integers with commas between them, got {value!r}") from None
+        message = f"token ids must be integers with commas between them, got {value!r}"
+        raise RequestError(message, field="prompt") from None
 
 
 def _load(config: EngineConfig, quiet: bool) -> "LLM":
@@ -117,14 +128,14 @@ def _load(config: EngineConfig, quiet: bool) -> "LLM":
     with console.status("loading PyTorch and Transformers") as status:
         from twofold import LLM
 
-        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it tells of each attempt to reach the hub
+        logging.getLogger("huggingface_hub").setLevel(logging.ERROR)  # it logs each attempt to reach the hub
         imports = time.perf_counter() - start
         num_ranks = config.prefill_context_parallel_size
         ranks = "1 rank" if num_ranks == 1 else f"{num_ranks} ranks"
         status.update(f"loading {config.model} on {ranks}")
         llm = LLM(**vars(config))
     runtime, seconds = llm.engine.runtime, time.perf_counter() - start
-    reports = llm.engine.executor.reports
+    reports = llm.engine.reports
     phases = {name: max(report.seconds.get(name, 0.0) for report in reports) for name in reports[0].seconds}
     console.print(
         f"{config.model} is ready on {ranks} ({runtime.device}, {str(runtime.dtype).removeprefix('torch.')}) after "
@@ -134,27 +145,8 @@ def _load(config: EngineConfig, quiet: bool) -> "LLM":
     return llm
 
 
-def _answer(llm: "LLM", answers: "_Answers", quiet: bool) -> None:
-    """Steps until every request has its answer."""
-    engine = llm.engine
-    users = engine.outputs.user_requests
-    num_prompt_tokens, num_answers = sum(len(user.prompt_token_ids) for user in users.values()), len(users)
-    num_done = num_finished = num_generated = 0
-    with tqdm(total=num_prompt_tokens, desc="prefill", unit="tok", disable=quiet) as bar:
-        while engine.has_unfinished_requests:
-            for output in engine.step_or_recover():
-                num_generated += 1
-                if output.finished:
-                    num_finished += 1
-                    num_done += len(output.prompt_token_ids)
-                    answers.finish(int(output.request_id), output)
-            bar.set_postfix_str(f"answers {num_finished}/{num_answers}, {num_generated} tokens", refresh=False)
-            bar.update(num_done + engine.num_computed_tokens() - bar.n)
-    answers.summarise()
-
-
 class _Answers:
-    """Prints each prompt's answer as soon as all before it are printed."""
+    """Prints each answer as soon as those of all earlier prompts are printed."""
 
     def __init__(self, prompts: list[_Source], as_json: bool, quiet: bool) -> None:
         self._names = [
@@ -181,7 +173,7 @@ class _Answers:
             self._take(number, output)
 
     def summarise(self) -> None:
-        """A line on stderr for each answer: how long it is, and how long it took."""
+        """Prints a line on stderr for each answer: its numbers of tokens, and its times."""
         for number, done in sorted(self._done.items()):
             if isinstance(done, RequestOutput) and done.metrics is not None and not self._quiet:
                 metrics, answer = done.metrics, done.outputs[0]

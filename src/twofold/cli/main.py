@@ -1,7 +1,6 @@
-"""The `twofold` command. Sub-commands are the modules beside this one; each imports what is heavy when it runs.
+"""The `twofold` command. Each sub-command is a module beside this one, and imports PyTorch only when it runs.
 
-Exit codes: 0 all was done, 1 a prompt was refused or the engine failed, 2 wrong arguments, configuration or model,
-130 interrupted. A mistake of the user's is one line on stderr.
+Exit codes: see EXIT_CODES. An error is one line on stderr.
 """
 
 import os
@@ -16,12 +15,12 @@ from twofold.cli import bench, chat, explain, generate, models, serve
 
 COMMANDS = {"generate": generate, "serve": serve, "chat": chat, "explain": explain, "models": models, "bench": bench}
 EXIT_CODES = """\
-exit codes: 0 all was done; 1 a prompt was refused or the engine failed;
+exit codes: 0 success; 1 a prompt was refused or the engine failed;
             2 wrong arguments, configuration or model; 130 interrupted (Ctrl-C)"""
 
 
 class Parser(ArgumentParser):
-    """Tells of a wrong argument in one line."""
+    """Reports a wrong argument in one line."""
 
     def error(self, message: str) -> NoReturn:
         self.exit(2, f"error: {message} (see {self.prog} --help)\n")
@@ -53,8 +52,8 @@ def make_parser() -> ArgumentParser:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Runs the command line; the exit code."""
-    if isinstance(sys.stdout, TextIOWrapper):  # whatever the locale says: models may write anything
+    """Runs a command line → the exit code."""
+    if isinstance(sys.stdout, TextIOWrapper):  # in any locale, since answers can have any character
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
     try:
         args = make_parser().parse_args(argv)
@@ -70,7 +69,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # whoever read our output has enough; what is left must not fail again at exit
+    except BrokenPipeError:  # the reader has closed the pipe: the flush at exit must not fail, too
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 

@@ -1,7 +1,8 @@
-"""answer over HTTP, as OpenAI's API does
+"""answer over HTTP with OpenAI's API
 
-Without --api-key anyone who reaches the port may use it: by default only this machine can. SIGTERM and Ctrl-C let the
-answers under way finish; a second signal does not. Progress of a long prefill is in comments of the event stream.
+Without --api-key everyone who reaches the port can use the server; by default only this machine reaches it. SIGTERM and
+Ctrl-C let the answers under way finish, a second signal does not. Comments of the event stream tell the progress of a
+long prefill.
 """
 
 import os
@@ -14,15 +15,15 @@ from twofold.errors import ConfigError
 from twofold.server.config import ServerConfig, bind
 
 SERVER_HELP = {
-    "host": "address to listen on; 0.0.0.0 is every one",
-    "port": "0 takes a free one",
-    "api_key": "clients must send it; may be given more than once (default: $TWOFOLD_API_KEY)",
-    "served_model_name": "what clients call the model; may be given more than once (default: MODEL)",
-    "max_waiting_requests": "prompts that wait for their first token, at most; more are refused with 429",
-    "max_waiting_tokens": "tokens of prompts that wait, at most (default: 4 x max_model_len, at least 1000000)",
-    "max_body_bytes": "size of a request, at most",
-    "drain_timeout": "seconds that answers under way may take after SIGTERM",
-    "access_log": "a line on stderr for each request",
+    "host": "address to listen on; 0.0.0.0 is all addresses",
+    "port": "port to listen on; 0 takes a free one",
+    "api_key": "key that clients must send; may be given more than once (default: $TWOFOLD_API_KEY)",
+    "served_model_name": "name of the model for clients; may be given more than once (default: MODEL)",
+    "max_waiting_requests": "prompts that may wait for their first token; more are refused with 429",
+    "max_waiting_tokens": "tokens that waiting prompts may have (default: 4 x max_model_len, at least 1000000)",
+    "max_body_bytes": "largest size of a request",
+    "drain_timeout": "seconds that answers under way may still take after SIGTERM",
+    "access_log": "write a line to stderr for each request",
 }
 
 
@@ -32,13 +33,13 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    # What can be wrong without a model is told before PyTorch is imported, and before minutes of loading.
+    # All errors that need no model are reported before PyTorch is imported and the model loaded.
     given = chosen(args, ServerConfig)
     if key := os.environ.get("TWOFOLD_API_KEY"):
         given.setdefault("api_key", [key])
     server, config = ServerConfig(**given), EngineConfig(**chosen(args, EngineConfig))
     if not server.api_key and server.host not in ("127.0.0.1", "::1", "localhost"):
-        print(f"warning: no --api-key: whoever reaches {server.host}:{server.port} may use it", file=sys.stderr)
+        print(f"warning: no --api-key: everyone who reaches {server.host}:{server.port} can use it", file=sys.stderr)
     with bind(server) as listener:
         try:
             from twofold.server.run import load, serve

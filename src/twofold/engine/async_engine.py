@@ -1,12 +1,12 @@
-"""The engine on a thread of its own, for many clients of one event loop.
+"""Run an engine on a thread for the clients of one event loop.
 
     event loop                                   engine's thread
     submit ──tokenize (a third thread)──► inbox ──► LLMEngine.add_request
     Answer.close ───────────────────────► inbox ──► LLMEngine.abort_request
     Answer.read ◄── Answer.push ◄── call_soon ◄──── LLMEngine.step
 
-Nothing in the engine's thread waits for a client: what a client has not read yet is merged into one output. When ranks
-are lost the engine starts new ones and the requests go on; only one that brings its ranks down twice is given up.
+The engine's thread never waits for a client: outputs that a client has not read yet are merged into one. If ranks are
+lost, new ones are started and the requests go on. A request whose steps fail twice is given up, and no other with it.
 """
 
 import asyncio
@@ -17,27 +17,28 @@ import threading
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from itertools import count
 from typing import Any
 
 from twofold.engine.detokenizer import token_bytes
+from twofold.engine.drive import Prompt
 from twofold.engine.engine import LLMEngine
+from twofold.engine.stats import EngineSnapshot
 from twofold.errors import GIVEN_UP, EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
 from twofold.outputs import OutputKind, RequestOutput
 from twofold.sampling_params import SamplingParams
 
 CHECK_SECONDS = 1.0  # between looks at idle ranks
-STOP_SECONDS = 2.0  # that a thread which just starts new ranks is waited for; they end with this process
+STOP_SECONDS = 2.0  # wait for a thread that is starting new ranks; they end with this process anyway
 
-Prompt = str | list[int] | dict[str, Any]
 logger = logging.getLogger(__name__)
 
 
 class State(StrEnum):
-    """What /health says. Requests are taken while RUNNING and RECOVERING."""
+    """What /health says. Requests are accepted while RUNNING or RECOVERING."""
 
     STARTING = "starting"
     RUNNING = "ok"
@@ -48,7 +49,7 @@ class State(StrEnum):
 
 @dataclass(slots=True, eq=False)
 class Part:
-    """One prompt of an Answer. Times are monotonic, and the engine's thread alone writes them."""
+    """One prompt of an Answer. Only the engine's thread writes the times; they are monotonic seconds."""
 
     request_id: str
     index: int
@@ -56,7 +57,7 @@ class Part:
     token_ids: list[int]
     answer: "Answer"
     num_computed_tokens: int = 0  # of the prompt
-    waits: bool = True  # for its first token
+    waits: bool = True  # until it has its first token
     finished: bool = False
     num_output_tokens: int = 0
     first_token_time: float | None = None
@@ -69,7 +70,7 @@ class Part:
 
 @dataclass(slots=True, eq=False)
 class Answer:
-    """The way back of one client's request: what is new of its prompts since it last read. Lives in the event loop."""
+    """What a client reads: the outputs of its prompts since it last read. Used in the event loop only."""
 
     params: SamplingParams
     arrival_time: float
@@ -81,7 +82,7 @@ class Answer:
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
 
     async def read(self) -> tuple[int, RequestOutput] | str | None:
-        """A prompt's index and its output since the last time; or a note on how things are going; None at the end.
+        """Waits for news → a prompt's index and what is new of its output; or a note on progress; None at the end.
 
         Raises:
             EngineError: the request was given up.
@@ -101,7 +102,7 @@ class Answer:
             await self._bell.wait()
 
     async def read_all(self, keep_alive: float) -> AsyncIterator[tuple[int, RequestOutput] | str]:
-        """Everything until the end; a note of each `keep_alive` seconds in which nothing happens."""
+        """All that `read` gives, and a note after every `keep_alive` seconds without news."""
         while True:
             try:
                 async with asyncio.timeout(keep_alive):
@@ -117,12 +118,12 @@ class Answer:
         return "" if tokenizer is None else tokenizer.decode(token_ids)
 
     def bytes_of(self, token_id: int, text: str) -> bytes:
-        """Of a token, whose text by itself is `text`: they are more than that if it is a part of a character."""
+        """The bytes of a token. `text` is its text by itself, which is not enough where a character has many tokens."""
         tokenizer = self.engine.tokenizer
         return text.encode() if tokenizer is None else token_bytes(tokenizer, token_id, text)
 
     def close(self) -> None:
-        """The client has gone, or has all it wanted: ends what is not finished."""
+        """Aborts what is not finished: the client has gone, or has all that it wanted."""
         self.engine._close(self)
 
     def push(self, part: Part, output: RequestOutput) -> None:
@@ -151,7 +152,7 @@ class Answer:
 
 
 def merge(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
-    """Two outputs in a row, each what was new, as one."""
+    """Joins two consecutive deltas of a request. Changes both."""
     for before, after in zip(earlier.outputs, later.outputs, strict=True):
         after.text = before.text + after.text
         before.token_ids += after.token_ids
@@ -163,11 +164,12 @@ def merge(earlier: RequestOutput, later: RequestOutput) -> RequestOutput:
 
 
 class AsyncEngine:
-    """Takes requests from an event loop.
+    """Serves requests of an event loop with an engine on a thread of its own.
 
-    At most `max_waiting_requests` prompts, and `max_waiting_tokens` tokens of them, wait for their first token; a
-    single prompt may be longer. `observe` is called in the engine's thread with each output and the part it belongs to.
-    `on_death` is called in the event loop when no ranks could be had any more.
+    Args:
+        max_waiting_requests: prompts that may wait for their first token.
+        max_waiting_tokens: tokens that these prompts may have in all; a prompt alone may have more.
+        observe: called in the engine's thread with each output and the part that it belongs to.
     """
 
     def __init__(
@@ -176,32 +178,46 @@ class AsyncEngine:
         *,
         max_waiting_requests: int,
         max_waiting_tokens: int,
-        observe: Callable[[Part, RequestOutput], None] = lambda part, output: None,
-        on_death: Callable[[], None] = lambda: None,
+        observe: Callable[[Part, RequestOutput], None],
     ) -> None:
         self.engine = engine
         self.max_waiting_requests, self.max_waiting_tokens = max_waiting_requests, max_waiting_tokens
-        self.observe, self.on_death = observe, on_death
+        self.observe = observe
+        self.on_death: Callable[[], None] = lambda: None  # called in the event loop when the engine has failed for good
         self.state = State.STARTING
         self.num_waiting_requests = self.num_waiting_tokens = 0
         self._answers: set[Answer] = set()
         self._ids = count()
         self._inbox: queue.SimpleQueue[Callable[[], None]] = queue.SimpleQueue()
-        self._parts: dict[str, Part] = {}  # of the engine's thread: request id -> what it knows
+        self._parts: dict[str, Part] = {}  # request id -> part; for the engine's thread only
         self._closing = threading.Event()
-        # Its own tokenizer: the engine's thread uses the other one at the same time.
+        # A copy, since the engine's thread uses its own at the same time.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         longest = max(map(len, self.tokenizer.get_vocab())) if self.tokenizer is not None else 0
         self._max_chars = longest * engine.runtime.max_model_len
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
-        self._num_idle_deaths = 0  # in a row
+        self._num_idle_deaths = 0  # losses of idle ranks in a row, without a step in between
         self._idle_death_step = -1
+
+    @property
+    def max_model_len(self) -> int:
+        return self.engine.runtime.max_model_len
+
+    @property
+    def vocab_size(self) -> int:
+        return self.engine.vocab_size
+
+    def snapshot(self) -> EngineSnapshot:
+        """The engine's; prompts that it has not been given yet count as waiting."""
+        snapshot = self.engine.snapshot()
+        num_waiting = max(self.num_waiting_requests - snapshot.num_prefilling, snapshot.num_waiting)
+        return replace(snapshot, num_waiting=num_waiting)
 
     # In the event loop
 
     def start(self) -> None:
-        """To be called in the event loop that all clients use."""
+        """Starts the thread. Must be called in the event loop of the clients."""
         self._loop = asyncio.get_running_loop()
         self.state = State.RUNNING
         self._thread.start()
@@ -209,57 +225,66 @@ class AsyncEngine:
     async def submit(
         self, prompts: Sequence[Prompt], params: SamplingParams, *, num_asked: int | None = None
     ) -> Answer:
-        """Queues prompts with the same parameters. There must be room for `num_asked` tokens of an answer.
+        """Queues prompts with the same parameters.
+
+        Args:
+            num_asked: tokens of an answer for which there must be room; None asks for none.
 
         Raises:
-            RequestError: one of them cannot be served; none is then.
-            OverloadedError: too much waits already.
-            UnavailableError: the server is stopping, or has lost its engine.
+            RequestError: a prompt cannot be served. None of them is then.
+            OverloadedError: too many prompts or tokens are waiting.
+            UnavailableError: the server is stopping, or its engine has failed.
         """
         self.check()
-        if len(prompts) > self.max_waiting_requests:
-            raise RequestError(
-                f"prompt is a list of {len(prompts)}, more than max_waiting_requests={self.max_waiting_requests}; send "
-                "fewer at once"
-            )
-        if self.num_waiting_requests + len(prompts) > self.max_waiting_requests:
-            raise self._overloaded(f"{self.num_waiting_requests} prompts wait; at most {self.max_waiting_requests} may")
+        self._check_room_for_prompts(len(prompts))
         answer = Answer(params, time.monotonic(), self)
         self.num_waiting_requests += len(prompts)
         try:
             texts_and_ids = [await self.in_tokenizer_thread(self._tokenize, prompt) for prompt in prompts]
             self.check()
-            limit = self.engine.runtime.max_model_len
-            for _, token_ids in texts_and_ids:
-                if num_asked is not None and len(token_ids) + num_asked > limit:
-                    raise RequestError(
-                        f"max_tokens={num_asked} and the prompt's {len(token_ids)} tokens are more than max_model_len="
-                        f"{limit}; ask for at most {limit - len(token_ids)}"
-                    )
-            num_tokens = params.n * sum(len(token_ids) for _, token_ids in texts_and_ids)
-            if len(prompts) > 1 and num_tokens > self.max_waiting_tokens:
-                raise RequestError(
-                    f"prompt is a list with {num_tokens} tokens for all answers, more than max_waiting_tokens="
-                    f"{self.max_waiting_tokens}; send fewer at once"
-                )
-            if self.num_waiting_tokens and self.num_waiting_tokens + num_tokens > self.max_waiting_tokens:
-                raise self._overloaded(
-                    f"{self.num_waiting_tokens} prompt tokens wait; with {num_tokens} more it would be more than "
-                    f"{self.max_waiting_tokens}"
-                )
+            self._check_room_for_tokens([len(token_ids) for _, token_ids in texts_and_ids], params.n, num_asked)
         except BaseException:
             self.num_waiting_requests -= len(prompts)
             raise
         for index, (text, token_ids) in enumerate(texts_and_ids):
             answer.parts.append(Part(f"{next(self._ids)}", index, text, token_ids, answer))
-        self.num_waiting_tokens += num_tokens
+        self.num_waiting_tokens += sum(part.num_waiting_tokens for part in answer.parts)
         self._answers.add(answer)
         for part in answer.parts:
             self._inbox.put(partial(self._add, part))
         return answer
 
+    def _check_room_for_prompts(self, num_prompts: int) -> None:
+        limit = self.max_waiting_requests
+        if num_prompts > limit:
+            message = f"prompt is a list of {num_prompts}, more than max_waiting_requests={limit}; send fewer at once"
+            raise RequestError(message, field="prompt")
+        if self.num_waiting_requests + num_prompts > limit:
+            raise self._overloaded(f"{self.num_waiting_requests} prompts wait; at most {limit} may")
+
+    def _check_room_for_tokens(self, lengths: Sequence[int], num_answers: int, num_asked: int | None) -> None:
+        """Of prompts with these lengths, and `num_answers` to each."""
+        for length in lengths:
+            if num_asked is not None and length + num_asked > self.max_model_len:
+                raise RequestError(
+                    f"max_tokens={num_asked} and the prompt's {length} tokens are more than max_model_len="
+                    f"{self.max_model_len}; ask for at most {self.max_model_len - length}",
+                    field="max_tokens",
+                )
+        num_tokens, limit = num_answers * sum(lengths), self.max_waiting_tokens
+        if len(lengths) > 1 and num_tokens > limit:
+            raise RequestError(
+                f"prompt is a list with {num_tokens} tokens for all answers, more than max_waiting_tokens={limit}; "
+                "send fewer at once",
+                field="prompt",
+            )
+        if self.num_waiting_tokens and self.num_waiting_tokens + num_tokens > limit:
+            raise self._overloaded(
+                f"{self.num_waiting_tokens} prompt tokens wait; with {num_tokens} more it would be more than {limit}"
+            )
+
     async def in_tokenizer_thread(self, function: Callable[..., Any], *args: Any) -> Any:
-        """Runs what uses `tokenizer`, one call at a time."""
+        """Runs a function that uses `tokenizer`, one at a time."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, partial(function, *args))
 
     def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
@@ -268,20 +293,22 @@ class AsyncEngine:
         return self.engine.tokenize(prompt)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
-        """Token ids, at once where no prompt can be so long. In the tokenizer's thread, and with a tokenizer.
+        """Token ids of a text. Needs a tokenizer, and runs in its thread.
 
         Raises:
-            RequestError: the text is longer than any prompt.
+            RequestError: no prompt can have so many characters. They are not tokenized then.
         """
         if len(text) > self._max_chars:
             raise RequestError(
-                f"the prompt has {len(text)} characters, more than max_model_len="
-                f"{self.engine.runtime.max_model_len} tokens can hold; shorten it"
+                f"the prompt has {len(text)} characters, more than max_model_len={self.max_model_len} tokens can hold; "
+                "shorten it",
+                field="prompt",
             )
         assert self.tokenizer is not None
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
 
     def check(self) -> None:
+        """Raises an UnavailableError if no requests are accepted now."""
         if self.state is State.DEAD:
             raise UnavailableError("the engine has failed and could not be started again")
         if self.state not in (State.RUNNING, State.RECOVERING):
@@ -320,7 +347,7 @@ class AsyncEngine:
             answer.note(note)
 
     async def drain(self, timeout: float) -> None:
-        """Takes no more requests, and waits for those under way; after `timeout` seconds they are given up."""
+        """Refuses new requests and waits for those under way. After `timeout` seconds they are given up."""
         if self.state is not State.DEAD:
             self.state = State.DRAINING
         deadline = time.monotonic() + timeout
@@ -329,16 +356,16 @@ class AsyncEngine:
         self.give_up()
 
     def give_up(self) -> None:
-        """Ends all answers that are under way with an error."""
+        """Ends the answers under way with an error."""
         self._fail_all(UnavailableError("the server is shutting down"))
 
     async def stop(self) -> None:
-        """Ends the engine's thread and its ranks, whatever they are at."""
+        """Ends the engine's thread and its ranks at once."""
         if self.state is not State.DEAD:
             self.state = State.DRAINING
         self._closing.set()
         self._inbox.put(lambda: None)
-        self.engine.executor.kill()
+        self.engine.kill()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, STOP_SECONDS)
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
@@ -370,10 +397,9 @@ class AsyncEngine:
             self.engine.shutdown()
 
     def _take_messages(self) -> bool:
-        """Does what the event loop asked for, and waits for it if there is nothing else to do; False at the end."""
-        scheduler = self.engine.scheduler
+        """Does what the event loop asked for, and waits for that if the engine has no work. False: it is the end."""
         while not self._closing.is_set():
-            busy = scheduler.has_unfinished or scheduler.num_in_flight
+            busy = self.engine.has_work
             try:
                 self._inbox.get(timeout=None if busy else CHECK_SECONDS, block=not busy)()
             except queue.Empty:
@@ -418,8 +444,8 @@ class AsyncEngine:
             self._in_loop(self._deliver, delivery, progress)
 
     def _recover(self, error: EngineError, delay: float = 0.0) -> None:
-        """New ranks for the old; every request waits for them."""
-        if self._closing.is_set():  # and `stop` has ended them
+        """Replaces the ranks. Requests wait until the new ones have started."""
+        if self._closing.is_set():  # `stop` has killed them
             return
         logger.warning("%s; starting new ranks", error)
         self._in_loop(self._set_state, State.RUNNING, State.RECOVERING)

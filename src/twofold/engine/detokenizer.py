@@ -1,8 +1,8 @@
-"""From generated token ids to text, token by token, at a cost linear in the output.
+"""Turn generated token ids into text, token by token, at a cost linear in the output.
 
-A tokenizer's text for a token depends on its neighbours (a character's bytes may be spread over tokens; a leading space
-may be dropped), so a short window of recent tokens is decoded again with each new token. Stop strings are followed
-character by character with Knuth-Morris-Pratt automata, whose states also say how much text may begin one.
+The text of a token depends on its neighbours: a character's bytes can be spread over several tokens, and a leading
+space can be dropped. So a short window of recent tokens is decoded again with each new token. Stop strings are searched
+character by character with Knuth-Morris-Pratt automata. Their states also say how much text may begin a stop string.
 """
 
 import re
@@ -20,18 +20,18 @@ from twofold.sampling_params import SamplingParams
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
-_UNKNOWN = "\ufffd"  # what decoders put for bytes that are no character, or not yet
-_MAX_UNFINISHED = 3  # tokens that may wait for the rest of a character, which has at most 4 bytes
-_CONTEXT = 6  # tokens that must precede a new one in the window
-_MAX_WINDOW = 16  # tokens after which the window shrinks to its last ones
-_PATIENCE = 64  # tokens after which it shrinks even if they are broken bytes, or special ones that have no text
+_UNKNOWN = "\ufffd"  # decoded from bytes that are not, or not yet, a character
+_MAX_UNFINISHED = 3  # tokens that may wait for the rest of a character: it has at most 4 bytes
+_CONTEXT = 6  # tokens before a new one in the window, at least
+_MAX_WINDOW = 16  # a window of so many tokens is cut to its last ones
+_PATIENCE = 64  # a window of so many tokens is cut even if its tokens are broken bytes or have no text
 
 
 class Detokenizer:
-    """The text of one sequence, which grows with `append`. Special tokens and stop strings follow `params`.
+    """The text of one answer.
 
-    Without a tokenizer, or with `params.detokenize` off, the text stays empty. A token that ends the sequence
-    (end-of-sequence, `stop_token_ids`) has no place in the text unless `include_stop_str_in_output`: do not append it.
+    Without a tokenizer, or with `params.detokenize` off, the text stays empty. A token that ends the answer
+    (end-of-sequence, `stop_token_ids`) must not be appended, unless `include_stop_str_in_output` is set.
     """
 
     def __init__(
@@ -43,11 +43,11 @@ class Detokenizer:
                 tokenizer.decode,
                 skip_special_tokens=params.skip_special_tokens,
                 spaces_between_special_tokens=params.spaces_between_special_tokens,
-                clean_up_tokenization_spaces=False,  # it would reach back into text already delivered
+                clean_up_tokenization_spaces=False,  # it could change text that was delivered already
             )
         self._stops = [_StopString(stop) for stop in params.stop or ()]
         self._include_stop = params.include_stop_str_in_output
-        self._num_unstoppable = params.min_tokens  # tokens still to come in which stop strings are ignored
+        self._num_unstoppable = params.min_tokens  # next tokens, in which stop strings are ignored
         self._text = StringIO(newline="")
         self._length = 0  # of the text, in characters
         self._num_delivered = 0  # characters that delta() returned
@@ -55,7 +55,7 @@ class Detokenizer:
         self._stop: str | None = None
 
         self._window = [int(i) for i in prompt_token_ids[-_MAX_WINDOW:]]
-        self._num_taken = 0  # characters of the window's text that are in the text already, or in the prompt
+        self._num_taken = 0  # characters of the window's text that are in `text` already, or in the prompt
         self._num_whole = 0  # tokens of the window that end with a whole character
         self._prompt_end = ""
         if self._decode is not None:
@@ -66,13 +66,13 @@ class Detokenizer:
 
     @property
     def text(self) -> str:
-        """All text so far, cut at a stop string. Before `finish` it never ends within a character."""
+        """All text so far, cut at a stop string. Until `finish` it ends with a whole character."""
         return self._text.getvalue()
 
     def append(self, token_ids: list[int]) -> str | None:
-        """Add generated tokens; the stop string that they complete, if any. After one, further tokens are ignored.
+        """Adds generated tokens → the stop string that they complete, or None. Later tokens are ignored.
 
-        Of several the one that is complete first counts, and of those the longest, however tokens cut the text.
+        Of several stop strings the first one to be complete counts; of those that end together, the longest.
         """
         for token_id in token_ids:
             if self._decode is None or self._finished:
@@ -83,7 +83,7 @@ class Detokenizer:
         return self._stop
 
     def delta(self) -> str:
-        """Text since the last call, without an end that a stop string may turn out to begin with."""
+        """Text since the last call. An end that may be the beginning of a stop string is held back."""
         end = self._length
         if not self._finished:
             end = max(end - max((stop.num_matched for stop in self._stops), default=0), self._num_delivered)
@@ -93,7 +93,7 @@ class Detokenizer:
         return delta
 
     def finish(self) -> None:
-        """No token follows: release what was held back, an unfinished character included."""
+        """Ends the text: adds what was held back, also an unfinished character."""
         if self._decode is not None and not self._finished:
             window_text = self._decode(self._window)
             self._resolve_prompt_end(window_text)
@@ -101,7 +101,7 @@ class Detokenizer:
         self._finished = True
 
     def _advance(self, window_text: str) -> str:
-        """What the window's text adds to the sequence's, up to the last character that is whole."""
+        """The new part of the window's text, up to its last whole character."""
         unfinished = window_text.endswith(_UNKNOWN)
         if unfinished and len(self._window) - self._num_whole <= _MAX_UNFINISHED:
             return ""
@@ -114,13 +114,13 @@ class Detokenizer:
         return new
 
     def _resolve_prompt_end(self, window_text: str) -> None:
-        """If the prompt ended within a character that is complete now, the character is the answer's."""
+        """If the prompt ended within a character that is whole now, that character belongs to the answer."""
         if not window_text.startswith(self._prompt_end):
             self._num_taken = len(self._prompt_end.rstrip(_UNKNOWN))
         self._prompt_end = ""
 
     def _shrink_window(self) -> None:
-        """Keep the fewest last tokens that have a text and do not begin within a character."""
+        """Keeps as few of the last tokens as have a text and do not begin within a character."""
         assert self._decode is not None
         if (num_tokens := len(self._window)) < _MAX_WINDOW:
             return
@@ -137,7 +137,7 @@ class Detokenizer:
         self._num_whole = 0 if unfinished else size
 
     def _take(self, new: str, may_stop: bool) -> None:
-        """Add `new` to the text; if that completes a stop string, cut the text there and finish."""
+        """Adds `new` to the text. If that completes a stop string, cuts the text there and finishes."""
         self._text.seek(self._length)
         self._text.write(new)
         hits = [(end, -len(s.pattern), s.pattern) for s in self._stops if (end := s.feed(new, may_stop))]
@@ -151,22 +151,22 @@ class Detokenizer:
 
 
 class _StopString:
-    """Follows a text for the first end of `pattern` in it (Knuth-Morris-Pratt)."""
+    """Searches a growing text for `pattern` (Knuth-Morris-Pratt)."""
 
     def __init__(self, pattern: str) -> None:
         self.pattern = pattern
-        self._state = 0  # length of the longest beginning of the pattern with which the text ends
-        self._fallback = [0, 0]  # state -> the next shorter such length
+        self._state = 0  # length of the longest prefix of the pattern that the text ends with
+        self._fallback = [0, 0]  # state -> the next shorter prefix
         for char in pattern[1:]:
             self._fallback.append(self._follow(self._fallback[-1], char))
 
     @property
     def num_matched(self) -> int:
-        """Last characters of the text that a pattern still to come may begin with."""
+        """Number of last characters of the text that may begin an occurrence of the pattern."""
         return self._fallback[-1] if self._state == len(self.pattern) else self._state
 
     def feed(self, text: str, may_stop: bool) -> int:
-        """Characters of `text` up to the pattern's end; 0 if it does not end here, or may not stop here."""
+        """Number of characters of `text` up to the end of the pattern; 0 if it does not end there, or may not stop."""
         for end, char in enumerate(text, 1):
             self._state = self._follow(self.num_matched, char)
             if may_stop and self._state == len(self.pattern):
@@ -180,10 +180,10 @@ class _StopString:
 
 
 def token_bytes(tokenizer: "PreTrainedTokenizerBase", token_id: int, text: str) -> bytes:
-    """The bytes of a token whose text by itself is `text`, also where they are only a part of a character."""
+    """The bytes of a token, which may be a part of a character. `text` is the token's text by itself."""
     if _UNKNOWN in text:
         name = tokenizer.convert_ids_to_tokens(token_id)
-        if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):  # of SentencePiece
+        if byte := re.fullmatch("<0x([0-9A-F]{2})>", name):  # SentencePiece's name for a byte
             return bytes.fromhex(byte[1])
         if all(char in _BYTES for char in name):
             return bytes(_BYTES[char] for char in name)
@@ -191,7 +191,7 @@ def token_bytes(tokenizer: "PreTrainedTokenizerBase", token_id: int, text: str) 
 
 
 def _byte_names() -> dict[str, int]:
-    """The character that stands for each byte in the tokens of byte-level BPE: itself, if it can be seen."""
+    """Byte-level BPE's character -> the byte that it stands for. A printable byte stands for itself."""
     visible = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
     hidden = [byte for byte in range(256) if byte not in visible]
     return {chr(byte): byte for byte in visible} | {chr(256 + i): byte for i, byte in enumerate(hidden)}
@@ -203,9 +203,9 @@ _BYTES = _byte_names()
 def to_logprobs(
     logprobs: TokenLogprobs, num_logprobs: int, tokenizer: "PreTrainedTokenizerBase | None" = None
 ) -> Logprobs:
-    """vLLM's form of N rows: token id -> Logprob, the token that stands there first, then the best `num_logprobs`.
+    """Log-probabilities at N positions in vLLM's form: the token there first, then the `num_logprobs` most likely.
 
-    With a tokenizer each token's text comes along, decoded by itself.
+    With a tokenizer, each token's text is decoded by itself.
     """
     ids = logprobs.token_ids[:, : num_logprobs + 1]
     texts: dict[int, str | None] = dict.fromkeys(np.unique(ids).tolist())

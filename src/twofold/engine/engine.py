@@ -18,7 +18,7 @@ from twofold.engine.output_processor import OutputProcessor
 from twofold.engine.prompts import PromptReader
 from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import Scheduler
-from twofold.engine.stats import EngineStats
+from twofold.engine.stats import EngineSnapshot, EngineStats, Progress
 from twofold.engine.watchdog import Watchdog
 from twofold.errors import ConfigError, EngineError, RequestError, TwofoldError
 from twofold.executor.base import Executor, MakeExecutor
@@ -123,9 +123,10 @@ class LLMEngine:
             # The first answer's prompt is computed; the others find it in the cache, where nothing needs all of it.
             own = params if index == 0 else replace(params, prompt_logprobs=None)
             requests.append(Request(token_ids, own, seed=seed, eos_token_ids=self.runtime.eos_token_ids))
-        for request in requests:
-            self.scheduler.add(request)
-        self.outputs.add(request_id, text, params, requests, output_kind)
+        with held_back():
+            for request in requests:
+                self.scheduler.add(request)
+            self.outputs.add(request_id, text, params, requests, output_kind)
 
     def tokenize(self, prompt: str | Sequence[int] | dict[str, Any]) -> tuple[str | None, list[int]]:
         """→ text if there was one, checked token ids; raises RequestError where the prompt cannot be served."""
@@ -203,7 +204,7 @@ class LLMEngine:
             EngineError: they did not come up.
         """
         if self._make_executor is None:
-            raise EngineError("the engine has ended, or was made without a way to start new ranks")
+            raise EngineError("the engine was shut down; make a new one")
         for delay in RESTART_DELAYS:
             if wait(delay):
                 return False
@@ -255,9 +256,10 @@ class LLMEngine:
         user = self.outputs.user_requests.get(request_id)
         if user is None:
             return None
-        for sequence in user.sequences:
-            self.scheduler.abort(sequence.request)
-        return self.outputs.output(request_id)
+        with held_back():
+            for sequence in user.sequences:
+                self.scheduler.abort(sequence.request)
+            return self.outputs.output(request_id)
 
     def profile(self, start: bool) -> list[Breakdown | None]:
         """Starts noting what kernels run on every rank, or stops; → each rank's breakdown then."""
@@ -282,12 +284,41 @@ class LLMEngine:
         """No request, no step in flight, and every block free or in the prefix cache."""
         return self.scheduler.is_idle and not self.outputs.user_requests
 
-    def num_computed_tokens(self) -> int:
-        """Prompt tokens done so far of all requests under way, for progress bars."""
-        return sum(
-            min(sequence.request.num_computed_tokens, len(user.prompt_token_ids))
-            for user in self.outputs.user_requests.values()
-            for sequence in user.sequences
+    @property
+    def kv_cache_capacity(self) -> int:
+        """Tokens that the KV cache holds."""
+        return self.block_pool.capacity_tokens
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes; False, and nothing is forgotten, while requests hold blocks."""
+        return self.block_pool.reset_prefix_cache()
+
+    def progress(self) -> Progress:
+        """How far the requests under way are."""
+        users = self.outputs.user_requests.values()
+        requests = [sequence.request for user in users for sequence in user.sequences]
+        return Progress(
+            num_requests=len(users),
+            num_prompt_tokens=sum(request.num_prompt_tokens for request in requests),
+            num_computed_tokens=sum(
+                min(request.num_computed_tokens, request.num_prompt_tokens) for request in requests
+            ),
+            num_output_tokens=sum(request.num_output_tokens for request in requests),
+        )
+
+    def snapshot(self) -> EngineSnapshot:
+        """What metrics show. May be called from any thread; the numbers may be a step apart."""
+        scheduler, pool = self.scheduler, self.block_pool
+        return EngineSnapshot(
+            num_running=scheduler.num_running,
+            num_prefilling=len(scheduler.prefilling()),
+            num_waiting=scheduler.num_waiting,
+            num_blocks=pool.num_blocks - 1,
+            num_blocks_in_use=pool.num_blocks - 1 - pool.num_free,
+            num_preemptions=scheduler.num_preemptions,
+            num_prefix_queries=scheduler.num_prefix_queries,
+            num_prefix_hits=scheduler.num_prefix_hits,
+            stats=self.stats,
         )
 
     def prefill_progress(self) -> dict[str, tuple[int, int]]:
@@ -297,6 +328,10 @@ class LLMEngine:
             done = (request.num_computed_tokens, request.num_prompt_tokens)
             progress.setdefault(self.outputs.user_of(request).request_id, done)
         return progress
+
+    def kill(self) -> None:
+        """Ends the ranks at once; from any thread, while another waits for them in `step`."""
+        self.executor.kill()
 
     def shutdown(self) -> None:
         """Ends the ranks for good."""

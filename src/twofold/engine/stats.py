@@ -37,3 +37,28 @@ class EngineStats:
     def take_restart(self, start: float) -> None:
         self.num_restarts += 1
         self.restart_seconds = time.monotonic() - start
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSnapshot:
+    """An engine at one moment."""
+
+    num_running: int  # requests
+    num_prefilling: int  # of those that run, without a token of their answer yet
+    num_waiting: int
+    num_blocks: int  # that requests can hold
+    num_blocks_in_use: int
+    num_preemptions: int
+    num_prefix_queries: int  # tokens looked up in the prefix cache
+    num_prefix_hits: int  # and found there
+    stats: EngineStats
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    """Requests that are not finished, and the sums over all of their answers."""
+
+    num_requests: int
+    num_prompt_tokens: int
+    num_computed_tokens: int  # of the prompts
+    num_output_tokens: int

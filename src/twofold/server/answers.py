@@ -1,4 +1,4 @@
-"""From the engine's outputs to OpenAI's objects: completions and chats, whole or in chunks."""
+"""Write the engine's outputs as OpenAI's objects: completions and chats, whole or in chunks."""
 
 import json
 import math
@@ -14,11 +14,11 @@ from twofold.server.errors import describe
 from twofold.server.protocol import ChatRequest, CompletionRequest
 
 KEEP_ALIVE_SECONDS = 15.0
-LOWEST = -9999.0  # JSON has no infinity
+LOWEST = -9999.0  # in place of minus infinity, which JSON does not have
 
 
 class Writer:
-    """Writes one answer. Subclasses say what a choice looks like."""
+    """Writes one answer. Subclasses make the choices. A choice is one of the `n` answers to one of the prompts."""
 
     prefix: str
     whole: str
@@ -28,8 +28,8 @@ class Writer:
         self.answer, self.n = answer, answer.params.n
         self.head: dict[str, Any] = {"id": f"{self.prefix}-{uuid4().hex}", "created": int(time.time()), "model": model}
         self._num_tokens = 0
-        self._cached: dict[int, int] = {}  # prompt -> tokens of it that were in the cache
-        self._begun: set[int] = set()  # choices
+        self._cached: dict[int, int] = {}  # index of a prompt -> its tokens that were in the prefix cache
+        self._begun: set[int] = set()  # indices of choices
         self._ended: set[int] = set()
 
     def choice(self, index: int, output: RequestOutput, completion: CompletionOutput) -> dict[str, Any]:
@@ -37,7 +37,7 @@ class Writer:
         raise NotImplementedError
 
     def pieces(self, index: int, output: RequestOutput, completion: CompletionOutput) -> Iterator[dict[str, Any]]:
-        """What is new of a choice."""
+        """Chunks with what is new of a choice."""
         raise NotImplementedError
 
     def count(self, completion: CompletionOutput) -> int:
@@ -53,7 +53,7 @@ class Writer:
         }
 
     def _take(self, number: int, output: RequestOutput) -> Iterator[tuple[int, CompletionOutput]]:
-        """→ index of the choice, its output; of those that have something new."""
+        """Counts a prompt's delta → index and delta of each choice that had not ended."""
         self._cached[number] = output.num_cached_tokens
         for completion in output.outputs:
             index = number * self.n + completion.index
@@ -64,7 +64,7 @@ class Writer:
                     self._ended.add(index)
 
     async def write(self) -> dict[str, Any]:
-        """The answer in one piece."""
+        """The whole answer, when it is finished."""
         outputs: dict[int, RequestOutput] = {}
         while (item := await self.answer.read()) is not None:
             if not isinstance(item, str):
@@ -78,7 +78,7 @@ class Writer:
         return self._object(self.whole, choices=choices, usage=self.usage(), system_fingerprint=None)
 
     async def stream(self, include_usage: bool) -> AsyncIterator[str]:
-        """The answer as server-sent events. Comments, which clients skip, say how the prefill gets on."""
+        """The answer as server-sent events. Comments tell the progress of the prefill; clients skip them."""
         usage = {"usage": None} if include_usage else {}
         try:
             async for item in self.answer.read_all(KEEP_ALIVE_SECONDS):
@@ -107,7 +107,7 @@ class CompletionWriter(Writer):
     def __init__(self, answer: Answer, model: str, request: CompletionRequest, echoed: list[str] | None) -> None:
         super().__init__(answer, model)
         self.only_echo, self.num_logprobs, self.echoed = request.only_echo, request.logprobs, echoed
-        self._offsets: dict[int, int] = {}  # choice -> characters of its tokens so far
+        self._offsets: dict[int, int] = {}  # index of a choice -> characters of its tokens so far
 
     def count(self, completion: CompletionOutput) -> int:
         return 0 if self.only_echo else len(completion.token_ids)
@@ -138,7 +138,7 @@ class CompletionWriter(Writer):
         }
 
     def _logprobs(self, index: int, first: int, entries: list[dict[int, Logprob] | None]) -> dict[str, list[Any]]:
-        """The legacy form. The first token of a prompt has no log-probability."""
+        """The form of legacy completions. The first token of a prompt has no log-probability."""
         form: dict[str, list[Any]] = {"tokens": [], "token_logprobs": [], "top_logprobs": [], "text_offset": []}
         offset = self._offsets.get(index, 0)
         for entry in entries:
@@ -201,7 +201,7 @@ def _delta(
 
 
 def _rank(item: tuple[int, Logprob]) -> int:
-    """Sorts the most likely tokens and the sampled one, best first."""
+    """Key that sorts log-probabilities, the most likely token first."""
     return item[1].rank or 0
 
 

@@ -1,4 +1,4 @@
-"""What `twofold serve` takes beside the engine's arguments."""
+"""Arguments of the server, beside those of the engine."""
 
 import socket
 from dataclasses import dataclass, field
@@ -8,7 +8,11 @@ from twofold.errors import ConfigError
 
 @dataclass(frozen=True, kw_only=True)
 class ServerConfig:
-    """Raises ConfigError where a value is out of range."""
+    """What `twofold serve` accepts.
+
+    Raises:
+        ConfigError: a value is out of range; `field` is its name.
+    """
 
     host: str = "127.0.0.1"
     port: int = 8000
@@ -24,21 +28,23 @@ class ServerConfig:
         for name in ("max_waiting_requests", "max_waiting_tokens", "max_body_bytes"):
             value = getattr(self, name)
             if value is not None and value < 1:
-                raise ConfigError(f"{name} must be at least 1, got {value}")
+                raise ConfigError(f"{name} must be at least 1, got {value}", field=name)
         if not 0 <= self.port < 65536:
-            raise ConfigError(f"port must be from 0 to 65535, got {self.port}")
+            raise ConfigError(f"port must be from 0 to 65535, got {self.port}", field="port")
         if not self.drain_timeout >= 0:
-            raise ConfigError(f"drain_timeout must be at least 0, got {self.drain_timeout}")
+            raise ConfigError(f"drain_timeout must be at least 0, got {self.drain_timeout}", field="drain_timeout")
         for key in self.api_key or ():
             if not key or not key.isascii() or not key.isprintable() or key != key.strip():
-                raise ConfigError("api_key must be printable ASCII without spaces around it, and not empty")
+                raise ConfigError(
+                    "api_key must be printable ASCII without spaces around it, and not empty", field="api_key"
+                )
 
 
 def bind(config: ServerConfig) -> socket.socket:
-    """Takes the port before the model is loaded.
+    """Binds the port, before the model is loaded.
 
     Raises:
-        ConfigError: it cannot be had.
+        ConfigError: the port is taken, or the address does not exist.
     """
     family = socket.AF_INET6 if ":" in config.host else socket.AF_INET
     listener = socket.socket(family, socket.SOCK_STREAM)
@@ -47,5 +53,6 @@ def bind(config: ServerConfig) -> socket.socket:
         listener.bind((config.host, config.port))
     except OSError as error:
         listener.close()
-        raise ConfigError(f"cannot listen on {config.host}:{config.port}: {error.strerror or error}") from None
+        message = f"cannot listen on {config.host}:{config.port}: {error.strerror or error}"
+        raise ConfigError(message, field="port") from None
     return listener

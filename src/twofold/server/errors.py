@@ -1,6 +1,5 @@
-"""OpenAI's error bodies. What an error says is written for the client: no traces, no paths of this machine."""
+"""Errors as OpenAI's API answers them. A client sees no trace and no path of this machine."""
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,15 +9,14 @@ from fastapi.responses import JSONResponse
 from starlette.exceptions import HTTPException
 
 from twofold.errors import EngineError, OverloadedError, UnavailableError, UserError
-from twofold.sampling_params import SamplingParams
 
 MAX_SHOWN = 500  # characters of a message
-UNREADABLE = "the body cannot be read as JSON: it is no UTF-8, too deep, or has numbers of thousands of digits"
+UNREADABLE = "the body cannot be read as JSON: it is not UTF-8, too deep, or has numbers of thousands of digits"
 INTERNAL = "the server failed to process the request; it is not at fault, and may be tried again"
 
 
 class APIError(Exception):
-    """An answer that is an error."""
+    """An error of a route: status, headers and body."""
 
     def __init__(
         self,
@@ -41,7 +39,7 @@ class APIError(Exception):
 
 
 def describe(error: Exception, prompt: str = "prompt") -> APIError:
-    """What a client is told of an error. `prompt` is the field that the prompt came in."""
+    """The answer to an error. `prompt` is the name of the request's field that had the prompt."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, RequestValidationError):
@@ -50,8 +48,7 @@ def describe(error: Exception, prompt: str = "prompt") -> APIError:
         message = UNREADABLE if error.status_code == 400 else str(error.detail)
         return APIError(error.status_code, message, headers=error.headers)
     if isinstance(error, UserError):
-        message, field = str(error), _field_of(str(error))
-        field = prompt if field == "prompt" else field
+        message, field = str(error), prompt if error.field == "prompt" else error.field
         return APIError(400, message if field is None or field in message else f"{field}: {message}", param=field)
     if isinstance(error, OverloadedError):
         headers = {"Retry-After": str(error.retry_after)}
@@ -64,7 +61,7 @@ def describe(error: Exception, prompt: str = "prompt") -> APIError:
 
 
 def install(app: FastAPI) -> None:
-    """Every error of the app's, its own or FastAPI's, goes through `describe`."""
+    """Sends every error of the app, its own or FastAPI's, through `describe`."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
         return describe(error).response()
@@ -73,21 +70,13 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, handle)
 
 
-def _field_of(message: str) -> str | None:
-    """The field that an error of the engine's is about: it is named first."""
-    words = re.findall(r"[a-z_]+", message)[:4]
-    if words[:2] == ["token", "id"]:
-        return "prompt"
-    return next((word for word in words if word == "prompt" or word in SamplingParams.__dataclass_fields__), None)
-
-
 def _invalid(error: RequestValidationError) -> APIError:
-    """The first thing that is wrong with a body."""
+    """The answer to the first fault of a body."""
     first: dict[str, Any] = error.errors()[0]
     place = [part for part in first["loc"] if part != "body"]
     name = next((part for part in place if isinstance(part, str)), None)
     if first["type"] == "json_invalid":
-        return APIError(400, f"the body is no JSON: {first['ctx']['error']} at character {place[0] if place else 0}")
+        return APIError(400, f"the body is not JSON: {first['ctx']['error']} at character {place[0] if place else 0}")
     message = str(first["msg"]).removeprefix("Value error, ")
     if first["type"] == "extra_forbidden":
         shown = str(place[-1])[:64]
@@ -97,7 +86,7 @@ def _invalid(error: RequestValidationError) -> APIError:
     if not place and first["type"] == "missing":
         return APIError(400, "the request has no body; send JSON")
     if not place and isinstance(first["input"], bytes):
-        return APIError(415, "the body is not taken for JSON; send the header Content-Type: application/json")
+        return APIError(415, "the body is not declared as JSON; send the header Content-Type: application/json")
     if not place:
         name = first.get("ctx", {}).get("field")
         return APIError(400, message if name else f"the body: {message}", param=name)
@@ -105,4 +94,4 @@ def _invalid(error: RequestValidationError) -> APIError:
     return APIError(400, f"{where.lstrip('.')[:128]}: {message}", param=name)
 
 
-_BRANCHES = {"constrained-str", "str", "list[constrained-str]", "list[str]"}  # of unions, which pydantic names
+_BRANCHES = {"constrained-str", "str", "list[constrained-str]", "list[str]"}  # pydantic's names for parts of unions

@@ -1,4 +1,4 @@
-"""What /metrics says: vLLM's names with the prefix `twofold:`, and what only Twofold has."""
+"""Metrics for /metrics: vLLM's names with the prefix `twofold:`, and Twofold's own."""
 
 import time
 from collections.abc import Iterator
@@ -15,46 +15,47 @@ BETWEEN_TOKENS = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.05, 0.075, 0.1, 0.15,
 REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000)
 
-disable_created_metrics()  # a gauge beside every counter, which nobody reads
+disable_created_metrics()  # a gauge beside every counter, which no dashboard uses
 
 
 class Metrics:
-    """Counts outputs as the engine's thread hands them over; reads everything else when it is asked for."""
+    """Counts outputs as the engine's thread passes them on, and reads all else when /metrics is asked for."""
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
         self._labels = {"model_name": model_name}
-        names = ("model_name",)
-
-        def counter(name: str, text: str) -> Counter:
-            return Counter(f"twofold:{name}", text, names, registry=self.registry).labels(**self._labels)
-
-        def histogram(name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
-            return Histogram(f"twofold:{name}", text, names, registry=self.registry, buckets=buckets).labels(
-                **self._labels
-            )
-
+        counter, histogram = self._counter, self._histogram
         self.prompt_tokens = counter("prompt_tokens", "Prompt tokens of requests that got their first token.")
-        self.generation_tokens = counter("generation_tokens", "Tokens of answers.")
+        self.generation_tokens = counter("generation_tokens", "Generated tokens.")
         self.request_success = Counter(
             "twofold:request_success",
-            "Answers that ended, by how.",
+            "Finished answers, by reason.",
             ("model_name", "finished_reason"),
             registry=self.registry,
         )
         for reason in ("stop", "length", "abort", "error"):
             self.request_success.labels(**self._labels, finished_reason=reason)
-        self.first_token = histogram("time_to_first_token_seconds", "From arrival to the first token.", FIRST_TOKEN)
-        self.between_tokens = histogram("inter_token_latency_seconds", "From token to token.", BETWEEN_TOKENS)
-        self.e2e = histogram("e2e_request_latency_seconds", "From arrival to the end of a request.", REQUEST)
-        self.per_token = histogram(
-            "request_time_per_output_token_seconds", "Mean time per token after the first.", BETWEEN_TOKENS
+        self.first_token = histogram(
+            "time_to_first_token_seconds", "Seconds from arrival to the first token.", FIRST_TOKEN
         )
-        self.request_prompt_tokens = histogram("request_prompt_tokens", "Tokens of a prompt.", TOKENS)
-        self.request_generation_tokens = histogram("request_generation_tokens", "Tokens of an answer.", TOKENS)
+        self.between_tokens = histogram("inter_token_latency_seconds", "Seconds between tokens.", BETWEEN_TOKENS)
+        self.e2e = histogram("e2e_request_latency_seconds", "Seconds from arrival to the end of a request.", REQUEST)
+        self.per_token = histogram(
+            "request_time_per_output_token_seconds", "Mean seconds per token after the first.", BETWEEN_TOKENS
+        )
+        self.request_prompt_tokens = histogram("request_prompt_tokens", "Tokens in a prompt.", TOKENS)
+        self.request_generation_tokens = histogram("request_generation_tokens", "Tokens in an answer.", TOKENS)
+
+    def _counter(self, name: str, text: str) -> Counter:
+        family = Counter(f"twofold:{name}", text, tuple(self._labels), registry=self.registry)
+        return family.labels(**self._labels)
+
+    def _histogram(self, name: str, text: str, buckets: tuple[float, ...]) -> Histogram:
+        family = Histogram(f"twofold:{name}", text, tuple(self._labels), registry=self.registry, buckets=buckets)
+        return family.labels(**self._labels)
 
     def observe(self, part: Part, output: RequestOutput) -> None:
-        """Takes one output, which has only what is new. In the engine's thread."""
+        """Counts a delta. Called in the engine's thread."""
         now = time.monotonic()
         num_new = sum(len(completion.token_ids) for completion in output.outputs)
         self.generation_tokens.inc(num_new)
@@ -83,41 +84,42 @@ class Metrics:
             self.per_token.observe((now - part.first_token_time) / num_after)
 
     def watch(self, engine: AsyncEngine) -> None:
+        """Has /metrics show the state of this engine, too."""
         self.registry.register(_State(engine, self._labels))
 
     def text(self) -> bytes:
+        """All metrics in Prometheus' format."""
         text: bytes = generate_latest(self.registry)
         return text
 
 
 class _State(Collector):  # type: ignore[misc]
-    """What the engine knows anyway. Reading it takes no lock: each number is whole, and they may be a step apart."""
+    """Reads an engine's state when /metrics is asked for."""
 
     def __init__(self, engine: AsyncEngine, labels: dict[str, str]) -> None:
         self._engine, self._names, self._values = engine, list(labels), list(labels.values())
 
     def collect(self) -> Iterator[Metric]:
-        engine = self._engine.engine
-        scheduler, pool, stats = engine.scheduler, engine.block_pool, engine.stats
-        waiting = max(self._engine.num_waiting_requests - len(scheduler.prefilling()), scheduler.num_waiting)
-        num_blocks = pool.num_blocks - 1
-        yield self._gauge("num_requests_running", "Requests that run.", scheduler.num_running)
-        yield self._gauge("num_requests_waiting", "Requests that wait to run.", waiting)
-        yield self._gauge("kv_cache_usage_perc", "Part of the cache in use, 0 to 1.", 1 - pool.num_free / num_blocks)
-        yield self._gauge("num_kv_blocks_in_use", "Blocks that running requests hold.", num_blocks - pool.num_free)
-        yield self._gauge("engine_up", "1 while the engine runs.", self._engine.state is State.RUNNING)
-        yield self._gauge("engine_recovering", "1 while new ranks start.", self._engine.state is State.RECOVERING)
-        yield self._counter("num_preemptions", "Requests that gave their blocks back.", scheduler.num_preemptions)
-        yield self._counter("prefix_cache_queries", "Tokens looked up in the cache.", scheduler.num_prefix_queries)
-        yield self._counter("prefix_cache_hits", "Tokens found in the cache.", scheduler.num_prefix_hits)
-        yield self._counter("engine_steps", "Steps of all ranks.", stats.num_steps)
-        yield self._counter("engine_step_seconds", "Time in steps.", stats.step_seconds)
-        yield self._counter("computed_tokens", "Tokens computed, of prompts and answers.", stats.num_tokens)
-        yield self._counter("exchange_bytes", "Keys and values received from other ranks.", stats.exchange_bytes)
-        yield self._counter("exchange_seconds", "Time in it that nothing hid (CPU).", stats.exchange_seconds)
-        yield self._gauge("partition_imbalance", "Attended pairs, busiest rank to mean.", stats.partition_imbalance)
-        yield self._counter("rank_restarts", "Times that lost ranks were started anew.", stats.num_restarts)
-        yield self._gauge("last_restart_seconds", "How long that took, last time.", stats.restart_seconds)
+        gauge, counter, state = self._gauge, self._counter, self._engine.state
+        now = self._engine.snapshot()
+        stats, usage = now.stats, now.num_blocks_in_use / now.num_blocks
+        yield gauge("num_requests_running", "Requests that run.", now.num_running)
+        yield gauge("num_requests_waiting", "Requests that wait to run.", now.num_waiting)
+        yield gauge("kv_cache_usage_perc", "Share of KV cache blocks in use, 0 to 1.", usage)
+        yield gauge("num_kv_blocks_in_use", "KV cache blocks that running requests hold.", now.num_blocks_in_use)
+        yield gauge("engine_up", "1 while the engine runs.", state is State.RUNNING)
+        yield gauge("engine_recovering", "1 while new ranks start.", state is State.RECOVERING)
+        yield counter("num_preemptions", "Requests that had to give their blocks back.", now.num_preemptions)
+        yield counter("prefix_cache_queries", "Tokens looked up in the prefix cache.", now.num_prefix_queries)
+        yield counter("prefix_cache_hits", "Tokens found in the prefix cache.", now.num_prefix_hits)
+        yield counter("engine_steps", "Steps of all ranks.", stats.num_steps)
+        yield counter("engine_step_seconds", "Seconds in steps.", stats.step_seconds)
+        yield counter("computed_tokens", "Computed tokens of prompts and answers.", stats.num_tokens)
+        yield counter("exchange_bytes", "Bytes of KV entries received from other ranks.", stats.exchange_bytes)
+        yield counter("exchange_seconds", "Seconds of the exchange that nothing hid (CPU).", stats.exchange_seconds)
+        yield gauge("partition_imbalance", "Attended pairs, busiest rank over mean.", stats.partition_imbalance)
+        yield counter("rank_restarts", "Times that lost ranks were replaced.", stats.num_restarts)
+        yield gauge("last_restart_seconds", "Seconds that the last restart took.", stats.restart_seconds)
 
     def _gauge(self, name: str, text: str, value: float) -> Metric:
         family = GaugeMetricFamily(f"twofold:{name}", text, labels=self._names)

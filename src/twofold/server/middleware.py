@@ -1,4 +1,4 @@
-"""What stands before every route: the API key, and the size of bodies."""
+"""Check every request before its route: the API key, and the size of the body."""
 
 import contextlib
 import hmac
@@ -9,7 +9,7 @@ from twofold.server.errors import APIError
 
 
 class ApiKey:
-    """Lets requests pass that carry one of the keys: `Authorization: Bearer KEY`. /health needs none."""
+    """Refuses requests without one of the keys (`Authorization: Bearer KEY`), but to /health."""
 
     def __init__(self, app: ASGIApp, keys: list[str]) -> None:
         self.app = app
@@ -30,7 +30,7 @@ class ApiKey:
     def _knows(self, scope: Scope) -> bool:
         given = b"".join(value for name, value in scope["headers"] if name == b"authorization")
         scheme, _, key = given.partition(b" ")
-        num_equal = sum(hmac.compare_digest(key.strip(), known) for known in self._keys)  # all, whatever one says
+        num_equal = sum(hmac.compare_digest(key.strip(), known) for known in self._keys)  # all, in constant time
         return scheme.lower() == b"bearer" and num_equal > 0
 
 
@@ -59,7 +59,7 @@ class BodyLimit:
                 raise error
             return message
 
-        async def unless_refused(message: Message) -> None:  # frameworks have answers of their own to a broken body
+        async def unless_refused(message: Message) -> None:  # the framework would answer to a broken body itself
             if num_bytes <= self.max_bytes:
                 await send(message)
 

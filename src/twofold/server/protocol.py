@@ -1,6 +1,6 @@
-"""What clients may send. OpenAI's fields, and vLLM's extra sampling parameters; any other is refused by its name.
+"""The bodies of requests: OpenAI's fields and vLLM's extra sampling parameters. Unknown fields are refused by name.
 
-A field that OpenAI has and Twofold does not is refused with the reason, unless its value asks for nothing.
+A field of OpenAI's that Twofold does not support is refused with the reason, unless its value changes nothing.
 """
 
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from twofold.sampling_params import SamplingParams
 
 TEXT_ONLY = "answers are text only"
 NO_GRAMMAR = "output cannot be constrained to a format"
-UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> why not, values that ask for nothing
+UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> reason, values that change nothing
     "tools": ("tools are not offered to the model", ([],)),
     "tool_choice": ("tools are not offered to the model", ("none",)),
     "parallel_tool_calls": ("tools are not offered to the model", (True, False)),
@@ -45,7 +45,7 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> why not, val
     "prompt_embeds": ("a prompt is text or token ids", ()),
 }
 
-# Every stop string is looked for with every token of every answer, in the thread that all requests share.
+# The one thread of the engine searches for every stop string with every token of every answer.
 MAX_STOPS, MAX_STOP_CHARS = 128, 4096
 
 Integer = Annotated[int, Strict()]
@@ -55,12 +55,12 @@ String = Annotated[str, Strict()]
 
 
 def _wrong(field: str, message: str) -> PydanticCustomError:
-    """An error about more than one field, or one that does not exist."""
+    """An error of a validator that is not about the one field that it validates."""
     return PydanticCustomError("wrong", "{message}", {"message": message, "field": field})
 
 
 class Body(BaseModel):
-    """Refuses what it does not know."""
+    """A body, or a part of it. Unknown fields are refused."""
 
     model_config = ConfigDict(extra="forbid")
 
@@ -92,7 +92,7 @@ def _check_text(text: str) -> str:
     try:
         text.encode()
     except UnicodeEncodeError:
-        raise ValueError("it has a lone surrogate (\\ud800 to \\udfff), which is no character") from None
+        raise ValueError("it has a lone surrogate (\\ud800 to \\udfff), which is not a character") from None
     return text
 
 
@@ -127,7 +127,7 @@ Prompts = Annotated[
 
 
 def _check_content(value: Any) -> str:
-    """→ text, of its parts joined."""
+    """→ the text; of several parts, joined by line breaks."""
     if isinstance(value, str):
         return _check_text(value)
     texts = []
@@ -170,12 +170,12 @@ class StreamOptions(Body):
 
 
 class Sampling(Body):
-    """What completions and chats have in common."""
+    """Fields that completions and chats have in common."""
 
     model: String | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    user: String | None = None  # says who asks; changes nothing
+    user: String | None = None  # who asks; it changes nothing
     n: Integer | None = Field(None, ge=1, le=128)
     temperature: Number | None = Field(None, ge=0, le=1e6)
     top_p: Number | None = Field(None, gt=0, le=1)
@@ -221,7 +221,7 @@ class Sampling(Body):
 
 class CompletionRequest(Sampling):
     prompt: Prompts
-    max_tokens: Integer | None = Field(None, ge=0, lt=2**31, examples=[16])  # 0 is for echo alone
+    max_tokens: Integer | None = Field(None, ge=0, lt=2**31, examples=[16])  # 0 only with echo
     echo: Flag | None = None
     logprobs: Integer | None = Field(None, ge=0, le=20)
 
@@ -242,7 +242,7 @@ class CompletionRequest(Sampling):
 
     @property
     def only_echo(self) -> bool:
-        """The prompt's text and log-probabilities are all that is wanted."""
+        """Whether only the prompt's text and log-probabilities are asked for."""
         return self.max_tokens == 0
 
     def sampling_params(self) -> SamplingParams:
@@ -284,7 +284,7 @@ class ChatRequest(Sampling):
 
 
 class TokenizeRequest(Body):
-    """A prompt, or messages as the chat template writes them."""
+    """A prompt, or messages for the chat template."""
 
     model: String | None = None
     prompt: String | None = None

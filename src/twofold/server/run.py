@@ -1,4 +1,4 @@
-"""The process of `twofold serve`: a socket, an engine, an event loop, and an orderly end."""
+"""Run the server: load the engine, serve on a socket, and drain when a signal comes."""
 
 import asyncio
 import logging
@@ -21,7 +21,7 @@ from twofold.server.metrics import Metrics
 
 
 def load(config: EngineConfig) -> LLMEngine:
-    """The engine, with a line on stderr when it is ready."""
+    """Starts the engine, and says on stderr when it is ready."""
     start = time.perf_counter()
     size = config.prefill_context_parallel_size
     print(f"loading {config.model} on {'1 rank' if size == 1 else f'{size} ranks'}", file=sys.stderr, flush=True)
@@ -30,7 +30,7 @@ def load(config: EngineConfig) -> LLMEngine:
     print(
         f"{config.model} is ready after {time.perf_counter() - start:.1f} s: {runtime.device}, "
         f"{str(runtime.dtype).removeprefix('torch.')}, max_model_len {runtime.max_model_len}, "
-        f"cache of {engine.block_pool.capacity_tokens} tokens",
+        f"KV cache of {engine.kv_cache_capacity} tokens",
         file=sys.stderr,
         flush=True,
     )
@@ -38,7 +38,7 @@ def load(config: EngineConfig) -> LLMEngine:
 
 
 def serve(config: ServerConfig, engine: LLMEngine, listener: socket.socket) -> int:
-    """Serves until a signal; the exit code, 1 if the engine was lost for good."""
+    """Serves until a signal → the exit code: 1 if the engine has failed, else 0."""
     runtime = engine.runtime
     names = config.served_model_name or [runtime.engine.model]
     metrics = Metrics(names[0])
@@ -64,7 +64,10 @@ def serve(config: ServerConfig, engine: LLMEngine, listener: socket.socket) -> i
 
 
 class _Server(uvicorn.Server):
-    """Answers while it drains: new requests get a 503, those under way their answers. A second signal ends it."""
+    """A server that drains after the first signal: it refuses new requests, and ends when the others are answered.
+
+    A second signal ends it at once.
+    """
 
     def __init__(self, settings: uvicorn.Config, engine: AsyncEngine, drain_timeout: float) -> None:
         super().__init__(settings)
@@ -97,5 +100,5 @@ class _Server(uvicorn.Server):
         self.should_exit = True
 
     def _give_up(self) -> None:
-        """The engine is lost: clients are told, and whoever supervises this process may start another."""
+        """Ends the server, since the engine has failed. A supervisor can start another."""
         self.should_exit = True

@@ -1,4 +1,4 @@
-"""Responses that end when their client goes away."""
+"""Responses that stop when the client disconnects."""
 
 import asyncio
 import contextlib
@@ -12,14 +12,14 @@ Result = TypeVar("Result")
 
 
 class ClientGoneError(Exception):
-    """Nobody is there to answer any more."""
+    """The client has disconnected."""
 
 
 async def until_gone(work: Coroutine[Any, Any, Result], receive: Receive) -> Result:
-    """Awaits `work`, and cancels it when the client goes away.
+    """Awaits `work`, and cancels it if the client disconnects.
 
     Raises:
-        ClientGoneError: it did.
+        ClientGoneError: the client has disconnected.
     """
     task, watch = asyncio.ensure_future(work), asyncio.ensure_future(_gone(receive))
     try:
@@ -40,7 +40,7 @@ async def _gone(receive: Receive) -> None:
 
 
 class EventStream(Response):
-    """Server-sent events, each item of `lines` as it comes. `close` is called however it ends."""
+    """Sends each of `lines` as soon as it comes (server-sent events). However that ends, `close` is called."""
 
     media_type = "text/event-stream"
 

@@ -1,0 +1,47 @@
+"""What the benchmarks of an engine have in common: flags, engine arguments, and the JSON that they write."""
+
+import json
+from argparse import ArgumentParser, Namespace
+from pathlib import Path
+from typing import Any
+
+from twofold.bench.report import environment
+from twofold.cli.arguments import add_engine_arguments, chosen
+from twofold.config import EngineConfig
+
+
+def add_lengths(parser: ArgumentParser, input_len: int) -> None:
+    """Adds --input-len, --output-len and the flags of `add_common`. The names are vLLM's."""
+    parser.add_argument(
+        "--input-len", type=int, default=input_len, metavar="N", help=f"tokens in each prompt (default: {input_len})"
+    )
+    parser.add_argument("--output-len", type=int, default=128, metavar="N", help="tokens in each answer (default: 128)")
+    add_common(parser)
+
+
+def add_common(parser: ArgumentParser, *, several_sizes: bool = False) -> None:
+    """Adds --output-json and the engine's arguments. With `several_sizes` -pcp takes a list: the text `args.sizes`."""
+    parser.add_argument("--output-json", metavar="FILE", help="write all figures to this file")
+    leave_out: tuple[str, ...] = ()
+    if several_sizes:
+        leave_out = ("prefill_context_parallel_size",)
+        parser.add_argument(
+            *("-pcp", "--prefill-context-parallel-size"),
+            dest="sizes",
+            default="1",
+            metavar="N,N",
+            help="numbers of ranks, with commas between them (default: 1)",
+        )
+    add_engine_arguments(parser, leave_out=leave_out)
+
+
+def engine_arguments(args: Namespace, max_model_len: int, **fixed: Any) -> dict[str, Any]:
+    """Arguments for `LLM`: those of the command line, `fixed`, no tokenizer, and by default this `max_model_len`."""
+    return {"max_model_len": max_model_len} | chosen(args, EngineConfig) | {"skip_tokenizer_init": True} | fixed
+
+
+def write_json(args: Namespace, result: dict[str, Any]) -> None:
+    """Writes the figures, and what they belong to, to the file of --output-json if there is one."""
+    if args.output_json:
+        record = environment() | {"model": args.model} | result
+        Path(args.output_json).write_text(json.dumps(record, indent=1))
