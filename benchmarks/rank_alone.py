@@ -21,7 +21,8 @@ import torch
 from twofold.bench.report import environment, print_table
 from twofold.config import EngineConfig
 from twofold.contract import Breakdown, NewRequest, ScheduledBatch, Step
-from twofold.parallel.exchange import AllGatherExchange, write_entries
+from twofold.kv.cache import write_entries
+from twofold.parallel.exchange import AllGatherExchange
 from twofold.runtime import settle
 from twofold.sampling_params import SamplingParams
 from twofold.worker import worker

@@ -56,7 +56,8 @@ class ThreadExecutor:
         self.runtime = runtime
         weights = {id(tensor): tensor for tensor in model.parameters()}
         self.models = [DecoderModel(copy.deepcopy(model, memo=dict(weights))) for _ in range(runtime.num_ranks)]
-        block_bytes = bytes_per_block(self.models[0].specs, runtime.block_size, runtime.dtype)
+        self.entry_widths = [spec.entry_width for spec in self.models[0].specs]
+        block_bytes = bytes_per_block(self.entry_widths, runtime.block_size, runtime.dtype)
         self.reports = [
             RankReport(rank, num_blocks, block_bytes, self.models[0].vocab_size, num_parameters=10**6)
             for rank in range(runtime.num_ranks)
@@ -73,7 +74,7 @@ class ThreadExecutor:
         self.runners = [
             ModelRunner(
                 model=model,
-                cache=KVCache(model.specs, num_blocks, runtime.block_size, runtime.dtype, device),
+                cache=KVCache(self.entry_widths, num_blocks, runtime.block_size, runtime.dtype, device),
                 states=RequestStates(runtime.engine.max_num_seqs, runtime.max_model_len, runtime.block_size, device),
                 mesh=mesh,
                 exchange=AllGatherExchange(mesh, device),

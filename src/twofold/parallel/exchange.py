@@ -19,6 +19,7 @@ from typing import Any, Protocol
 
 import torch
 
+from twofold.kv.cache import write_entries
 from twofold.parallel.mesh import Mesh, ProcessMesh
 
 
@@ -188,16 +189,6 @@ class SharedMemoryExchange(AllGatherExchange):
         gathered[self.mesh.rank * len(rows) : (self.mesh.rank + 1) * len(rows)] = rows
         self.mesh.all_gather(self._flags, self._flag)
         write_entries(gathered, slots, cache)
-
-
-def write_entries(rows: torch.Tensor, slots: torch.Tensor, cache: torch.Tensor) -> None:
-    """cache[slots[i]] = rows[i]. rows [n, entry_width], slots [n], cache [num_slots, entry_width]."""
-    if rows.device.type == "cuda":
-        from twofold.kv.scatter import scatter_entries  # Triton is on GPU machines only
-
-        scatter_entries(rows, slots, cache)
-    else:
-        cache.index_copy_(0, slots, rows)
 
 
 def make_exchange(name: str, mesh: Mesh, device: torch.device, max_num_bytes: int, folder: str) -> AllGatherExchange:

@@ -54,9 +54,10 @@ class Worker:
             self.mesh = make_mesh(rank, runtime.num_ranks, f"{folder}/store", self.device)
         with self._phase("weights"):
             self.model = DecoderModel(_load(runtime, self.mesh, self.device, Path(folder)))
+        self._entry_widths = [spec.entry_width for spec in self.model.specs]
         self.runner = ModelRunner(
             model=self.model,
-            cache=KVCache(self.model.specs, 1, runtime.block_size, runtime.dtype, self.device),  # until `allocate`
+            cache=KVCache(self._entry_widths, 1, runtime.block_size, runtime.dtype, self.device),  # until `allocate`
             states=RequestStates(runtime.engine.max_num_seqs, runtime.max_model_len, runtime.block_size, self.device),
             mesh=self.mesh,
             exchange=make_exchange(runtime.engine.exchange, self.mesh, self.device, self._max_exchange_bytes(), folder),
@@ -68,7 +69,7 @@ class Worker:
 
     def _max_exchange_bytes(self) -> int:
         """Rows of the largest step in the layer with the widest ones, or in all layers if they are decodes."""
-        runtime, widths = self.runtime, [spec.entry_width for spec in self.model.specs]
+        runtime, widths = self.runtime, self._entry_widths
         # Each rank's part is padded to the longest, by no more than a token a request and a graph's rounding.
         padding = runtime.num_ranks * (runtime.engine.max_num_seqs + PREFILL_ROUNDING)
         num_decodes = runtime.engine.max_num_seqs + runtime.num_ranks * DECODE_ROUNDING
@@ -84,7 +85,7 @@ class Worker:
     def report(self) -> RankReport:
         """What there is room for. On CUDA found by running the largest step that the scheduler may send."""
         runtime = self.runtime
-        block_bytes = bytes_per_block(self.model.specs, runtime.block_size, runtime.dtype)
+        block_bytes = bytes_per_block(self._entry_widths, runtime.block_size, runtime.dtype)
         num_parameters = sum(parameter.numel() for parameter in self.model.body.parameters())
         memory = runtime.engine.kv_cache_memory_bytes
         if self.device.type == "cuda":
@@ -136,7 +137,7 @@ class Worker:
         """Makes the cache, and records what refers to its place; → seconds of each start-up phase."""
         runtime, runner = self.runtime, self.runner
         with self._phase("cache"):
-            runner.cache = KVCache(self.model.specs, num_blocks, runtime.block_size, runtime.dtype, self.device)
+            runner.cache = KVCache(self._entry_widths, num_blocks, runtime.block_size, runtime.dtype, self.device)
         if self.device.type == "cuda" and not runtime.engine.enforce_eager:
             with self._phase("graphs"):
                 runner.capture_graphs()

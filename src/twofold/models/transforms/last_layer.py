@@ -25,7 +25,7 @@ import torch
 from twofold.attention.backends.sdpa import SDPABackend
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.op import ForwardContext, StopAfterPublish, forward_context
-from twofold.attention.spec import AttentionSpec, LatentSpec
+from twofold.attention.spec import AttentionSpec
 from twofold.contract import NewRequest, ScheduledBatch, Step
 from twofold.kv.cache import KVCache
 from twofold.models.support import largest_change
@@ -83,19 +83,20 @@ def _of_tokens(given: Any, num_tokens: int, read: torch.Tensor) -> Any:
 class _NotingBackend(SDPABackend):
     """Keeps the queries of the layer that attended last."""
 
-    query: torch.Tensor
+    def __init__(self) -> None:
+        self.queries: list[torch.Tensor] = []
 
     def attend(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        self.query = query
-        return super().attend(query, pages, spec, metadata)
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.queries = [query]
+        return super().attend(query, kv_cache, spec, metadata)
 
-    def attend_at_once(
-        self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor | None:
-        self.query = query
-        return None
+    def attend_keys(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.queries = [*self.queries[-1:], query]  # of latents: a call for each of the two prompts
+        return super().attend_keys(query, keys, values, spec, causal)
 
 
 @torch.inference_mode()
@@ -114,12 +115,12 @@ def use_last_layer(
     batch = _two_prompts(device)
 
     def run_step(last_tokens: AttentionMetadata | None) -> tuple[torch.Tensor, torch.Tensor]:
-        cache = KVCache(specs, 3, BLOCK_SIZE, dtype, device)
+        cache = KVCache([spec.entry_width for spec in specs], 3, BLOCK_SIZE, dtype, device)
         exchange, backend = AllGatherExchange(SingleRank(), device), _NotingBackend()
         exchange.begin(batch.exchange)
         with forward_context(ForwardContext(specs, cache, exchange, backend, batch.metadata, last_tokens)):
             hidden_states = run(batch.input_ids, batch.position_ids)
-        return backend.query, hidden_states
+        return torch.cat(backend.queries), hidden_states
 
     try:
         read, last_tokens = batch.metadata.last_token_idx(), batch.metadata.of_last_tokens()

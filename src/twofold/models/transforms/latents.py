@@ -93,7 +93,8 @@ class _Latents(_Heads):
             spec = self.specs[module] = _latent_spec(
                 self.candidates[module], module.get_parameter("kv_b_proj.weight"), key, value
             )
-            keys, values = expand(torch.cat([key[0, 0], value[0, 0]], dim=-1), spec)
+            entries = spec.pack(key[0].transpose(0, 1), value[0].transpose(0, 1))
+            keys, values = spec.expanded.unpack(expand(entries, spec))
             key, value = keys.transpose(0, 1)[None], values.transpose(0, 1)[None]
         expected = self.expected[module]
         for now, then in zip((query, key, value), expected, strict=True):
