@@ -3,8 +3,8 @@
     python benchmarks/gpu_kernels.py --output-json benchmarks/results/gpu_kernels.json
     python benchmarks/gpu_kernels.py --sweep          # what `Tuning` should be
 
-Decode calls are captured in a CUDA graph that goes round several layers' pages, as a model does, and they are more than
-the L2 cache holds; blocks are dealt at random.
+Decode calls are captured in a CUDA graph that goes round the caches of several layers, as a model does. They are more
+than the L2 cache holds; blocks are dealt at random.
 """
 
 import argparse
@@ -28,7 +28,9 @@ from twofold.attention.spec import AttentionSpec
 from twofold.bench.report import environment
 
 LLAMA = AttentionSpec(num_heads=32, num_kv_heads=8, qk_head_dim=128, v_head_dim=128, scaling=128**-0.5)
-LATENT = AttentionSpec(num_heads=16, num_kv_heads=1, qk_head_dim=576, v_head_dim=512, scaling=192**-0.5)
+LATENT = AttentionSpec(
+    num_heads=16, num_kv_heads=1, qk_head_dim=576, v_head_dim=512, scaling=192**-0.5, values_in_keys=True
+)
 DECODE = [(1, 1024), (1, 8192), (1, 131072), (32, 1024), (32, 8192), (128, 1024)]
 LATENT_DECODE = [(1, 8192), (32, 1024), (32, 8192)]
 PREFILL = [(8192, 1), (32768, 1), (8192, 4), (32768, 4), (131072, 4)]  # prompt, ranks
@@ -38,15 +40,15 @@ L2_BYTES = 50 << 20
 
 
 class DecodeCase:
-    """B rows of n keys in several layers' pages."""
+    """B rows of n keys in several layers' caches."""
 
-    def __init__(self, spec: AttentionSpec, num_rows: int, seq_len: int, entry_width: int) -> None:
+    def __init__(self, spec: AttentionSpec, num_rows: int, seq_len: int) -> None:
         self.spec, self.num_rows, self.seq_len = spec, num_rows, seq_len
-        self.bytes = num_rows * seq_len * entry_width * 2
+        self.bytes = num_rows * seq_len * spec.entry_width * 2
         num_blocks = -(-seq_len // BLOCK_SIZE)
         total = num_rows * num_blocks + 1
         self.layers = [
-            torch.empty(total, BLOCK_SIZE, entry_width, dtype=torch.bfloat16, device="cuda").normal_()
+            torch.empty(total, BLOCK_SIZE, spec.entry_width, dtype=torch.bfloat16, device="cuda").normal_()
             for _ in range(min(64, max(1, -(-5 * L2_BYTES // self.bytes))))
         ]
         self.tables = torch.zeros(num_rows, CAPACITY // BLOCK_SIZE, dtype=torch.int32, device="cuda")
@@ -89,8 +91,7 @@ def time_decode(repeats: int) -> list[dict[str, Any]]:
     rows = []
     for name, spec, shapes in (("decode", LLAMA, DECODE), ("latent decode", LATENT, LATENT_DECODE)):
         for num_rows, seq_len in shapes:
-            entry_width = spec.entry_width if spec is LLAMA else spec.qk_head_dim
-            case = DecodeCase(spec, num_rows, seq_len, entry_width)
+            case = DecodeCase(spec, num_rows, seq_len)
             us = case.time(PagedDecode(), repeats)
             rows.append(
                 {"kernel": name, "batch": num_rows, "context": seq_len, "us": us, "gb_per_s": case.bytes / us / 1e3}
@@ -128,15 +129,15 @@ def time_prefill(repeats: int) -> list[dict[str, Any]]:
     backend, rows = FlashAttnBackend(), []
     for prompt_len, num_ranks in PREFILL:
         metadata, flops = rank0_step(prompt_len, num_ranks)
-        pages = torch.empty(
+        kv_cache = torch.empty(
             prompt_len // BLOCK_SIZE + 1, BLOCK_SIZE, LLAMA.entry_width, dtype=torch.bfloat16, device="cuda"
         ).normal_()
         query = torch.randn(metadata.num_tokens, LLAMA.num_heads, LLAMA.qk_head_dim, device="cuda").bfloat16()
 
         def run(
-            query: torch.Tensor = query, pages: torch.Tensor = pages, metadata: AttentionMetadata = metadata
-        ) -> torch.Tensor:
-            return backend.attend(query, pages, LLAMA, metadata)
+            query: torch.Tensor = query, kv_cache: torch.Tensor = kv_cache, metadata: AttentionMetadata = metadata
+        ) -> object:
+            return backend.attend(query, kv_cache, LLAMA, metadata)
 
         us = median_us(run, repeats)
         rows.append(
@@ -153,12 +154,12 @@ def time_host(calls: int = 200) -> list[dict[str, Any]]:
     """What a call costs the CPU: it bounds short steps that no graph holds."""
     backend, rows = FlashAttnBackend(), []
     metadata, _ = rank0_step(1024, 4)
-    pages = torch.zeros(9, BLOCK_SIZE, LLAMA.entry_width, dtype=torch.bfloat16, device="cuda")
+    kv_cache = torch.zeros(9, BLOCK_SIZE, LLAMA.entry_width, dtype=torch.bfloat16, device="cuda")
     query = torch.randn(256, LLAMA.num_heads, LLAMA.qk_head_dim, device="cuda").bfloat16()
     decode, tables = PagedDecode(), metadata.block_tables[:1]
     runs: dict[str, Callable[[], object]] = {
-        "prefill call": lambda: backend.attend(query, pages, LLAMA, metadata),
-        "decode call": lambda: decode(query[:1], pages, LLAMA, tables, metadata.seq_lens[:1]),
+        "prefill call": lambda: backend.attend(query, kv_cache, LLAMA, metadata),
+        "decode call": lambda: decode(query[:1], kv_cache, LLAMA, tables, metadata.seq_lens[:1]),
     }
     for name, run in runs.items():
         run()
@@ -176,9 +177,9 @@ def time_host(calls: int = 200) -> list[dict[str, Any]]:
 def sweep(repeats: int) -> list[dict[str, Any]]:
     """First the shape of a program, then how many programs and how short a run."""
     shapes = [(1, 1024), (1, 131072), (32, 1024), (32, 8192), (128, 1024)]
-    cases = [DecodeCase(LLAMA, num_rows, seq_len, LLAMA.entry_width) for num_rows, seq_len in shapes]
+    cases = [DecodeCase(LLAMA, num_rows, seq_len) for num_rows, seq_len in shapes]
     shapes += [(1, 1024), (32, 1024)]
-    cases += [DecodeCase(LATENT, num_rows, seq_len, LATENT.qk_head_dim) for num_rows, seq_len in shapes[-2:]]
+    cases += [DecodeCase(LATENT, num_rows, seq_len) for num_rows, seq_len in shapes[-2:]]
     rows: list[dict[str, Any]] = []
     print(f"{'us a call; latents last':44}", *(f"{f'{b}x{n}':>10}" for b, n in shapes))
 

@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from twofold.attention.spec import AttentionSpec
 from twofold.kv.cache import KVCache
 from twofold.parallel.exchange import Exchange, ExchangePlan
 
@@ -32,8 +31,7 @@ def rows_of(step: int, rank: int, layer: int, num_rows: int) -> torch.Tensor:
 
 
 def make_cache(device: torch.device) -> KVCache:
-    specs = [AttentionSpec(1, 1, width // 2, width // 2, 1.0) for width in WIDTHS]
-    return KVCache(specs, NUM_SLOTS // BLOCK_SIZE, BLOCK_SIZE, torch.bfloat16, device)
+    return KVCache(WIDTHS, NUM_SLOTS // BLOCK_SIZE, BLOCK_SIZE, torch.bfloat16, device)
 
 
 def take_steps(

@@ -1,15 +1,25 @@
-"""The SDPA backend against attention written out in float64: every feature, every shape of row, pages in any order."""
+"""Attention as the op puts it together, with the SDPA backend, against attention written out in float64.
+
+Every feature, every shape of row, blocks in any order.
+"""
+
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from twofold.attention.backends.sdpa import SDPABackend, attend_row
+from twofold.attention.backends.sdpa import MATMUL_KEYS, SDPABackend, attend_row
+from twofold.attention.combine import apply_sinks, merge
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.rows import merge
-from twofold.attention.spec import AttentionSpec
+from twofold.attention.op import ForwardContext, forward_context
+from twofold.attention.spec import AttentionSpec, LatentSpec
 from twofold.contract import NewRequest, ScheduledBatch, Step
+from twofold.kv.cache import KVCache
+from twofold.parallel.exchange import Exchange
+from twofold.parallel.mesh import SingleRank
 from twofold.parallel.plan import TokenLayout, plan_step
+from twofold.parallel.transport import OneRank
 from twofold.sampling_params import SamplingParams
 from twofold.worker.input_batch import prepare
 from twofold.worker.request_states import RequestStates
@@ -32,8 +42,13 @@ def make_spec(v_head_dim: int = HEAD_DIM, sinks: bool = False, **features: int |
     )
 
 
-def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-    """The last L of n tokens attend to all n. query [L, H, D], keys [n, Hk, D], values [n, Hk, Dv] → [L, H, Dv]."""
+def reference(
+    query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last L of n tokens attend to all n. query [L, H, D], keys [n, Hk, D], values [n, Hk, Dv].
+
+    Returns out [L, H, Dv], log-sum-exp [L, H], both with sinks, in float64.
+    """
     length, seq_len = len(query), len(keys)
     groups = spec.num_heads // spec.num_kv_heads
     q = query.double().transpose(0, 1)
@@ -49,7 +64,7 @@ def reference(query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spe
     if spec.sinks is not None:
         sinks = spec.sinks.double()[:, None, None].expand(-1, length, 1)
         logits = torch.cat([logits, sinks], dim=-1)
-    return (logits.softmax(-1)[..., :seq_len] @ v).transpose(0, 1)
+    return (logits.softmax(-1)[..., :seq_len] @ v).transpose(0, 1), logits.logsumexp(-1).T
 
 
 def error(out: torch.Tensor, expected: torch.Tensor) -> float:
@@ -74,9 +89,17 @@ def test_a_row(window: int | None, softcap: float | None, sinks: bool, v_head_di
         keys = torch.randn(seq_len, NUM_KV_HEADS, HEAD_DIM, generator=generator).to(dtype)
         values = torch.randn(seq_len, NUM_KV_HEADS, v_head_dim, generator=generator).to(dtype)
         q = query.unflatten(1, (NUM_KV_HEADS, -1)).permute(1, 2, 0, 3)
-        out = attend_row(q, keys.transpose(0, 1), values.transpose(0, 1), spec).permute(2, 0, 1, 3).flatten(1, 2)
+        out, lse = attend_row(q, keys.transpose(0, 1), values.transpose(0, 1), spec)
+        out, lse = out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
         assert out.dtype == dtype
-        assert error(out, reference(query, keys, values, spec)) < TOLERANCE[dtype], (length, seq_len)
+        assert lse.dtype == torch.float32
+        expected, expected_lse = reference(query, keys, values, replace(spec, sinks=None))
+        assert error(out, expected) < TOLERANCE[dtype], (length, seq_len)
+        torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=TOLERANCE[dtype])
+        if spec.sinks is not None:
+            out = apply_sinks(out, lse, spec.sinks)
+            assert out.dtype == dtype
+            assert error(out, reference(query, keys, values, spec)[0]) < TOLERANCE[dtype], (length, seq_len)
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 2, 6])
@@ -85,8 +108,21 @@ def test_multi_query_grouped_and_multi_head(num_kv_heads: int) -> None:
     query = torch.randn(9, NUM_HEADS, HEAD_DIM)
     keys, values = torch.randn(2, 20, num_kv_heads, HEAD_DIM)
     q = query.unflatten(1, (num_kv_heads, -1)).permute(1, 2, 0, 3)
-    out = attend_row(q, keys.transpose(0, 1), values.transpose(0, 1), spec).permute(2, 0, 1, 3).flatten(1, 2)
-    assert error(out, reference(query, keys, values, spec)) < 1e-5
+    out, _ = attend_row(q, keys.transpose(0, 1), values.transpose(0, 1), spec)
+    assert error(out.permute(2, 0, 1, 3).flatten(1, 2), reference(query, keys, values, spec)[0]) < 1e-5
+
+
+def test_log_sum_exp_where_the_first_key_vanishes() -> None:
+    """The explicit products read the log-sum-exp off one weight; a weight of 0 tells nothing."""
+    spec = make_spec()
+    query, keys = torch.randn(400, NUM_HEADS, HEAD_DIM), torch.randn(400, NUM_KV_HEADS, HEAD_DIM)
+    query[..., 0], keys[0, :, 0] = 20, -60
+    query, keys = query.bfloat16(), keys.bfloat16()
+    q = query.unflatten(1, (NUM_KV_HEADS, -1)).permute(1, 2, 0, 3)
+    assert len(query) in MATMUL_KEYS
+    _, lse = attend_row(q, keys.transpose(0, 1), keys.transpose(0, 1), spec)
+    _, expected = reference(query, keys, keys, spec)
+    torch.testing.assert_close(lse.permute(2, 0, 1).flatten(1, 2).double(), expected, rtol=1e-5, atol=1e-3)
 
 
 @pytest.mark.parametrize("split", [1, 13, 39])
@@ -102,11 +138,70 @@ def test_parts_merge_into_the_whole(split: int) -> None:
         outs.append((logits[:, part].softmax(-1) @ values[part, 0].double()).float())
         lses.append(logits[:, part].logsumexp(-1).float())
     out, lse = merge(outs[0], lses[0], outs[1], lses[1])
-    assert error(out[:, None], reference(query[-1:], keys, values, spec)) < 1e-5
+    assert error(out[:, None], reference(query[-1:], keys, values, spec)[0]) < 1e-5
     torch.testing.assert_close(lse, logits.logsumexp(-1).float())
 
 
-# --- Rows in pages ---------------------------------------------------------------------------------------------------
+def test_merged_parts_get_their_sinks_once() -> None:
+    """Parts of the keys, some of them empty, then sinks: the same as over all keys with sinks."""
+    spec = make_spec(sinks=True)
+    query = torch.randn(9, NUM_HEADS, HEAD_DIM)
+    keys, values = torch.randn(2, 30, NUM_KV_HEADS, HEAD_DIM)
+    backend, plain = SDPABackend(), replace(spec, sinks=None)
+    out, lse = torch.zeros(9, NUM_HEADS, HEAD_DIM), torch.full((9, NUM_HEADS), -torch.inf)
+    nothing = out.clone(), lse.clone()
+    out, lse = merge(out, lse, *nothing)
+    assert bool((out == 0).all())
+    assert bool((lse == -torch.inf).all())
+    for part in (slice(0, 7), slice(7, 21), slice(21, 30)):
+        out, lse = merge(out, lse, *backend.attend_keys(query, keys[part], values[part], plain, causal=part.stop == 30))
+        out, lse = merge(out, lse, *nothing)
+    expected, expected_lse = reference(query, keys, values, plain)
+    assert error(out, expected) < 1e-5
+    torch.testing.assert_close(lse.double(), expected_lse, rtol=0, atol=1e-5)
+    assert error(apply_sinks(out, lse, spec.sinks), reference(query, keys, values, spec)[0]) < 1e-5
+    assert bool((apply_sinks(*nothing, spec.sinks) == 0).all()), "a row without keys"
+
+
+# --- KV entries ------------------------------------------------------------------------------------------------------
+
+
+def entry_specs() -> dict[str, tuple[AttentionSpec, tuple[int, int], tuple[int, int]]]:
+    """What a module hands over as key and as value, [heads, dim] of a token."""
+    latent = LatentSpec(4, 4, 24, 20, 1.0, kv_lora_rank=32, qk_rope_head_dim=8, weight=torch.randn(4 * (16 + 20), 32))
+    return {
+        "heads": (AttentionSpec(6, 2, 16, 16, 1.0), (2, 16), (2, 16)),
+        "narrow values": (AttentionSpec(6, 3, 16, 8, 1.0), (3, 16), (3, 8)),
+        "latent": (latent, (1, 32), (1, 8)),
+        "expanded": (latent.expanded, (4, 24), (4, 20)),
+    }
+
+
+@pytest.mark.parametrize("name", entry_specs())
+def test_entries_are_unpacked_as_they_were_packed(name: str) -> None:
+    """Also as blocks, and without a copy: kernels read where the cache lies."""
+    spec, key_shape, value_shape = entry_specs()[name]
+    key, value = torch.randn(12, *key_shape), torch.randn(12, *value_shape)
+    entries = spec.pack(key, value)
+    assert entries.shape == (12, spec.entry_width)
+    for shape in ((12,), (3, 4)):
+        found = spec.unpack(entries.view(*shape, -1))
+        for part, given in zip(found, (key, value), strict=True):
+            assert torch.equal(part, given.view(*shape, *given.shape[1:]))
+            assert part.untyped_storage().data_ptr() == entries.untyped_storage().data_ptr()
+
+
+def test_absorbed_entries_hold_their_values_in_their_keys() -> None:
+    spec, key_shape, value_shape = entry_specs()["latent"]
+    latents, k_rope = torch.randn(12, *key_shape), torch.randn(12, *value_shape)
+    entries = spec.pack(latents, k_rope)
+    keys, values = spec.absorbed.unpack(entries)
+    assert spec.absorbed.entry_width == spec.entry_width
+    assert torch.equal(keys, torch.cat([latents, k_rope], dim=-1))
+    assert torch.equal(values, latents)
+
+
+# --- Rows in blocks---------------------------------------------------------------------------------------------------
 
 # (tokens computed, tokens scheduled, blocks): a decode, a fresh prompt, a chunk with a past, a chunk of one token
 ROWS = [(10, 1, 3), (0, 7, 2), (9, 8, 5), (4, 1, 2)]
@@ -131,6 +226,17 @@ PARTLY = [[12, 13, 1], [3, 2], [4, 6, 5, 7, 8], [10, 11]]
 NUM_BLOCKS = 16
 
 
+def attend(
+    query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
+) -> torch.Tensor:
+    """Through the op, in a step of one layer."""
+    cache = KVCache([spec.entry_width], 1, BLOCK_SIZE, query.dtype, query.device)
+    cache.blocks = [kv_cache]
+    exchange = Exchange(SingleRank(), OneRank())
+    with forward_context(ForwardContext([spec], cache, exchange, SDPABackend(), metadata, layer=0)):
+        return torch.ops.twofold.attend(query, query, query, spec.v_head_dim)
+
+
 @pytest.mark.parametrize("tables", [SCATTERED, CONTIGUOUS, PARTLY], ids=["scattered", "contiguous", "partly"])
 @pytest.mark.parametrize(
     "features",
@@ -144,34 +250,34 @@ NUM_BLOCKS = 16
     ],
     ids=str,
 )
-def test_rows_in_pages(tables: list[list[int]], features: dict) -> None:
+def test_rows_in_blocks(tables: list[list[int]], features: dict) -> None:
     """Keys are found through the block tables, wherever blocks lie; nothing outside a row's own slots matters.
 
-    Guards: reads of uninitialised tails of pages (0 · NaN is NaN), and of the null block, where padding is written.
+    Guards: reads of uninitialised tails of blocks (0 · NaN is NaN), and of the null block, where padding is written.
     """
     spec = make_spec(**features)
     generator = torch.Generator().manual_seed(1)
     _, metadata = make_rows(tables)
-    pages = torch.full((NUM_BLOCKS, BLOCK_SIZE, spec.entry_width), torch.nan)  # blocks that nobody has
-    pages[0] = 1e30  # the null block
-    slots = pages.view(-1, spec.entry_width)
+    blocks = torch.full((NUM_BLOCKS, BLOCK_SIZE, spec.entry_width), torch.nan)  # blocks that nobody has
+    blocks[0] = 1e30  # the null block
+    slots = blocks.view(-1, spec.entry_width)
     expected = []
     query = torch.randn(sum(scheduled for _, scheduled, _ in ROWS), NUM_HEADS, HEAD_DIM, generator=generator)
     begin = 0
     for (computed, scheduled, _), table in zip(ROWS, tables, strict=True):
         seq_len = computed + scheduled
         for block in table:
-            pages[block] = -1e30  # unwritten tails hold what was there before: anything finite
-        rows = torch.randn(seq_len, spec.entry_width, generator=generator)
-        for position, row in enumerate(rows):
-            slots[table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE] = row
-        keys, values = spec.unpack(rows)
-        expected.append(reference(query[begin : begin + scheduled], keys, values, spec))
+            blocks[block] = -1e30  # unwritten tails hold what was there before: anything finite
+        entries = torch.randn(seq_len, spec.entry_width, generator=generator)
+        for position, entry in enumerate(entries):
+            slots[table[position // BLOCK_SIZE] * BLOCK_SIZE + position % BLOCK_SIZE] = entry
+        keys, values = spec.unpack(entries)
+        expected.append(reference(query[begin : begin + scheduled], keys, values, spec)[0])
         begin += scheduled
-    before = pages.clone()
-    out = SDPABackend().attend(query, pages, spec, metadata)
+    before = blocks.clone()
+    out = attend(query, blocks, spec, metadata)
     assert error(out, torch.cat(expected)) < 1e-5
-    torch.testing.assert_close(pages, before, rtol=0, atol=0, equal_nan=True)  # attention writes no cache
+    torch.testing.assert_close(blocks, before, rtol=0, atol=0, equal_nan=True)  # attention writes no cache
 
 
 @pytest.mark.usefixtures("poisoned_memory")
@@ -180,9 +286,12 @@ def test_padding_is_finite() -> None:
     spec = make_spec()
     _, metadata = make_rows(CONTIGUOUS)
     num_tokens = metadata.num_tokens
-    pages = torch.randn(NUM_BLOCKS, BLOCK_SIZE, spec.entry_width)
+    blocks = torch.randn(NUM_BLOCKS, BLOCK_SIZE, spec.entry_width)
     query = torch.randn(num_tokens + 3, NUM_HEADS, HEAD_DIM)
     query[num_tokens:] = torch.nan
-    out = SDPABackend().attend(query, pages, spec, metadata)
+    out, lse = SDPABackend().attend(query, blocks, spec, metadata)
     assert out.isfinite().all()
-    torch.testing.assert_close(out[:num_tokens], SDPABackend().attend(query[:num_tokens], pages, spec, metadata))
+    assert (lse[num_tokens:] == -torch.inf).all()
+    found = SDPABackend().attend(query[:num_tokens], blocks, spec, metadata)
+    torch.testing.assert_close((out[:num_tokens], lse[:num_tokens]), found)
+    assert attend(query, blocks, make_spec(sinks=True), metadata).isfinite().all()

@@ -28,7 +28,7 @@ from twofold.errors import ModelError
 from twofold.models.decoder import DecoderModel
 
 SMALL = {"num_hidden_layers": 2, "num_key_value_heads": 4, "v_head_dim": 12, "eos_token_id": None}
-ROW_WIDTH = 16 + 8  # kv_lora_rank + qk_rope_head_dim of the tiny models; their expanded heads take 4 * (24 + 12)
+ENTRY_WIDTH = 16 + 8  # kv_lora_rank + qk_rope_head_dim of the tiny models; their expanded heads take 4 * (24 + 12)
 YARN = {
     "rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 64,
     "mscale": 1.0, "mscale_all_dim": 0.8, "beta_fast": 32.0, "beta_slow": 1.0,
@@ -151,7 +151,7 @@ def set_piece_tokens(monkeypatch: pytest.MonkeyPatch, tokens: int) -> None:
 
 @pytest.mark.parametrize("piece_tokens", [1, 7, 16, 64])
 def test_pieces(deepseek: PreTrainedModel, piece_tokens: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Keys expanded a few at a time, whether or not the pieces end with rows, chunks or pages."""
+    """Keys expanded a few at a time, whether or not the pieces end with rows, chunks or blocks."""
     set_piece_tokens(monkeypatch, piece_tokens)
     prompts = random_prompts(2, 16, 33, 64)
     for num_ranks in (1, 2, 3):
@@ -170,21 +170,21 @@ def test_only_latents_are_stored_and_sent(deepseek: PreTrainedModel) -> None:
     runners = engine.executor.runners
     for runner in runners:
         stored = sum(stack.untyped_storage().nbytes() for stack in runner.cache.stacks)
-        assert stored / (num_blocks * block_size) / len(runner.cache.blocks) == ROW_WIDTH * 4
-        assert runner.exchange.transport.num_bytes == 2 * (num_tokens - num_tokens // num_ranks) * ROW_WIDTH * 4
+        assert stored / (num_blocks * block_size) / len(runner.cache.blocks) == ENTRY_WIDTH * 4
+        assert runner.exchange.transport.num_bytes == 2 * (num_tokens - num_tokens // num_ranks) * ENTRY_WIDTH * 4
         sent = [shape for shape in runner.mesh.calls if len(shape) == 2]
-        assert sent == [(num_tokens // num_ranks, ROW_WIDTH)] * 2
-    assert engine.executor.reports[0].bytes_per_block == 2 * block_size * ROW_WIDTH * 4
+        assert sent == [(num_tokens // num_ranks, ENTRY_WIDTH)] * 2
+    assert engine.executor.reports[0].bytes_per_block == 2 * block_size * ENTRY_WIDTH * 4
     [new] = [new for step in engine.executor.steps for new in step.new]
     for layer in range(2):
         mine = [runner.cache.blocks[layer][new.block_ids] for runner in runners]
         assert mine[0].abs().sum(-1).min() > 0, "a slot was not written"
-        assert all(torch.equal(pages, mine[0]) for pages in mine[1:])
+        assert all(torch.equal(blocks, mine[0]) for blocks in mine[1:])
     engine.shutdown()
 
 
 def test_latents_hold_what_transformers_caches(deepseek: PreTrainedModel) -> None:
-    """A cache row is the latent and rotated part that Transformers itself would cache."""
+    """A KV entry is the latent and the RoPE part that Transformers itself would cache."""
     [prompt] = random_prompts(32)
     engine = make_engine(deepseek, 2)
     generate(engine, [prompt], SamplingParams(temperature=0, max_tokens=1))
@@ -192,9 +192,9 @@ def test_latents_hold_what_transformers_caches(deepseek: PreTrainedModel) -> Non
         cache = deepseek(torch.tensor([prompt]), use_cache=True).past_key_values
     [new] = [new for step in engine.executor.steps for new in step.new]
     for layer in range(2):
-        rows = engine.executor.runners[1].cache.blocks[layer][new.block_ids].flatten(0, 1)[:32]
+        entries = engine.executor.runners[1].cache.blocks[layer][new.block_ids].flatten(0, 1)[:32]
         expected = torch.cat([cache.layers[layer].keys[0, 0], cache.layers[layer].values[0, 0]], dim=-1)
-        torch.testing.assert_close(rows, expected, rtol=0, atol=1e-5)
+        torch.testing.assert_close(entries, expected, rtol=0, atol=1e-5)
     engine.shutdown()
 
 
@@ -218,11 +218,11 @@ class ValuesFirst(DeepseekV3Attention):
 
     def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         heads = self.kv_b_proj(kv_nope).unflatten(-1, (self.num_heads, -1))[:, 0].transpose(1, 2)
-        values, straight = heads.split([self.v_head_dim, self.qk_nope_head_dim], dim=-1)
-        return torch.cat([straight, k_rot.expand(-1, self.num_heads, -1, -1)], dim=-1), values
+        values, k_nope = heads.split([self.v_head_dim, self.qk_nope_head_dim], dim=-1)
+        return torch.cat([k_nope, k_rot.expand(-1, self.num_heads, -1, -1)], dim=-1), values
 
 
-class RotatedFirst(DeepseekV3Attention):
+class RopeFirst(DeepseekV3Attention):
     def expand_kv(self, kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         keys, values = super().expand_kv(kv_nope, k_rot)
         return keys.roll(self.qk_rope_head_dim, dims=-1), values
@@ -238,20 +238,18 @@ class UsesItsKeys(DeepseekV3Attention):
     ) -> tuple[torch.Tensor, None]:
         shape = hidden_states.shape[:-1]
         query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states))).view(*shape, -1, self.qk_head_dim)
-        straight, rotated = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
+        q_nope, q_rope = query.transpose(1, 2).split([self.qk_nope_head_dim, self.qk_rope_head_dim], dim=-1)
         latent, k_rot = self.kv_a_proj_with_mqa(hidden_states)[:, None].split(
             [self.kv_lora_rank, self.qk_rope_head_dim], dim=-1
         )
-        rotated, k_rot = apply_rotary_pos_emb_interleave(rotated, k_rot, *position_embeddings)
+        q_rope, k_rot = apply_rotary_pos_emb_interleave(q_rope, k_rot, *position_embeddings)
         keys, values = self.expand_kv(self.kv_a_layernorm(latent), k_rot)
         if self.doubles_query:
-            straight = straight * (1 + keys.shape[1] / self.num_heads)
+            q_nope = q_nope * (1 + keys.shape[1] / self.num_heads)
         else:
             values = values.tanh()
         attend = AttentionInterface()[self.config._attn_implementation]
-        out, _ = attend(
-            self, torch.cat([straight, rotated], dim=-1), keys, values, attention_mask, scaling=self.scaling
-        )
+        out, _ = attend(self, torch.cat([q_nope, q_rope], dim=-1), keys, values, attention_mask, scaling=self.scaling)
         return self.o_proj(out.reshape(*shape, -1)), None
 
 
@@ -264,7 +262,7 @@ class OwnBias(DeepseekV3Attention):
 
 
 @pytest.mark.parametrize(
-    "look_alike", [ScaledKeys, NormedKeys, ValuesFirst, RotatedFirst, UsesItsKeys, UsesTheirNumber, OwnBias]
+    "look_alike", [ScaledKeys, NormedKeys, ValuesFirst, RopeFirst, UsesItsKeys, UsesTheirNumber, OwnBias]
 )
 def test_look_alike_keeps_its_heads(look_alike: type[DeepseekV3Attention]) -> None:
     """The names of the family and another computation: served as any model is, and rightly."""
@@ -322,78 +320,138 @@ def make_metadata(
 
 
 def attend_plainly(
-    query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
+    query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
 ) -> torch.Tensor:
     """By the definition, in float64, one head and one token at a time."""
     out = []
     weight = spec.weight.double().view(spec.num_heads, -1, spec.kv_lora_rank)
     for row, seq_len in enumerate(metadata.seq_lens_np):
-        slots = pages[torch.from_numpy(metadata.block_tables_np[row]).long()].flatten(0, 1).double()
+        slots = kv_cache[torch.from_numpy(metadata.block_tables_np[row]).long()].flatten(0, 1).double()
         begin, end = metadata.query_start_np[row : row + 2]
         for token in range(begin, end):
-            rows = slots[: seq_len - end + token + 1]
+            entries = slots[: seq_len - end + token + 1]
             for head in range(spec.num_heads):
-                straight, values = (rows[:, :32] @ weight[head].T).split([16, 20], dim=-1)
-                keys = torch.cat([straight, rows[:, 32:]], dim=-1)
+                k_nope, values = (entries[:, :32] @ weight[head].T).split([16, 20], dim=-1)
+                keys = torch.cat([k_nope, entries[:, 32:]], dim=-1)
                 out.append((keys @ query[token, head].double() * spec.scaling).softmax(0) @ values)
     return torch.stack(out).view(-1, spec.num_heads, 20)
 
 
+def attend(query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata) -> torch.Tensor:
+    return mla.attend(query, kv_cache, spec, metadata, SDPABackend(), None)[0]
+
+
 def test_absorbed_and_expanded_agree() -> None:
     torch.manual_seed(0)
-    spec, pages = latent_spec(), torch.randn(12, 8, 40)
+    spec, kv_cache = latent_spec(), torch.randn(12, 8, 40)
     starts, tables = [0, 7, 20, 39], [[3], [4], [6, 9, 2], [1, 5, 7, 8, 10]]
     query = torch.randn(4, 4, 24)
-    expected = attend_plainly(query, pages, spec, make_metadata(starts, [1] * 4, tables, 0))
+    expected = attend_plainly(query, kv_cache, spec, make_metadata(starts, [1] * 4, tables, 0))
     for num_decode_rows in (0, 2, 4):
         metadata = make_metadata(starts, [1] * 4, tables, num_decode_rows)
-        out = mla.attend(query, pages, spec, metadata, SDPABackend())
+        out = attend(query, kv_cache, spec, metadata)
         torch.testing.assert_close(out.double(), expected, rtol=0, atol=1e-5)
 
 
 def test_graphs_know_no_rows_on_the_host() -> None:
-    """Graphs of decodes could not be recorded: what only longer rows need was asserted of all steps."""
+    """Graphs of decodes could not be captured: what only longer rows need was asserted of all steps."""
     torch.manual_seed(0)
-    spec, pages = latent_spec(), torch.randn(12, 8, 40)
+    spec, kv_cache = latent_spec(), torch.randn(12, 8, 40)
     known = make_metadata([0, 7, 20, 39], [1] * 4, [[3], [4], [6, 9, 2], [1, 5, 7, 8, 10]], 4)
     query, nothing = torch.randn(4, 4, 24), np.empty(0, np.int64)
     metadata = replace(known, query_start_np=nothing, seq_lens_np=nothing, block_tables_np=nothing.astype(np.int32))
 
     class Kernels(SDPABackend):
-        def attend_absorbed(
-            self, query: torch.Tensor, pages: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
-        ) -> torch.Tensor:
-            return super().attend_absorbed(query, pages, spec, known)
+        def attend(
+            self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
+        ) -> tuple[torch.Tensor, torch.Tensor]:
+            return super().attend(query, kv_cache, spec, known)
 
-    out = mla.attend(query, pages, spec, metadata, Kernels())
-    torch.testing.assert_close(out.double(), attend_plainly(query, pages, spec, known), rtol=0, atol=1e-5)
+    out, _ = mla.attend(query, kv_cache, spec, metadata, Kernels(), None)
+    torch.testing.assert_close(out.double(), attend_plainly(query, kv_cache, spec, known), rtol=0, atol=1e-5)
     with pytest.raises(AssertionError, match="a graph knows no rows"):
-        mla.attend(query, pages, spec, replace(metadata, num_decode_rows=3), Kernels())
+        mla.attend(query, kv_cache, spec, replace(metadata, num_decode_rows=3), Kernels(), None)
 
 
 def test_rows_of_one_prompt_expand_their_keys_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Head and tail of a prompt read the same pages; another prompt that shares the first of them only does not."""
+    """Head and tail of a prompt read the same blocks; another prompt that shares only the first of them does not."""
     torch.manual_seed(0)
-    spec, pages = latent_spec(), torch.randn(12, 8, 40)
+    spec, kv_cache = latent_spec(), torch.randn(12, 8, 40)
     long, other = [1, 2, 3, 9, 5], [1, 2, 7, 8]
     metadata = make_metadata([30, 4, 28, 16, 3], [1, 8, 9, 7, 5], [[6, 4, 3, 2], long[:2], long, other[:3], [11]], 1)
     assert list(mla.shared_prefixes(metadata, 1, 8)) == [[1, 2], [3], [4]]
     expanded: list[int] = []
     expand = mla.expand
 
-    def counted(rows: torch.Tensor, spec: LatentSpec) -> tuple[torch.Tensor, torch.Tensor]:
-        expanded.append(len(rows))
-        return expand(rows, spec)
+    def counted(entries: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
+        expanded.append(len(entries))
+        return expand(entries, spec)
 
     monkeypatch.setattr(mla, "expand", counted)
     query = torch.randn(metadata.num_tokens, 4, 24)
-    out = mla.attend(query, pages, spec, metadata, SDPABackend())
+    out = attend(query, kv_cache, spec, metadata)
     assert expanded == [37, 23, 8]
-    torch.testing.assert_close(out.double(), attend_plainly(query, pages, spec, metadata), rtol=0, atol=1e-5)
+    torch.testing.assert_close(out.double(), attend_plainly(query, kv_cache, spec, metadata), rtol=0, atol=1e-5)
     expanded.clear()
     set_piece_tokens(monkeypatch, 10)
-    torch.testing.assert_close(mla.attend(query, pages, spec, metadata, SDPABackend()), out, rtol=0, atol=1e-5)
+    torch.testing.assert_close(attend(query, kv_cache, spec, metadata), out, rtol=0, atol=1e-5)
     assert expanded == [10, 10, 10, 7, 10, 10, 3, 8]
+
+
+class ReadsTheDevice(SDPABackend):
+    """Finds rows by the block tables on the device, as kernels of a GPU do."""
+
+    calls = 0
+
+    def can_capture(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
+        return True
+
+    def attend(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        self.calls += 1
+        return super().attend(query, kv_cache, spec, replace(metadata, block_tables_np=metadata.block_tables.numpy()))
+
+    def attend_keys(self, *_: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        raise AssertionError("in pieces")
+
+
+@pytest.mark.parametrize("num_decode_rows", [0, 2])
+@pytest.mark.parametrize("spare", [0, 5])
+def test_rows_at_once_from_a_copy_of_their_blocks(spare: int, num_decode_rows: int) -> None:
+    """Layers with caches of their own share what was found out about the rows; a graph has room for more blocks."""
+    torch.manual_seed(0)
+    spec, backend = latent_spec(), ReadsTheDevice()
+    known = make_metadata(
+        [30, 9, 4, 28, 16], [1, 1, 8, 9, 7], [[6, 4, 3, 2], [11, 10], [1, 2], [1, 2, 3, 9, 5], [1, 7, 8]],
+        num_decode_rows,
+    )  # fmt: skip
+    metadata = replace(known, num_row_blocks=known.num_row_blocks + spare)
+    query, copied = torch.randn(known.num_tokens, 4, 24), None
+    for layer in range(3):
+        kv_cache, before = torch.randn(12, 8, 40), copied
+        out, copied = mla.attend(query, kv_cache, spec, metadata, backend, copied)
+        torch.testing.assert_close(out.double(), attend_plainly(query, kv_cache, spec, known), rtol=0, atol=1e-5)
+        assert copied is not None
+        assert layer == 0 or copied is before
+        assert copied.sources[len(copied.sources) - spare :].tolist() == [-1] * spare
+    assert backend.calls == 3 * (2 if num_decode_rows else 1)
+    other = replace(metadata, num_decode_rows=0, num_row_blocks=20)
+    assert mla.attend(query, kv_cache, spec, other, backend, copied)[1] is not copied, "rows of another step"
+
+
+def test_longer_rows_go_in_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """At once only with so many queries in a row, and so many keys, that the memory set aside is enough."""
+    torch.manual_seed(0)
+    spec, kv_cache = latent_spec(), torch.randn(12, 8, 40)
+    metadata = make_metadata([4, 20], [3, 6], [[1], [2, 3, 4, 5]], 0)
+    query = torch.randn(9, 4, 24)
+    mla.attend(query, kv_cache, spec, metadata, ReadsTheDevice(), None)
+    for name, most in (("MAX_QUERIES_AT_ONCE", 5), ("PIECE_BYTES", 39 * 4 * 44 * 4)):
+        with monkeypatch.context() as patch:
+            patch.setattr(mla, name, most)
+            with pytest.raises(AssertionError, match="in pieces"):
+                mla.attend(query, kv_cache, spec, metadata, ReadsTheDevice(), None)
 
 
 def test_attention_module_compiles_whole(deepseek: PreTrainedModel) -> None:

@@ -1,6 +1,6 @@
 """A step's rows on this rank, as attention kernels want them."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -11,20 +11,22 @@ from numpy.typing import NDArray
 class AttentionMetadata:
     """V rows (virtual requests) of T tokens. Row v's queries are the last `query_len` of its `seq_len` keys.
 
-    Tensors on the device have V' rows, with those of the padding, up to N tokens; what they give must be finite.
+    Tensors on the device have V' rows: the padding's too, up to N tokens. Attention of padding must be finite.
     """
 
     num_tokens: int  # T
     query_start_np: NDArray[np.int64]  # [V + 1] row -> its first token
     seq_lens_np: NDArray[np.int64]  # [V] tokens of the request up to the row's end
-    block_tables_np: NDArray[np.int32]  # [V, B] row, page of the request -> block
+    block_tables_np: NDArray[np.int32]  # [V, B] row, its request's block -> block of the cache
     query_start: torch.Tensor  # [V' + 1] int32
     seq_lens: torch.Tensor  # [V'] int32; 0 for a padding decode
     block_tables: torch.Tensor  # [V', B] int32
     max_query_len: int
     max_seq_len: int
-    num_row_blocks: int  # blocks of the other rows of V', each row's own; in a graph the most that there may be
+    num_row_blocks: int  # blocks of the rows of V' after the decode rows, each row's own; in a graph an upper bound
     num_decode_rows: int  # leading rows of V' that have one token each
+    _decode_rows: "AttentionMetadata | None" = field(default=None, init=False, repr=False)
+    _longer_rows: "AttentionMetadata | None" = field(default=None, init=False, repr=False)
 
     def last_token_idx(self) -> torch.Tensor:
         """[V'] row -> its last token."""
@@ -42,3 +44,41 @@ class AttentionMetadata:
             num_row_blocks=0,
             num_decode_rows=num_rows,
         )
+
+    def decode_rows(self) -> "AttentionMetadata":
+        """The leading rows of one token. Made once, so all layers of a step have the same object."""
+        if self._decode_rows is None:
+            end = self.num_decode_rows
+            self._decode_rows = self
+            if end < len(self.seq_lens):
+                self._decode_rows = replace(
+                    self,
+                    num_tokens=min(self.num_tokens, end),
+                    query_start_np=self.query_start_np[: end + 1],
+                    seq_lens_np=self.seq_lens_np[:end],
+                    block_tables_np=self.block_tables_np[:end],
+                    query_start=self.query_start[: end + 1],
+                    seq_lens=self.seq_lens[:end],
+                    block_tables=self.block_tables[:end],
+                    max_query_len=1,
+                    num_row_blocks=0,
+                )
+        return self._decode_rows
+
+    def longer_rows(self) -> "AttentionMetadata":
+        """The rows after those; their tokens keep their places. Made once, too."""
+        if self._longer_rows is None:
+            first = self.num_decode_rows
+            self._longer_rows = self
+            if first:
+                self._longer_rows = replace(
+                    self,
+                    query_start_np=self.query_start_np[first:],
+                    seq_lens_np=self.seq_lens_np[first:],
+                    block_tables_np=self.block_tables_np[first:],
+                    query_start=self.query_start[first:],
+                    seq_lens=self.seq_lens[first:],
+                    block_tables=self.block_tables[first:],
+                    num_decode_rows=0,
+                )
+        return self._longer_rows

@@ -1,84 +1,90 @@
-"""Multi-head latent attention: the cache row of a token is its latent, and heads are made of it where they are needed.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): a KV entry is a latent, which heads are made of.
 
-    row of a token   | latent: L | rotated: R |               this is published, exchanged and stored
-    head h's key     | key_weight[h] · latent | rotated |     D numbers
+    KV entry         | latent: L | RoPE part: R |             this is published, exchanged and stored
+    head h's key     | key_weight[h] · latent | RoPE part |   D numbers
     head h's value   | value_weight[h] · latent |             Dv numbers
 
-Rows of a prompt expand the latents of their keys: all of them at once, or in bounded pieces that are merged by
-log-sum-exp. A row of one token would expand its whole prefix for one query, so it goes the other way: its query moves
-into the space of the cache rows, attends to them as they lie in the kv_cache, and what it gets moves out through
-`value_weight`.
+Rows of a prompt expand the entries of their keys: all of them at once from a copy of their blocks, or in bounded pieces
+that are merged by log-sum-exp. A row of one token would expand its whole prefix for one query. So it goes the other
+way (the paper's absorption): its query moves into the space of the entries, attends to them as they lie in the
+kv_cache, and what it gets moves out through `value_weight`.
 
-How a model comes to hand over latents is told in `models/latents.py`.
+`models/transforms/latents.py` makes a model hand over latents.
 """
 
 from collections.abc import Iterator
-from typing import Protocol
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
 
+from twofold.attention.backends.base import AttentionBackend
+from twofold.attention.combine import merge
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.rows import merge, row_entries
+from twofold.attention.rows import place_row_blocks, row_entries
 from twofold.attention.spec import LatentSpec
+from twofold.kv.cache import copy_blocks
 
 MAX_QUERIES_AT_ONCE = 8192  # of a row that expands all of its keys at once; a CUDA graph holds none that is longer
 PIECE_BYTES = 1 << 30  # of heads expanded at once: more pieces to merge take longer, larger ones take memory
+MAX_QUERIES_AT_ONCE = 8192  # of a row. Longer rows go in pieces: a head and its tail then share what is expanded
 
 
-class LatentKernels(Protocol):
-    """What latent attention needs of a backend."""
+@dataclass(slots=True)
+class CopiedRows:
+    """The longer rows over a copy of their blocks. It is made once a forward pass and serves all layers."""
 
-    def attend_at_once(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor | None:
-        """All rows but the leading ones of one token, whose part of the output is left as it is: query [N, H, D], pages
-        [num_blocks, block_size, L + R] → [N, H, Dv]; None where that takes too much memory, or no kernel serves."""
+    metadata: AttentionMetadata  # of the step
+    rows: AttentionMetadata  # with block tables into the copy
+    sources: torch.Tensor  # [num_row_blocks] copied block -> block
 
-    def attend_expanded(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: LatentSpec, causal: bool
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """query [l, H, D], keys [k, H, D], values [k, H, Dv] → out [l, H, Dv], log-sum-exp [l, H] in float32.
-
-        Causal: the last query attends to all keys, the one before it to all but the last, and so on. Only the innermost
-        dim is sure to be dense.
-        """
-
-    def attend_absorbed(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        """The first B rows, of one token each.
-
-        query [B, H, L + R], kv_cache [num_blocks, block_size, L + R] → [B, H, L].
-        """
+    @classmethod
+    def of(cls, metadata: AttentionMetadata, block_size: int) -> "CopiedRows":
+        rows = metadata.longer_rows()
+        sources, tables = place_row_blocks(rows.block_tables, rows.seq_lens, rows.num_row_blocks, block_size)
+        return cls(metadata, replace(rows, block_tables=tables), sources)
 
 
 def attend(
-    query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata, kernels: LatentKernels
-) -> torch.Tensor:
-    """query [N, H, D], kv_cache [num_blocks, block_size, L + R] → [N, H, Dv]."""
-    num_decode_rows, out = metadata.num_decode_rows, None
-    if num_decode_rows < len(metadata.seq_lens):
-        out = kernels.attend_at_once(query, kv_cache, spec, metadata)
-        assert out is not None or len(metadata.query_start_np), "a graph knows no rows that pieces could be made for"
-    if out is None:
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    spec: LatentSpec,
+    metadata: AttentionMetadata,
+    backend: AttentionBackend,
+    copied: CopiedRows | None,
+) -> tuple[torch.Tensor, CopiedRows | None]:
+    """query [N, H, D], kv_cache [num_blocks, block_size, L + R] → [N, H, Dv].
+
+    `copied` is what the layer before this one returned.
+    """
+    num_decode_rows = metadata.num_decode_rows
+    if num_decode_rows == len(metadata.seq_lens):
+        out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
+    elif _fits_at_once(spec, metadata, kv_cache) and backend.can_capture(spec.expanded, query.dtype, False):
+        if copied is None or copied.metadata is not metadata:
+            copied = CopiedRows.of(metadata, kv_cache.shape[1])
+        entries = expand(copy_blocks(kv_cache, copied.sources), spec)
+        out, _ = backend.attend(query, entries, spec.expanded, copied.rows)
+    else:
+        assert len(metadata.query_start_np), "a graph knows no rows that pieces could be made for"
         out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
         out[metadata.num_tokens :] = 0
         for rows in shared_prefixes(metadata, num_decode_rows, kv_cache.shape[1]):
-            _attend_pieces(query, kv_cache, spec, metadata, kernels, rows, out)
+            _attend_pieces(query, kv_cache, spec, metadata, backend, rows, out)
     if num_decode_rows:
-        absorbed = kernels.attend_absorbed(absorb(query[:num_decode_rows], spec), kv_cache, spec, metadata)
-        project_values(absorbed, spec, out[:num_decode_rows])
-    return out
+        absorbed = absorb(query[:num_decode_rows], spec)
+        latents, _ = backend.attend(absorbed, kv_cache, spec.absorbed, metadata.decode_rows())
+        project_values(latents, spec, out[:num_decode_rows])
+    return out, copied
 
 
 def absorb(query: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
-    """Queries in the space of the cache rows: [B, H, D] → [B, H, L + R]."""
-    straight, rotated = query.split([spec.qk_head_dim - spec.qk_rope_head_dim, spec.qk_rope_head_dim], dim=-1)
+    """Queries in the space of the KV entries: [B, H, D] → [B, H, L + R]."""
+    q_nope, q_rope = query.split([spec.qk_head_dim - spec.qk_rope_head_dim, spec.qk_rope_head_dim], dim=-1)
     absorbed = query.new_empty(*query.shape[:2], spec.entry_width)
-    latent = absorbed[..., : spec.kv_lora_rank].transpose(0, 1)  # [H, B, L]
-    torch.bmm(straight.transpose(0, 1), spec.key_weight, out=latent)
-    absorbed[..., spec.kv_lora_rank :] = rotated
+    latent, rope = spec.unpack(absorbed)  # [B, H, 1, L], [B, H, 1, R]
+    torch.bmm(q_nope.transpose(0, 1), spec.key_weight, out=latent.squeeze(-2).transpose(0, 1))
+    rope.squeeze(-2).copy_(q_rope)
     return absorbed
 
 
@@ -87,32 +93,37 @@ def project_values(latents: torch.Tensor, spec: LatentSpec, out: torch.Tensor) -
     torch.bmm(latents.transpose(0, 1), spec.value_weight.mT, out=out.transpose(0, 1))
 
 
-def expand(rows: torch.Tensor, spec: LatentSpec) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cache rows [..., L + R] as keys [..., H, D] and values [..., H, Dv]."""
-    latents, rotated = rows.split([spec.kv_lora_rank, spec.qk_rope_head_dim], dim=-1)
-    rotated = rotated.unsqueeze(-2).expand(*rows.shape[:-1], spec.num_heads, -1)
-    if not rows.is_cuda:
-        heads = F.linear(latents, spec.weight).unflatten(-1, (spec.num_heads, -1))  # [..., H, D - R + Dv]
-        straight, values = heads[..., : -spec.v_head_dim], heads[..., -spec.v_head_dim :]
-        return torch.cat([straight, rotated], dim=-1), values
-    # A product for each head, written where it belongs: to join the parts of keys takes a GPU longer than the products.
-    keys = rows.new_empty(*rows.shape[:-1], spec.num_heads, spec.qk_head_dim)
-    values = rows.new_empty(*rows.shape[:-1], spec.num_heads, spec.v_head_dim)
-    keys[..., -spec.qk_rope_head_dim :] = rotated
-    latents = latents.flatten(0, -2).expand(spec.num_heads, -1, -1)
-    for out, weight in ((keys[..., : -spec.qk_rope_head_dim], spec.key_weight), (values, spec.value_weight)):
-        torch.bmm(latents, weight.mT, out=out.flatten(0, -3).transpose(0, 1))
-    return keys, values
+def expand(entries: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
+    """KV entries [..., L + R] as those of the expanded heads [..., H * (D + Dv)], which `spec.expanded` unpacks."""
+    latents, k_rope = spec.unpack(entries)
+    heads = entries.new_empty(*entries.shape[:-1], spec.expanded.entry_width)
+    keys, values = spec.expanded.unpack(heads)
+    k_nope = keys[..., : -spec.qk_rope_head_dim]
+    keys[..., -spec.qk_rope_head_dim :] = k_rope
+    if entries.is_cuda:
+        # A product for each head, written where it belongs: to move the parts takes a GPU longer than the products.
+        latents = latents.flatten(0, -2).expand(spec.num_heads, -1, -1)
+        for out, weight in ((k_nope, spec.key_weight), (values, spec.value_weight)):
+            torch.bmm(latents, weight.mT, out=out.flatten(0, -3).transpose(0, 1))
+    else:
+        product = F.linear(latents.squeeze(-2), spec.weight).unflatten(-1, (spec.num_heads, -1))
+        k_nope.copy_(product[..., : -spec.v_head_dim])
+        values.copy_(product[..., -spec.v_head_dim :])
+    return heads
 
 
 def piece_tokens(spec: LatentSpec, itemsize: int) -> int:
     """Tokens whose heads are expanded at once."""
-    return max(PIECE_BYTES // (spec.num_heads * (spec.qk_head_dim + spec.v_head_dim) * itemsize), 1)
+    return max(PIECE_BYTES // (spec.expanded.entry_width * itemsize), 1)
 
 
 def max_attention_bytes(spec: LatentSpec, num_tokens: int) -> int:
-    """Memory that attention of so many queries takes at most: a piece, and three of their outputs in float32."""
-    return PIECE_BYTES + 3 * num_tokens * spec.num_heads * spec.v_head_dim * 4
+    """Memory that attention of so many queries takes at most.
+
+    That is a piece, the entries that it is made of, and three outputs in float32.
+    """
+    piece = PIECE_BYTES + PIECE_BYTES * spec.entry_width // spec.expanded.entry_width
+    return piece + 3 * num_tokens * spec.num_heads * spec.v_head_dim * 4
 
 
 def shared_prefixes(metadata: AttentionMetadata, first_row: int, block_size: int) -> Iterator[list[int]]:
@@ -135,12 +146,17 @@ def shared_prefixes(metadata: AttentionMetadata, first_row: int, block_size: int
         yield rows
 
 
+def _fits_at_once(spec: LatentSpec, metadata: AttentionMetadata, kv_cache: torch.Tensor) -> bool:
+    num_keys = metadata.num_row_blocks * kv_cache.shape[1]
+    return metadata.max_query_len <= MAX_QUERIES_AT_ONCE and num_keys <= piece_tokens(spec, kv_cache.itemsize)
+
+
 def _attend_pieces(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
     spec: LatentSpec,
     metadata: AttentionMetadata,
-    kernels: LatentKernels,
+    backend: AttentionBackend,
     rows: list[int],
     out: torch.Tensor,
 ) -> None:
@@ -157,7 +173,7 @@ def _attend_pieces(
         sums[row] = (so_far if seq_lens[row] <= step else torch.empty_like(so_far, dtype=torch.float32)), lse
     for low in range(0, total, step):
         high = min(low + step, total)
-        keys, values = expand(row_entries(kv_cache, metadata, rows[-1], low, high), spec)
+        keys, values = spec.expanded.unpack(expand(row_entries(kv_cache, metadata, rows[-1], low, high), spec))
         for row in rows:
             so_far, lse = sums[row]
             end = seq_lens[row]
@@ -168,8 +184,12 @@ def _attend_pieces(
                     continue
                 num_keys = (until if causal else high) - low
                 mine = slice(first - start, until - start)
-                part, part_lse = kernels.attend_expanded(
-                    query[bounds[row] : bounds[row + 1]][mine], keys[:num_keys], values[:num_keys], spec, causal
+                part, part_lse = backend.attend_keys(
+                    query[bounds[row] : bounds[row + 1]][mine],
+                    keys[:num_keys],
+                    values[:num_keys],
+                    spec.expanded,
+                    causal,
                 )
                 if low:
                     part, part_lse = merge(so_far[mine], lse[mine], part, part_lse)

@@ -1,4 +1,4 @@
-"""What every backend needs for one row: its keys out of the kv_cache, and one answer out of two sets of keys."""
+"""Which KV entries and blocks a row reads."""
 
 import torch
 
@@ -8,9 +8,9 @@ from twofold.attention.metadata import AttentionMetadata
 def row_entries(
     kv_cache: torch.Tensor, metadata: AttentionMetadata, row: int, low: int = 0, high: int | None = None
 ) -> torch.Tensor:
-    """A virtual request's keys, from `low` up to `high`, its last by default: cache rows [high - low, entry_width].
+    """Entries [high - low, entry_width] of the row's tokens `low` up to `high`, by default its last.
 
-    They are a view where their blocks are neighbours.
+    A view where their blocks are neighbours. kv_cache [num_blocks, block_size, entry_width].
     """
     block_size = kv_cache.shape[1]
     if high is None:
@@ -19,15 +19,33 @@ def row_entries(
     blocks = metadata.block_tables_np[row, begin:end]
     first = int(blocks[0])
     if int(blocks[-1]) - first == end - begin - 1 and bool((blocks[1:] - blocks[:-1] == 1).all()):
-        slots = kv_cache[first : first + end - begin].flatten(0, 1)
+        entries = kv_cache[first : first + end - begin].flatten(0, 1)
     else:
-        slots = kv_cache.index_select(0, metadata.block_tables[row, begin:end]).flatten(0, 1)
-    return slots[low - begin * block_size : high - begin * block_size]
+        entries = kv_cache.index_select(0, metadata.block_tables[row, begin:end]).flatten(0, 1)
+    return entries[low - begin * block_size : high - begin * block_size]
 
 
-def merge(
-    out: torch.Tensor, lse: torch.Tensor, other: torch.Tensor, other_lse: torch.Tensor
+def place_row_blocks(
+    block_tables: torch.Tensor, seq_lens: torch.Tensor, num_blocks: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Attention over the union of two disjoint sets of keys. out [..., L, Dv], lse [..., L]."""
-    share = torch.sigmoid(other_lse - lse)[..., None]
-    return torch.lerp(out.float(), other.float(), share).to(out.dtype), torch.logaddexp(lse, other_lse)
+    """The rows' blocks side by side: for a kernel that wants all keys of a row made first.
+
+        blocks of row 0   | 7 | 3 |        sources    | 7 | 3 | 3 | 5 | 1 | -1 | -1 |
+        blocks of row 1   | 3 | 5 | 1 |    tables     | 0 | 1 |   | 2 | 3 | 4 |
+
+    block_tables [V, B], seq_lens [V] → sources [num_blocks]: copied block -> block, -1 where the rows have no more; and
+    the rows' block tables into the copy, [V, B]. The rows have at most `num_blocks`. The device alone knows how many
+    they have, so a CUDA graph of it serves other steps too.
+    """
+    device, (num_rows, num_columns) = block_tables.device, block_tables.shape
+    counts = (seq_lens + block_size - 1) // block_size
+    ends = counts.cumsum(0)
+    starts = ends - counts  # [V] row -> its first copied block
+    number = torch.arange(num_blocks, device=device)
+    row = torch.searchsorted(ends, number, right=True)  # [num_blocks] copied block -> row
+    some_row = row.clamp(max=num_rows - 1)
+    place = (number - starts[some_row]).clamp(max=num_columns - 1)
+    sources = torch.where(row < num_rows, block_tables[some_row, place], -1)
+    column = torch.arange(num_columns, device=device)
+    tables = torch.where(column < counts[:, None], starts[:, None] + column, 0)
+    return sources, tables.to(block_tables.dtype)

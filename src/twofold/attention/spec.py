@@ -1,6 +1,12 @@
-"""What one layer's attention computes, as far as it does not change from step to step."""
+"""What one layer's attention computes, as far as it does not change from step to step, and what a KV entry looks like.
 
-from dataclasses import dataclass
+A *KV entry* is all that a layer keeps of a token. Only a spec knows what is where in it:
+
+    AttentionSpec   | keys of Hk heads: Hk * D | values of Hk heads: Hk * Dv |
+    LatentSpec      | latent: L                | RoPE part of the keys: R    |
+"""
+
+from dataclasses import dataclass, field
 
 import torch
 
@@ -17,47 +23,60 @@ class AttentionSpec:
     sliding_window: int | None = None  # keys that a query attends to, itself among them
     softcap: float | None = None  # logits become softcap * tanh(logits / softcap)
     sinks: torch.Tensor | None = None  # [H] logits that take part in the softmax's sum and have no value
+    values_in_keys: bool = False  # an entry holds keys only; the first Dv numbers of a head's key are its value
 
     @property
     def entry_width(self) -> int:
-        """Numbers in a token's cache row: keys of all heads, then values of all heads."""
-        return self.num_kv_heads * (self.qk_head_dim + self.v_head_dim)
+        """Numbers in a KV entry."""
+        return self.num_kv_heads * (self.qk_head_dim + (0 if self.values_in_keys else self.v_head_dim))
 
-    def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of rows [..., entry_width] as keys [..., Hk, D] and values [..., Hk, Dv]."""
-        keys, values = rows.split([self.num_kv_heads * self.qk_head_dim, self.num_kv_heads * self.v_head_dim], dim=-1)
-        return (
-            keys.unflatten(-1, (self.num_kv_heads, self.qk_head_dim)),
-            values.unflatten(-1, (self.num_kv_heads, self.v_head_dim)),
-        )
+    @staticmethod
+    def pack(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+        """KV entries [N, entry_width] of what a module hands to attention: key [N, Hk, D], value [N, Hk, Dv].
+
+        It is the same for all specs: a compiled layer packs without knowing which of them is its own.
+        """
+        return torch.cat([key.flatten(1), value.flatten(1)], dim=-1)
+
+    def unpack(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of entries [..., entry_width] as keys [..., Hk, D] and values [..., Hk, Dv]."""
+        heads = self.num_kv_heads
+        if self.values_in_keys:
+            keys = entries.unflatten(-1, (heads, self.qk_head_dim))
+            return keys, keys[..., : self.v_head_dim]
+        keys, values = entries.split([heads * self.qk_head_dim, heads * self.v_head_dim], dim=-1)
+        return keys.unflatten(-1, (heads, self.qk_head_dim)), values.unflatten(-1, (heads, self.v_head_dim))
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
 class LatentSpec(AttentionSpec):
     """Multi-head latent attention (`attention/mla.py`): keys and values of all heads are linear in a token's latent.
 
-    What it inherits describes attention over the expanded heads, H of them for keys and values too. Only what they are
-    expanded from is kept.
+    The inherited fields describe attention over the expanded heads: H heads for keys and values, too. An entry holds
+    only what they are expanded from. Backends are given `expanded` or `absorbed`, never the spec itself.
     """
 
     kv_lora_rank: int  # L
-    qk_rope_head_dim: int  # R: the last R numbers of a key are rotated, and the same for every head
-    weight: torch.Tensor  # [H * (D - R + Dv), L] latent -> for each head its key up to those R, then its value
+    qk_rope_head_dim: int  # R: the last R numbers of a key, its RoPE part, are the same for every head
+    weight: torch.Tensor  # [H * (D - R + Dv), L] latent -> for each head its key's other part, then its value
+    expanded: AttentionSpec = field(init=False)  # over entries of the heads' keys and values
+    absorbed: AttentionSpec = field(init=False)  # over entries as they are kept, with queries moved into their space
+
+    def __post_init__(self) -> None:
+        heads, dim, v_dim, scaling = self.num_heads, self.qk_head_dim, self.v_head_dim, self.scaling
+        absorbed = AttentionSpec(heads, 1, self.entry_width, self.kv_lora_rank, scaling, values_in_keys=True)
+        object.__setattr__(self, "expanded", AttentionSpec(heads, heads, dim, v_dim, scaling))
+        object.__setattr__(self, "absorbed", absorbed)
 
     @property
     def entry_width(self) -> int:
-        """Numbers in a token's cache row: its latent, then the rotated part of its keys."""
+        """Numbers in a KV entry."""
         return self.kv_lora_rank + self.qk_rope_head_dim
 
-    def unpack(self, rows: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Views of rows [..., entry_width] as latents [..., 1, L] and rotated parts [..., 1, R]."""
-        latents, rotated = rows.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
-        return latents.unsqueeze(-2), rotated.unsqueeze(-2)
-
-    @property
-    def absorbed(self) -> AttentionSpec:
-        """The same attention with queries in the space of cache rows: a row is a key, its first L numbers a value."""
-        return AttentionSpec(self.num_heads, 1, self.entry_width, self.kv_lora_rank, self.scaling)
+    def unpack(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Views of entries [..., entry_width] as latents [..., 1, L] and RoPE parts [..., 1, R]."""
+        latents, k_rope = entries.split([self.kv_lora_rank, self.qk_rope_head_dim], dim=-1)
+        return latents.unsqueeze(-2), k_rope.unsqueeze(-2)
 
     @property
     def key_weight(self) -> torch.Tensor:

@@ -1,25 +1,27 @@
-"""A rank's paged cache: for each layer, pages of `block_size` cache rows. Block 0 is the null block for padding."""
+"""A rank's KV cache: for each layer, blocks of `block_size` KV entries. Block 0 is the null block, for padding.
+
+A *slot* is a token's place: slot s lies in block s // block_size. What is in an entry is not the cache's business.
+"""
 
 from collections.abc import Sequence
 
 import numpy as np
 import torch
 
-from twofold.attention.spec import AttentionSpec
-
 
 class KVCache:
-    """All layers' pages; block b of every layer belongs to the same tokens.
+    """The entries of all layers; block b of every layer belongs to the same tokens.
 
-    Zeroed at the start: attention may read the unwritten tail of a page with weight 0, and 0 · NaN is NaN.
+    It starts as zeros: attention may read the unwritten tail of a block with weight 0, and 0 · NaN is NaN.
     """
 
     def __init__(
-        self, specs: Sequence[AttentionSpec], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
+        self, entry_widths: Sequence[int], num_blocks: int, block_size: int, dtype: torch.dtype, device: torch.device
     ) -> None:
+        """`entry_widths`: for each layer, the numbers in a KV entry."""
         self.num_blocks, self.block_size = num_blocks, block_size
-        num_slots, widths = num_blocks * block_size, [spec.entry_width for spec in specs]
-        # Layers with rows of one width lie in one stack, each [layers, num_slots, entry_width].
+        num_slots, widths = num_blocks * block_size, list(entry_widths)
+        # Layers with entries of one width lie in one stack, each [layers, num_slots, entry_width].
         stacks = {
             width: _zeros(widths.count(width) * num_slots * width, dtype, device).view(-1, num_slots, width)
             for width in dict.fromkeys(widths)
@@ -31,9 +33,31 @@ class KVCache:
         self.blocks = [slots.view(num_blocks, block_size, -1) for slots in self.slots]
 
 
-def bytes_per_block(specs: Sequence[AttentionSpec], block_size: int, dtype: torch.dtype) -> int:
+def bytes_per_block(entry_widths: Sequence[int], block_size: int, dtype: torch.dtype) -> int:
     """Memory of one block over all layers."""
-    return sum(spec.entry_width for spec in specs) * block_size * dtype.itemsize
+    return sum(entry_widths) * block_size * dtype.itemsize
+
+
+def write_entries(entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+    """kv_slots[slots[i]] = entries[i]. entries [n, entry_width], slots [n], kv_slots [num_slots, entry_width]."""
+    if entries.is_cuda:
+        from twofold.kv.kernels import scatter_entries  # Triton is on GPU machines only
+
+        scatter_entries(entries, slots, kv_slots)
+    else:
+        kv_slots.index_copy_(0, slots, entries)
+
+
+def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+    """[n, block_size, entry_width]: a copy of kv_cache[sources[i]], of anything where that is -1.
+
+    kv_cache [num_blocks, block_size, entry_width], contiguous; sources [n].
+    """
+    if kv_cache.is_cuda:
+        from twofold.kv.kernels import gather_blocks
+
+        return gather_blocks(kv_cache, sources)
+    return kv_cache.index_select(0, sources.clamp(min=0))
 
 
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
@@ -41,13 +65,3 @@ def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype, device=device)
     # The system's own zeros: memory is taken when a page is first written.
     return torch.from_numpy(np.zeros(size * dtype.itemsize, np.uint8)).view(dtype)
-
-
-def write_entries(entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
-    """kv_slots[slots[i]] = entries[i]. entries [n, entry_width], slots [n], kv_slots [num_slots, entry_width]."""
-    if entries.device.type == "cuda":
-        from twofold.kv.scatter import scatter_entries  # Triton is on GPU machines only
-
-        scatter_entries(entries, slots, kv_slots)
-    else:
-        kv_slots.index_copy_(0, slots, entries)

@@ -55,7 +55,7 @@ class Recorder:
         self, module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
     ) -> tuple[torch.Tensor, None]:
         """query [1, H, T, D], key and value of heads or of latents → [1, T, H, Dv]."""
-        entries = torch.cat([part[0].transpose(0, 1).flatten(1) for part in (key, value)], dim=-1)
+        entries = AttentionSpec.pack(key[0].transpose(0, 1), value[0].transpose(0, 1))
         (self.on_publish or self.publish)(entries)
         self.queries.append(query[0].transpose(0, 1))
         values = (self._answers or self.values)[len(self.queries) - 1]
@@ -66,7 +66,10 @@ class Recorder:
     def publish(self, entries: torch.Tensor) -> None:
         """KV entries [T, entry_width] of the next layer."""
         spec = self.specs[len(self.keys)]
-        keys, values = mla.expand(entries, spec) if isinstance(spec, LatentSpec) else spec.unpack(entries)
+        if isinstance(spec, LatentSpec):
+            keys, values = spec.expanded.unpack(mla.expand(entries, spec))
+        else:
+            keys, values = spec.unpack(entries)
         self.keys.append(keys)
         self.values.append(values)
 

@@ -6,9 +6,10 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import piece_tokens
-from twofold.attention.op import AttentionBackend, ForwardContext
+from twofold.attention.op import ForwardContext
 from twofold.attention.spec import LatentSpec
 from twofold.contract import PromptTokenLogprobs, Step, StepResult
 from twofold.kv.cache import KVCache

@@ -24,8 +24,8 @@ import transformers
 from transformers.dynamic_module_utils import init_hf_modules
 
 from twofold.attention.backends import make_backend
+from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.mla import max_attention_bytes
-from twofold.attention.op import AttentionBackend
 from twofold.attention.spec import AttentionSpec, LatentSpec
 from twofold.config import RuntimeConfig
 from twofold.contract import (
@@ -76,6 +76,7 @@ class Rank:
         self.runtime, self.model, self.mesh, self.device = runtime, model, mesh, device
         self.seconds: dict[str, float] = {}  # start-up phase -> its time
         self.num_tokens_to_capture = 0
+        self._entry_widths = [spec.entry_width for spec in model.specs]
         engine = runtime.engine
         states = RequestStates(engine.max_num_seqs, runtime.max_model_len, runtime.block_size, device.torch_device)
         layout = TokenLayout(mesh.size, engine.partition_policy)
@@ -84,7 +85,7 @@ class Rank:
     def report(self) -> RankReport:
         """What there is room for. On CUDA found by running the largest step that the scheduler may send."""
         runtime = self.runtime
-        block_bytes = bytes_per_block(self.model.specs, runtime.block_size, runtime.dtype)
+        block_bytes = bytes_per_block(self._entry_widths, runtime.block_size, runtime.dtype)
         if self.device.torch_device.type == "cuda":
             with self.phase("compile and profile"):
                 self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
@@ -156,7 +157,7 @@ class Rank:
 
     def _make_cache(self, num_blocks: int) -> None:
         runtime, device = self.runtime, self.device.torch_device
-        self.runner.cache = KVCache(self.model.specs, num_blocks, runtime.block_size, runtime.dtype, device)
+        self.runner.cache = KVCache(self._entry_widths, num_blocks, runtime.block_size, runtime.dtype, device)
 
     # Memory on CUDA: what the largest step and CUDA graphs leave for the cache.
 

@@ -1,7 +1,7 @@
 """Attention kernels, by name."""
 
+from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.backends.sdpa import SDPABackend
-from twofold.attention.op import AttentionBackend
 
 
 def make_backend(name: str) -> AttentionBackend:

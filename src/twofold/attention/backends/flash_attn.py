@@ -9,18 +9,15 @@ import logging
 import os
 import warnings
 from collections.abc import Callable
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from twofold.attention.backends.paged_decode import PagedDecode
-from twofold.attention.backends.row_blocks import gather_row_blocks
 from twofold.attention.backends.sdpa import SDPABackend
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.mla import MAX_QUERIES_AT_ONCE, expand, piece_tokens
-from twofold.attention.spec import AttentionSpec, LatentSpec
+from twofold.attention.spec import AttentionSpec
 
 logger = logging.getLogger(__name__)
 
@@ -28,90 +25,51 @@ logger = logging.getLogger(__name__)
 class FlashAttnBackend:
     """Attention of a step's rows by the fastest kernels for their kind."""
 
-    name = "flash_attn"
-
     def __init__(self) -> None:
         self._flash = _load_flash_attn()
         self._decode = PagedDecode()
         self._sdpa = SDPABackend()
-        self._serves: dict[tuple[AttentionSpec, torch.dtype], bool] = {}
+        self._serves: dict[tuple[torch.dtype, int, int], bool] = {}  # dtype, D, Dv -> whether FlashAttention-4 does
         self._said: set[str] = set()
-        self._step: AttentionMetadata | None = None  # whose longer rows these are:
-        self._longer_rows: AttentionMetadata | None = None
 
     def can_capture(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
-        if is_decode:
-            return True
-        capability = torch.cuda.get_device_capability()
-        return self._flash is not None and refusal(dtype, spec, capability) is None
+        return is_decode or self._is_served(spec, dtype)
 
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        """query [N, H, D], kv_cache [num_blocks, block_size, entry_width] → [N, H, Dv]."""
-        ones = metadata.num_decode_rows
-        if ones == len(metadata.seq_lens):
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        decodes, num_decodes = metadata.decode_rows(), metadata.num_decode_rows
+        if decodes is metadata:
             return self._decode(query, kv_cache, spec, metadata.block_tables, metadata.seq_lens)
         # Offsets of the longer rows count the tokens before them too, so their kernel takes all of the queries and
         # leaves room in its output for the other's: no copies.
-        out = self._prefill(query, kv_cache, spec, self._longer(metadata))
-        if ones:
-            tables, seq_lens = metadata.block_tables[:ones], metadata.seq_lens[:ones]
-            self._decode(query[:ones], kv_cache, spec, tables, seq_lens, out=out[:ones])
-        return out
+        out, lse = self._attend_longer(query, kv_cache, spec, metadata.longer_rows())
+        if num_decodes:
+            self._decode(
+                query[:num_decodes], kv_cache, spec, decodes.block_tables, decodes.seq_lens,
+                out=out[:num_decodes], lse=lse[:num_decodes],
+            )  # fmt: skip
+        return out, lse
 
-    def attend_at_once(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor | None:
-        """query [N, H, D], kv_cache [num_blocks, block_size, L + R] → [N, H, Dv]."""
-        # Longer rows go in pieces: a head and its tail then share what is expanded. Graphs hold none of them.
-        num_keys = metadata.num_row_blocks * kv_cache.shape[1]
-        fits = metadata.max_query_len <= MAX_QUERIES_AT_ONCE and num_keys <= piece_tokens(spec, query.itemsize)
-        if self._flash is None or not fits or not self._is_served(query, spec):
-            return None
-        rows = self._longer(metadata)
-        copy, tables = gather_row_blocks(kv_cache, rows.block_tables, rows.seq_lens, metadata.num_row_blocks)
-        keys, values = expand(copy, spec)
-        return self._flash_paged(query, keys, values, spec, replace(rows, block_tables=tables))
-
-    def attend_expanded(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: LatentSpec, causal: bool
+    def attend_keys(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """query [l, H, D], keys [k, H, D], values [k, H, Dv] → out [l, H, Dv], log-sum-exp [l, H]."""
-        if self._flash is None or not self._is_served(query, spec):
-            return self._sdpa.attend_expanded(query, keys, values, spec, causal)
+        if self._flash is None or not self._is_served(spec, query.dtype):
+            return self._sdpa.attend_keys(query, keys, values, spec, causal)
         out, lse = self._flash(
             query[None], keys[None], values[None], softmax_scale=spec.scaling, causal=causal, return_lse=True
         )
         return out[0], lse[0].T
 
-    def attend_absorbed(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        """query [B, H, L + R], kv_cache [num_blocks, block_size, L + R] → [B, H, L]."""
-        rows = slice(len(query))
-        return self._decode(query, kv_cache, spec.absorbed, metadata.block_tables[rows], metadata.seq_lens[rows])
-
-    def _prefill(
+    def _attend_longer(
         self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, rows: AttentionMetadata
-    ) -> torch.Tensor:
-        """→ [N, H, Dv], in which the tokens before the first of `rows` are not written."""
-        if self._flash is None or not self._is_served(query, spec):
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """→ [N, H, Dv], [N, H], in which the tokens before the first of `rows` are not written."""
+        if self._flash is None or not self._is_served(spec, query.dtype):
             return self._sdpa.attend(query, kv_cache, spec, rows)
-        return self._flash_paged(query, *spec.unpack(kv_cache), spec, rows)
-
-    def _flash_paged(
-        self,
-        query: torch.Tensor,
-        keys: torch.Tensor,
-        values: torch.Tensor,
-        spec: AttentionSpec,
-        rows: AttentionMetadata,
-    ) -> torch.Tensor:
-        """query [N, H, D], keys [num_blocks, block_size, Hk, D], values [..., Dv] → [N, H, Dv]."""
-        assert self._flash is not None
+        keys, values = spec.unpack(kv_cache)
         # No max_seqlen_q: it changes nothing on Hopper but that short ones are compiled anew.
-        out, _ = self._flash(
+        out, lse = self._flash(
             query,
             keys,
             values,
@@ -122,32 +80,16 @@ class FlashAttnBackend:
             causal=True,
             window_size=(None if spec.sliding_window is None else spec.sliding_window - 1, None),
             softcap=spec.softcap or 0.0,
-            learnable_sink=spec.sinks,
+            return_lse=True,
         )
-        return out  # type: ignore[no-any-return]
+        return out, lse.T
 
-    def _longer(self, metadata: AttentionMetadata) -> AttentionMetadata:
-        """The step without its leading rows of one token; the same object for all layers."""
-        if self._step is not metadata or self._longer_rows is None:
-            first = metadata.num_decode_rows
-            self._step, self._longer_rows = metadata, metadata
-            if first:
-                self._longer_rows = replace(
-                    metadata,
-                    query_start_np=metadata.query_start_np[first:],
-                    seq_lens_np=metadata.seq_lens_np[first:],
-                    block_tables_np=metadata.block_tables_np[first:],
-                    query_start=metadata.query_start[first:],
-                    seq_lens=metadata.seq_lens[first:],
-                    block_tables=metadata.block_tables[first:],
-                    num_decode_rows=0,
-                )
-        return self._longer_rows
-
-    def _is_served(self, query: torch.Tensor, spec: AttentionSpec) -> bool:
-        key = (spec, query.dtype)
+    def _is_served(self, spec: AttentionSpec, dtype: torch.dtype) -> bool:
+        if self._flash is None:
+            return False
+        key = (dtype, spec.qk_head_dim, spec.v_head_dim)
         if key not in self._serves:
-            reason = refusal(query.dtype, spec, torch.cuda.get_device_capability(query.device))
+            reason = refusal(dtype, spec, torch.cuda.get_device_capability())
             self._serves[key] = reason is None
             if reason and reason not in self._said:
                 self._said.add(reason)

@@ -22,6 +22,7 @@ import triton.language as tl
 from twofold.attention.spec import AttentionSpec
 
 LOG2E = tl.constexpr(math.log2(math.e))  # exponentials are powers of 2 throughout
+LN2 = tl.constexpr(math.log(2))
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,27 +57,31 @@ class PagedDecode:
         block_tables: torch.Tensor,
         seq_lens: torch.Tensor,
         out: torch.Tensor | None = None,
-    ) -> torch.Tensor:
+        lse: torch.Tensor | None = None,
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         """query [B, H, D], kv_cache [num_blocks, block_size, entry_width], block_tables [B, max_blocks], seq_lens [B].
 
-        Returns out [B, H, Dv]; a row without keys gets zeros. Where kv_cache hold nothing but keys, a head's values are
-        the first Dv numbers of them (latents).
+        Returns out [B, H, Dv] and its log-sum-exp [B, H] in float32, both written where they are given; a row without
+        keys gets 0 and -inf.
         """
         num_rows, block_size = len(query), kv_cache.shape[1]
         num_heads, num_kv_heads, dim, v_dim = spec.num_heads, spec.num_kv_heads, spec.qk_head_dim, spec.v_head_dim
+        values_in_keys = spec.values_in_keys
         if query.stride(-1) != 1:
             query = query.contiguous()
         if out is None:
             out = query.new_empty(num_rows, num_heads, v_dim)
+        if lse is None:
+            lse = query.new_empty(num_rows, num_heads, dtype=torch.float32)
         assert out.is_contiguous()
-        assert kv_cache.stride(2) == 1
-        assert kv_cache.stride(1) == kv_cache.shape[2]
         if not num_rows:
-            return out
+            return out, lse
+        keys, values = spec.unpack(kv_cache)  # [num_blocks, block_size, Hk, D or Dv], of the same entries
+        assert keys.stride(3) == values.stride(3) == 1
+        assert keys.stride()[:2] == values.stride()[:2]
 
         main_dim, rest_dim = _pieces(dim)
         padded_v_dim = max(16, triton.next_power_of_2(v_dim))
-        values_in_keys = kv_cache.shape[2] == num_kv_heads * dim
         tuning = self._tuning or (LATENTS if values_in_keys else HEADS)
         assert not values_in_keys or main_dim == v_dim, "the values must be the keys' first power of 2"
         group = num_heads // num_kv_heads
@@ -113,22 +118,27 @@ class PagedDecode:
             scale, cap = spec.scaling / spec.softcap, spec.softcap * LOG2E.value
         _attend_run[(num_kv_heads * head_blocks, num_slots)](
             query,
-            kv_cache,
+            keys,
             block_tables,
-            spec.sinks,
             out,
+            lse,
             partial,
             partial_lse,
             query.stride(0),
             query.stride(1),
-            kv_cache.stride(0),
+            keys.stride(0),
             block_tables.stride(0),
+            lse.stride(0),
+            lse.stride(1),
             scale,
             cap,
             **plan,
             softcapped=spec.softcap is not None,
             block_size=block_size,
-            entry_width=kv_cache.shape[2],
+            token_stride=keys.stride(1),
+            key_stride=keys.stride(2),
+            value_stride=values.stride(2),
+            value_offset=values.storage_offset() - keys.storage_offset(),
             num_heads=num_heads,
             num_kv_heads=num_kv_heads,
             head_blocks=head_blocks,
@@ -145,8 +155,10 @@ class PagedDecode:
         _merge_runs[(num_heads, num_rows)](
             partial,
             partial_lse,
-            spec.sinks,
             out,
+            lse,
+            lse.stride(0),
+            lse.stride(1),
             **plan,
             num_heads=num_heads,
             v_dim=v_dim,
@@ -154,7 +166,7 @@ class PagedDecode:
             chunk=min(64, triton.next_power_of_2(max(2, budget)), max(2, 8192 // padded_v_dim)),
             num_warps=4,
         )
-        return out
+        return out, lse
 
     def _partials(
         self, num_slots: int, num_heads: int, v_dim: int, device: torch.device
@@ -195,19 +207,23 @@ def _plan(
     return rows, lengths, tl.cdiv(num_keys, run)
 
 
-@triton.jit(do_not_specialize=["table_stride", "num_rows", "budget", "min_run"])  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["table_stride", "lse_row_stride", "lse_head_stride", "num_rows", "budget", "min_run"]
+)
 def _attend_run(
     query: tl.tensor,
-    kv_cache: tl.tensor,
+    keys_start: tl.tensor,
     block_tables: tl.tensor,
-    sinks: tl.tensor,
     out: tl.tensor,
+    lse: tl.tensor,
     partial: tl.tensor,
     partial_lse: tl.tensor,
     row_stride: tl.tensor,
     head_stride: tl.tensor,
     block_stride: tl.tensor,
     table_stride: tl.tensor,
+    lse_row_stride: tl.tensor,
+    lse_head_stride: tl.tensor,
     scale: tl.tensor,
     cap: tl.tensor,
     seq_lens: tl.tensor,
@@ -219,7 +235,10 @@ def _attend_run(
     rows_pad: tl.constexpr,
     softcapped: tl.constexpr,
     block_size: tl.constexpr,
-    entry_width: tl.constexpr,
+    token_stride: tl.constexpr,
+    key_stride: tl.constexpr,
+    value_stride: tl.constexpr,
+    value_offset: tl.constexpr,
     num_heads: tl.constexpr,
     num_kv_heads: tl.constexpr,
     head_blocks: tl.constexpr,
@@ -243,7 +262,7 @@ def _attend_run(
     count = tl.sum(tl.where(here, counts, 0), 0)
     run = slot - tl.sum(tl.where(here, ends - counts, 0), 0)
 
-    # Tiles begin at multiples of block_n, so that they lie in one page where a page holds whole ones.
+    # Tiles begin at multiples of block_n, so that they lie in one block where a block holds whole ones.
     last = seq_len - 1
     low = tl.maximum(seq_len - window, 0) if window > 0 else 0
     first = low // block_n * block_n
@@ -268,18 +287,18 @@ def _attend_run(
     peak = tl.full([block_h], float("-inf"), tl.float32)
     totals = tl.zeros([block_h, block_n], tl.float32)  # summed at the end: warps need not meet for it
     acc = tl.zeros([block_h, padded_v_dim], tl.float32)
-    # Where a page holds whole tiles there is one block to look up, else one for each key; always for the next tile,
+    # Where a block holds whole tiles there is one to look up, else one for each key; always for the next tile,
     # because a copy that waits for its address is not on its way.
     ahead = begin if block_size % block_n == 0 else begin + offsets
     block = tl.load(table + tl.minimum(tl.maximum(ahead, low), last) // block_size)
     for start in range(begin, end, block_n):
-        # Where the row has no key its nearest one is read: finite, and in a page that is its own.
+        # Where the row has no key its nearest one is read: finite, and in a block that is its own.
         keys = start + offsets
         slots = tl.minimum(tl.maximum(keys, low), last) % block_size
-        tokens = kv_cache + block.to(tl.int64) * block_stride + slots * entry_width
+        tokens = keys_start + block.to(tl.int64) * block_stride + slots * token_stride
         ahead += block_n
         block = tl.load(table + tl.minimum(ahead, last) // block_size)
-        k_rows = tokens[:, None] + kv_head * dim
+        k_rows = tokens[:, None] + kv_head * key_stride
         if main_dim <= dim:
             k = tl.load(k_rows + d[None, :])
         else:
@@ -294,7 +313,7 @@ def _attend_run(
         if values_in_keys:
             v = k
         else:
-            v_rows = tokens[:, None] + (num_kv_heads * dim + kv_head * v_dim)
+            v_rows = tokens[:, None] + (value_offset + kv_head * value_stride)
             if padded_v_dim == v_dim:
                 v = tl.load(v_rows + dv[None, :])
             else:
@@ -317,8 +336,8 @@ def _attend_run(
     mine = member < group
     stored = mine[:, None] & (dv[None, :] < v_dim)
     if count == 1:
-        if sinks is not None:
-            total += tl.exp2(tl.load(sinks + heads, mask=mine, other=0.0).to(tl.float32) * LOG2E - peak)
+        lse_row = lse + row.to(tl.int64) * lse_row_stride
+        tl.store(lse_row + heads * lse_head_stride, (peak + tl.log2(total)) * LN2, mask=mine)
         out_rows = (out + row.to(tl.int64) * (num_heads * v_dim)) + heads[:, None] * v_dim
         tl.store(out_rows + dv[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)
     else:
@@ -327,12 +346,16 @@ def _attend_run(
         tl.store(partial_lse + indices, peak + tl.log2(total), mask=mine)
 
 
-@triton.jit(do_not_specialize=["num_rows", "budget", "min_run"])  # type: ignore[untyped-decorator]
+@triton.jit(  # type: ignore[untyped-decorator]
+    do_not_specialize=["lse_row_stride", "lse_head_stride", "num_rows", "budget", "min_run"]
+)
 def _merge_runs(
     partial: tl.tensor,
     partial_lse: tl.tensor,
-    sinks: tl.tensor,
     out: tl.tensor,
+    lse: tl.tensor,
+    lse_row_stride: tl.tensor,
+    lse_head_stride: tl.tensor,
     seq_lens: tl.tensor,
     num_rows: tl.tensor,
     budget: tl.tensor,
@@ -354,25 +377,23 @@ def _merge_runs(
         return
     first = tl.sum(tl.where(rows < row, counts, 0), 0)
     dv = tl.arange(0, padded_v_dim)
-    # A sink is one more run, without values.
-    if sinks is not None:
-        peak = tl.load(sinks + head).to(tl.float32) * LOG2E
-        total = tl.full([], 1.0, tl.float32)
-    else:
-        peak = tl.full([], float("-inf"), tl.float32)
-        total = tl.full([], 0.0, tl.float32)
+    peak = tl.full([], float("-inf"), tl.float32)
+    total = tl.full([], 0.0, tl.float32)
     acc = tl.zeros([padded_v_dim], tl.float32)
     for begin in range(0, count, chunk):
         run = begin + tl.arange(0, chunk)
         indices = (first + run) * num_heads + head
-        lse = tl.load(partial_lse + indices, mask=run < count, other=float("-inf"))
+        run_lse = tl.load(partial_lse + indices, mask=run < count, other=float("-inf"))
         mask = (run[:, None] < count) & (dv[None, :] < v_dim)
         values = tl.load(partial + indices[:, None] * v_dim + dv[None, :], mask=mask, other=0.0)
-        new_peak = tl.maximum(peak, tl.max(lse, 0))
-        weights = tl.exp2(lse - new_peak)
+        new_peak = tl.maximum(peak, tl.max(run_lse, 0))
+        weights = tl.exp2(run_lse - new_peak)
         shrink = tl.exp2(peak - new_peak)
         total = total * shrink + tl.sum(weights, 0)
         acc = acc * shrink + tl.sum(weights[:, None] * values, 0)
         peak = new_peak
+    # A row without keys has 0 and -inf.
+    lse_row = lse + row.to(tl.int64) * lse_row_stride
+    tl.store(lse_row + head * lse_head_stride, (peak + tl.log2(total)) * LN2)
     acc = acc / tl.where(total > 0, total, 1.0)
     tl.store(out + (row.to(tl.int64) * num_heads + head) * v_dim + dv, acc.to(out.dtype.element_ty), mask=dv < v_dim)

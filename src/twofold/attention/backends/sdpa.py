@@ -1,20 +1,20 @@
-"""The backend that runs everywhere: PyTorch's fused attention over each row's gathered kv_cache, merged by log-sum-exp.
+"""The backend that runs everywhere: PyTorch's fused attention, row by row, over the row's KV entries.
 
 No mask of [Lq, Lk] is made for a row. Its keys come in two parts, and each part needs no mask:
 
     keys      | already computed: start | computed now: length |
     query t   | all of them             | those up to t        |      prefix part, then diagonal (causal) part
 
-Logits of both parts meet in the softmax's denominator, which the kernel returns as its logarithm (LSE); that is also
-where attention sinks enter, once for the whole row.
+The kernel returns the logarithm of each softmax's denominator (LSE), by which the parts are merged.
 """
 
 import torch
 import torch.nn.functional as F
 
+from twofold.attention.combine import merge
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.rows import merge, row_entries
-from twofold.attention.spec import AttentionSpec, LatentSpec
+from twofold.attention.rows import row_entries
+from twofold.attention.spec import AttentionSpec
 
 WINDOW_QUERIES = 512  # queries that share one mask of a sliding window
 MATMUL_QUERIES = 64  # queries whose logits exist at once
@@ -30,66 +30,52 @@ class SDPABackend:
 
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        """query [N, H, D], kv_cache [num_blocks, block_size, entry_width] → [N, H, Dv]."""
-        out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
-        out[metadata.num_tokens :] = 0
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         groups = (spec.num_kv_heads, spec.num_heads // spec.num_kv_heads)
         bounds = metadata.query_start_np.tolist()
+        parts = []  # outputs, each [l, H, Dv], and their LSE, each [Hk, G, l]
         for row in range(len(bounds) - 1):
-            tokens = slice(bounds[row], bounds[row + 1])
             keys, values = spec.unpack(row_entries(kv_cache, metadata, row))
-            q = query[tokens].unflatten(1, groups).permute(1, 2, 0, 3)  # [Hk, G, L, D]
-            out_row = attend_row(q, keys.transpose(0, 1), values.transpose(0, 1), spec)  # [Hk, G, L, Dv]
-            out[tokens].unflatten(1, groups).copy_(out_row.permute(2, 0, 1, 3))
-        return out
+            q = query[bounds[row] : bounds[row + 1]].unflatten(1, groups).permute(1, 2, 0, 3)  # [Hk, G, L, D]
+            out, lse = attend_row(q, keys.transpose(0, 1), values.transpose(0, 1), spec)
+            parts.append((out.permute(2, 0, 1, 3).flatten(1, 2), lse))
+        for place, count in ((0, bounds[0]), (len(parts) + 1, len(query) - metadata.num_tokens)):
+            if count:  # tokens of no row of these, padding
+                nothing = query.new_zeros(count, spec.num_heads, spec.v_head_dim)
+                parts.insert(place, (nothing, query.new_full((*groups, count), -torch.inf, dtype=torch.float32)))
+        outs, lses = zip(*parts, strict=True)
+        return torch.cat(outs), torch.cat(lses, dim=2).flatten(0, 1).T
 
-    def attend_at_once(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor | None:
-        return None  # nothing is gained where rows run one by one
-
-    def attend_expanded(
-        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: LatentSpec, causal: bool
+    def attend_keys(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec, causal: bool
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """query [l, H, D], keys [k, H, D], values [k, H, Dv] → out [l, H, Dv], log-sum-exp [l, H]."""
-        q, keys, values = query.transpose(0, 1)[:, None], keys.transpose(0, 1), values.transpose(0, 1)
-        out, lse = _causal(q, keys, values, spec) if causal else _fused(q, keys, values, spec)
-        return out[:, 0].transpose(0, 1), lse[:, 0].transpose(0, 1)
-
-    def attend_absorbed(
-        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: LatentSpec, metadata: AttentionMetadata
-    ) -> torch.Tensor:
-        """query [B, H, L + R], kv_cache [num_blocks, block_size, L + R] → [B, H, L]."""
-        out = query.new_zeros(*query.shape[:2], spec.kv_lora_rank)  # padding stays 0
-        for row in range(min(len(query), len(metadata.seq_lens_np))):
-            slots = row_entries(kv_cache, metadata, row)[None]
-            out[row] = attend_row(query[row][None, :, None], slots, slots, spec.absorbed)[0, :, 0]
-        return out
+        groups = (spec.num_kv_heads, spec.num_heads // spec.num_kv_heads)
+        q = query.unflatten(1, groups).permute(1, 2, 0, 3)
+        attend = _causal if causal else _fused
+        out, lse = attend(q, keys.transpose(0, 1), values.transpose(0, 1), spec)
+        return out.permute(2, 0, 1, 3).flatten(1, 2), lse.permute(2, 0, 1).flatten(1, 2)
 
 
-def attend_row(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
-    """The last L of n tokens attend to all n, causally. q [Hk, G, L, D], keys [Hk, n, D], values [Hk, n, Dv]."""
+def attend_row(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The last L of n tokens attend to all n, causally. q [Hk, G, L, D], keys [Hk, n, D], values [Hk, n, Dv].
+
+    Returns out [Hk, G, L, Dv], LSE [Hk, G, L], as all functions below do.
+    """
     length, seq_len = q.shape[2], keys.shape[1]
     if spec.softcap is not None:
         return _explicit(q, keys, values, spec)
     window = spec.sliding_window
     if window is not None and window < seq_len:
         if length == 1:
-            out, lse = _fused(q, keys[:, -window:], values[:, -window:], spec)
-        else:
-            out, lse = _windowed(q, keys, values, spec, window)
-    elif _serves_matmul(q, spec) and length >= MATMUL_QUERIES and seq_len in MATMUL_KEYS:
+            return _fused(q, keys[:, -window:], values[:, -window:], spec)
+        return _windowed(q, keys, values, spec, window)
+    if _serves_matmul(q) and length >= MATMUL_QUERIES and seq_len in MATMUL_KEYS:
         return _by_matmul(q, keys, values, spec)
-    else:
-        if q.device.type == "cpu" and length >= MATMUL_QUERIES:  # the kernel reads each key often
-            keys, values = keys.contiguous(), values.contiguous()
-        out, lse = _causal(q, keys, values, spec)
-    if spec.sinks is not None:
-        # A sink adds exp(sink) to the denominator: exp(lse) / (exp(lse) + exp(sink)).
-        share = torch.sigmoid(lse - spec.sinks.float().view(*q.shape[:2], 1))
-        out = out * share[..., None].to(out.dtype)
-    return out
+    if q.device.type == "cpu" and length >= MATMUL_QUERIES:  # the kernel reads each key often
+        keys, values = keys.contiguous(), values.contiguous()
+    return _causal(q, keys, values, spec)
 
 
 def _causal(
@@ -105,11 +91,13 @@ def _causal(
     return out, lse
 
 
-def _serves_matmul(q: torch.Tensor, spec: AttentionSpec) -> bool:
-    return q.device.type == "cpu" and q.dtype == torch.bfloat16 and spec.sinks is None
+def _serves_matmul(q: torch.Tensor) -> bool:
+    return q.device.type == "cpu" and q.dtype == torch.bfloat16
 
 
-def _by_matmul(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+def _by_matmul(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits in the open, a few queries of all heads at a time: products of one large shape beat the fused kernel's
     small ones as long as the logits stay in a CPU's caches.
 
@@ -117,6 +105,7 @@ def _by_matmul(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: 
     """
     length, seq_len = q.shape[2], keys.shape[1]
     start, out = seq_len - length, q.new_empty(*q.shape[:3], spec.v_head_dim)
+    lse = q.new_empty(q.shape[:3], dtype=torch.float32)
     keys, values = keys.float(), values.contiguous()
     later = torch.ones(MATMUL_QUERIES, MATMUL_QUERIES, dtype=torch.bool).triu(1)
     for begin in range(0, length, MATMUL_QUERIES):
@@ -125,9 +114,18 @@ def _by_matmul(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: 
         queries = q[:, :, begin:end].flatten(1, 2).float().mul_(spec.scaling)  # [Hk, G * count, D]
         logits = torch.bmm(queries, keys[:, :high].mT)
         logits.unflatten(1, (-1, count))[..., -count:].masked_fill_(later[:count, :count], -torch.inf)
-        weights = logits.softmax(-1).to(values.dtype)
-        out[:, :, begin:end] = torch.bmm(weights, values[:, :high]).unflatten(1, (-1, count))
-    return out
+        weights, lse_part = _softmax(logits)
+        out[:, :, begin:end] = torch.bmm(weights.to(values.dtype), values[:, :high]).unflatten(1, (-1, count))
+        lse[:, :, begin:end] = lse_part.unflatten(1, (-1, count))
+    return out, lse
+
+
+def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Weights [..., k], LSE [...]. Any key tells LSE, since its weight is exp(logit - LSE), but not if that is 0."""
+    weights = logits.softmax(-1)
+    if not logits.is_cuda and bool(weights[..., 0].amin() > 1e-30):  # the first key nearly always does
+        return weights, logits[..., 0] - weights[..., 0].log()
+    return weights, logits.amax(-1) - weights.amax(-1).log()
 
 
 def _windowed(
@@ -154,10 +152,13 @@ def _visible(first: int, count: int, low: int, high: int, window: int | None, de
     return (distance >= 0) & (distance < window) if window is not None else distance >= 0
 
 
-def _explicit(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+def _explicit(
+    q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Logits in the open, a few queries at a time: for what no fused kernel computes (softcap)."""
     length, seq_len = q.shape[2], keys.shape[1]
-    start, outs = seq_len - length, []
+    start = seq_len - length
+    outs, lses = [], []
     for begin in range(0, length, EXPLICIT_QUERIES):
         end = min(begin + EXPLICIT_QUERIES, length)
         low, high = max(0, start + begin - (spec.sliding_window or seq_len) + 1), start + end
@@ -165,13 +166,10 @@ def _explicit(q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: A
         if spec.softcap is not None:
             logits = spec.softcap * torch.tanh(logits / spec.softcap)
         visible = _visible(start + begin, end - begin, low, high, spec.sliding_window, q.device)
-        logits = logits.masked_fill_(~visible, -torch.inf)
-        if spec.sinks is not None:
-            sinks = spec.sinks.float().view(*q.shape[:2], 1, 1).expand(*logits.shape[:3], 1)
-            logits = torch.cat([logits, sinks], dim=-1)
-        weights = logits.softmax(-1)[..., : high - low].to(values.dtype)
-        outs.append(weights @ values[:, None, low:high])
-    return torch.cat(outs, dim=2)
+        weights, lse = _softmax(logits.masked_fill_(~visible, -torch.inf))
+        outs.append(weights.to(values.dtype) @ values[:, None, low:high])
+        lses.append(lse)
+    return torch.cat(outs, dim=2), torch.cat(lses, dim=2)
 
 
 def _fused(
@@ -193,7 +191,9 @@ def _fused(
         values = values[:, None].expand(-1, num_groups, -1, -1)
     if q.device.type == "cpu":
         # The CPU kernel wants values as wide as keys.
-        if missing := keys.shape[-1] - values.shape[-1]:
+        if spec.values_in_keys:
+            values = keys
+        elif missing := keys.shape[-1] - values.shape[-1]:
             values = F.pad(values, (0, max(missing, 0)))
             q, keys = (F.pad(x, (0, max(-missing, 0))) for x in (q, keys))
         out, lse = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu(

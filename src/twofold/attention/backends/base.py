@@ -1,0 +1,35 @@
+"""What attention asks of a kernel family. Sinks and merging are not its business (`attention/combine.py`)."""
+
+from typing import Protocol
+
+import torch
+
+from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.spec import AttentionSpec
+
+
+class AttentionBackend(Protocol):
+    """Each call gives the output and its log-sum-exp in float32, natural, sinks left out.
+
+    Where a query has no key, the output is 0 and the log-sum-exp is -inf.
+    """
+
+    def can_capture(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
+        """Whether `attend` finds such rows on the device alone, so that a CUDA graph of it serves other steps too."""
+
+    def attend(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """A step's rows: query [N, H, D], kv_cache [num_blocks, block_size, entry_width] → [N, H, Dv], [N, H].
+
+        What is written of tokens that belong to no row is undefined.
+        """
+
+    def attend_keys(
+        self, query: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec, causal: bool
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Given keys: query [l, H, D], keys [k, Hk, D], values [k, Hk, Dv] → [l, H, Dv], [l, H].
+
+        Causal: the last query attends to all keys, the one before it to all but the last, and so on. Only the innermost
+        dimension is sure to be dense. No window and no softcap apply.
+        """
