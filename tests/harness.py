@@ -16,11 +16,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from twofold.attention.backends import make_backend
-from twofold.config import EngineConfig, RuntimeConfig
+from twofold.config import EngineConfig, ModelSource, RuntimeConfig
 from twofold.contract import Breakdown, Profile, Step, StepResult
 from twofold.engine.engine import LLMEngine
 from twofold.models.decoder import DecoderModel
-from twofold.models.source import ModelSource
 from twofold.outputs import RequestOutput
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.transport import AllGather, OneRank
@@ -51,7 +50,7 @@ class ThreadMesh:
 
 
 class ThreadChannel:
-    """A rank's way to the engine: what `executor/channel.py: Channel` is between processes."""
+    """A rank's way to the engine: what `channel.py: Channel` is between processes."""
 
     def __init__(self) -> None:
         self.to_rank: queue.SimpleQueue[Any] = queue.SimpleQueue()

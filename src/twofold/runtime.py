@@ -6,9 +6,9 @@ import os
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from twofold.config import EngineConfig, RuntimeConfig
+from twofold.config import EngineConfig, ModelSource, RuntimeConfig
 from twofold.errors import ConfigError, ModelError
-from twofold.models.source import ModelSource, check_weights, load_config, load_tokenizer, resolve
+from twofold.models.source import check_weights, load_config, load_tokenizer, resolve
 from twofold.models.support import model_class, refusal
 
 RANKS_PER_CORE = 4  # more would wait for each other

@@ -9,9 +9,9 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 
-from twofold.cli.arguments import add_engine_arguments, add_fields, chosen
 from twofold.config import EngineConfig
 from twofold.errors import ConfigError
+from twofold.flags import add_engine_arguments, add_fields, chosen
 from twofold.server.config import ServerConfig, bind
 
 SERVER_HELP = {

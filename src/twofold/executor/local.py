@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from twofold.channel import Channel, pack, wait
 from twofold.config import RuntimeConfig
 from twofold.contract import (
     Allocate,
@@ -29,7 +30,6 @@ from twofold.contract import (
     StepResult,
 )
 from twofold.errors import ModelError, RankDiedError, RankFailedError
-from twofold.executor.channel import Channel, pack, wait
 from twofold.interrupts import let_through
 
 SHUTDOWN_SECONDS = 5.0

@@ -8,10 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from twofold.config import EngineConfig
+from twofold.config import EngineConfig, ModelSource
 from twofold.errors import ModelError
 from twofold.models.checkpoint import check_loaded, check_numbers, check_tied
-from twofold.models.source import ModelSource
 from twofold.models.support import refusal
 
 

@@ -27,6 +27,7 @@ from twofold.attention.backends import make_backend
 from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.mla import max_attention_bytes
 from twofold.attention.spec import AttentionSpec, LatentSpec
+from twofold.channel import Channel, RankChannel
 from twofold.config import RuntimeConfig
 from twofold.contract import (
     Allocate,
@@ -41,7 +42,6 @@ from twofold.contract import (
     Step,
 )
 from twofold.errors import ModelError
-from twofold.executor.channel import Channel, RankChannel
 from twofold.kv.cache import KVCache, bytes_per_block
 from twofold.models.decoder import DecoderModel
 from twofold.models.loader import empty_model, fix_rope, load_model, share_weights
