@@ -185,4 +185,3 @@ class Profiled:
 
 
 RankMessage = RankStart | Allocate | Step | Profile
-RankAnswer = RankReport | Allocated | StepResult | Profiled | Failure

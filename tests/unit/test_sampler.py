@@ -21,7 +21,6 @@ from twofold.sampling_params import SamplingParams
 from twofold.worker.sampler import SamplingBatch, compute_logprobs, gumbel, row_keys, sample
 
 torch.set_num_threads(1)
-NOTHING = np.empty(0, np.int32)
 
 
 def build(

@@ -25,7 +25,6 @@ from twofold.attention.rows import place_row_blocks, row_entries
 from twofold.attention.spec import LatentSpec
 from twofold.kv.cache import copy_blocks
 
-MAX_QUERIES_AT_ONCE = 8192  # of a row that expands all of its keys at once; a CUDA graph holds none that is longer
 PIECE_BYTES = 1 << 30  # of heads expanded at once: more pieces to merge take longer, larger ones take memory
 MAX_QUERIES_AT_ONCE = 8192  # of a row. Longer rows go in pieces: a head and its tail then share what is expanded
 

@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionSpec:
-    """Read off the layer's own call of the attention interface (`models/support.py`), so no family needs code."""
+    """Read off the layer's own call of the attention interface (`models/probe.py`), so no family needs code."""
 
     num_heads: int  # H
     num_kv_heads: int  # Hk

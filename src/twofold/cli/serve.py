@@ -44,5 +44,7 @@ def run(args: Namespace) -> int:
         try:
             from twofold.server.run import load, serve
         except ModuleNotFoundError as error:
-            raise ConfigError(f"{error.name} is not installed; run: pip install 'twofold[server]'") from None
+            raise ConfigError(
+                f"{error.name} is not installed; run: pip install '.[server]' in Twofold's checkout"
+            ) from None
         return serve(server, load(config), listener)

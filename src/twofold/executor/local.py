@@ -58,8 +58,8 @@ class LocalExecutor:
         self._lifelines: list[int] = []
         self._looks_stopped = [0] * runtime.num_ranks
         try:
-            for rank in range(runtime.num_ranks):
-                self._start(rank, runtime)
+            for _ in range(runtime.num_ranks):
+                self._start(runtime)
             for rank in range(runtime.num_ranks):
                 self._post(rank, pack(RankStart(rank, runtime)))
             self.reports = self._answers(RankReport, start_timeout)
@@ -67,7 +67,7 @@ class LocalExecutor:
             self._kill()  # ranks that still import PyTorch hear of nothing else
             raise
 
-    def _start(self, rank: int, runtime: RuntimeConfig) -> None:
+    def _start(self, runtime: RuntimeConfig) -> None:
         ours, theirs = socket.socketpair()
         life_read, life_write = os.pipe()  # the write end closes when this process ends, and the rank sees it
         environment = os.environ | {"OMP_NUM_THREADS": str(runtime.num_threads)}

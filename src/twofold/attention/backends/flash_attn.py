@@ -120,6 +120,9 @@ def _load_flash_attn() -> Callable[..., Any] | None:
     try:
         from flash_attn.cute import flash_attn_varlen_func
     except ImportError:
-        logger.warning("flash-attn-4 is not installed (twofold[cuda]): prefill falls back to PyTorch's attention")
+        logger.warning(
+            "flash-attn-4 is not installed: prefill falls back to PyTorch's attention, which is slower; run: "
+            "pip install '.[cuda]' in Twofold's checkout"
+        )
         return None
     return flash_attn_varlen_func  # type: ignore[no-any-return]
