@@ -1,4 +1,4 @@
-"""Engine arguments, and what they come to on this machine. The names are vLLM's, where vLLM has one."""
+"""Engine arguments, as given and as settled for this machine. The names are vLLM's, where vLLM has one."""
 
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any

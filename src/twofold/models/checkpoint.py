@@ -1,8 +1,8 @@
-"""Is a checkpoint understood? A model whose files hold more, less or other than its code uses is refused by name.
+"""Checks that all of a checkpoint is understood. If its files do not match the model's code, it is refused.
 
-`weight_files` looks at a directory, `check_checkpoint` at the headers of its files: they read no weight, so most faults
-are told before a rank starts. `check_loaded`, `check_numbers` and `check_tied` have the last word,
-when a rank has loaded the weights.
+`weight_files` looks at a directory, `check_checkpoint` at the headers of its files. They read no weights, so most
+faults are found before a rank starts. `check_loaded`, `check_numbers` and `check_tied` run once a rank has loaded the
+weights.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from twofold.errors import ModelError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # what Transformers reads, in this order
 PICKLED = "pytorch_model*.bin"
 FOREIGN_WEIGHTS = ("*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.npz")
-# Files by which other programs say how they quantised a checkpoint.
+# Files in which other programs describe the quantisation of a checkpoint.
 QUANTISATION_FILES = {
     "hf_quant_config.json": "ModelOpt",
     "quantize_config.json": "AutoGPTQ",
@@ -66,7 +66,7 @@ CONSTANTS = re.compile(r"(\.attn\.masked_bias|\.attention\.masked_bias|rotary_em
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What a file's header says of a tensor."""
+    """A tensor in a file's header."""
 
     file: Path
     dtype: str  # as safetensors writes it: F32, BF16, F8_E4M3, ...
@@ -122,7 +122,7 @@ def _indexed_files(folder: Path) -> list[Path]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a directory means to hold weights, of whatever kind."""
+    """Whether a directory has files of weights, of any format."""
     return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors*", PICKLED, *FOREIGN_WEIGHTS))
 
 
@@ -172,7 +172,7 @@ def check_quantisation(source: str, config: PretrainedConfig) -> None:
     """No quantised checkpoint is served but GGUF files, which Transformers converts to full precision.
 
     Raises:
-        ModelError: the configuration or a file beside it says that the checkpoint is quantised.
+        ModelError: the configuration, or another file of the directory, says that the checkpoint is quantised.
     """
     said = getattr(config, "quantization_config", None)
     if said is not None:
@@ -256,7 +256,7 @@ def _would_load(
 
 
 def _what_does_not_fit(headers: Mapping[str, StoredTensor]) -> str | None:
-    """Among tensors whose names differ in numbers only, as those of experts: one of another shape, or one too few."""
+    """Finds a fault among tensors with names that differ in numbers only (experts): another shape, or one missing."""
     kinds: dict[str, list[str]] = {}  # name with {} for each number -> names
     for name in headers:
         kinds.setdefault(re.sub(r"\d+", "{}", name), []).append(name)
@@ -279,10 +279,10 @@ def check_loaded(
     found: Mapping[str, Any],
     headers: Mapping[str, StoredTensor] | None = None,
 ) -> None:
-    """`found` is what `from_pretrained` says of loading: tensors that were not used, not there, or of other shapes.
+    """`found` is the loading report of `from_pretrained`: tensors that are unused, missing, or of other shapes.
 
     Raises:
-        ModelError: there are such.
+        ModelError: there is one.
     """
     headers = headers or {}
     if unused := sorted(name for name in found["unexpected_keys"] if not _is_known(name, config)):
@@ -359,7 +359,7 @@ def check_numbers(source: Path | str, model: PreTrainedModel) -> None:
 
 
 def check_tied(source: Path | str, model: PreTrainedModel, expected: PreTrainedModel) -> None:
-    """Compares the loaded model's parameters with those of a model that was made of the configuration alone.
+    """Compares the loaded model's parameters with those of a model made from the configuration only.
 
     Raises:
         ModelError: the configuration ties tensors that are stored with different values.

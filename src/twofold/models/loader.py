@@ -46,7 +46,7 @@ def load_model(
             )
             check_loaded(source.path, model.config, found)
             check_numbers(source.path, model)
-            # Other ranks make the modules of `model_config` and use these weights.
+            # Other ranks make the modules from `model_config`, and use these weights.
             expected = empty_model(model_config, dtype, torch.device("meta"), config.trust_remote_code)
             check_tied(source.path, model, expected)
     except ModelError:

@@ -86,7 +86,7 @@ def load_config(source: ModelSource, trust_remote_code: bool = False) -> Pretrai
 
 
 def check_weights(source: ModelSource, config: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
-    """Looks at all that can be known of the weights before they are read.
+    """Checks the weights as far as possible without reading them.
 
     Raises:
         ModelError: not all of the checkpoint is understood.
@@ -110,7 +110,7 @@ def _folder(source: ModelSource) -> Path | None:
 
 
 def load_tokenizer(name: str | None, source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer: of `name` if given, else of the model itself.
+    """Reads the tokenizer `name`, or else the model's own.
 
     Raises:
         ModelError: there is none.
@@ -143,7 +143,7 @@ def demo_directory() -> Path:
 
     print("twofold: converting the demo model to safetensors (once)", file=sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=DEMO_FILE, dtype=torch.float32)
-    # The weights are plain float32 now; only the mark of where they came from would stop them from being saved.
+    # The weights are float32 now. Only this mark of their origin prevents saving them.
     del model.config.quantization_config
     model.hf_quantizer = None
     target.parent.mkdir(parents=True, exist_ok=True)

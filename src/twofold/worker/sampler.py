@@ -1,7 +1,7 @@
 """From logits to token ids, for the rows that a rank owns.
 
-Each token's randomness is one number, a hash of (request seed, position, token), so what is drawn depends neither on
-the batch nor on the rank nor on what was drawn before. The number becomes Gumbel noise on the token's logit, and the
+Each token's randomness is one number, a hash of (request seed, position, token), so a draw does not depend on the
+batch, the rank or earlier draws. The number becomes Gumbel noise on the token's logit, and the
 largest sum wins. So rounding, which differs between a prefill and a decode of the same tokens, changes a draw about as
 rarely as a greedy choice; in a cumulative distribution it would move every boundary, and one draw in a thousand.
 
@@ -39,7 +39,7 @@ class SamplingBatch:
     prompt_token_ids: Sequence[NDArray[np.int32]]  # read only for rows with penalties
     output_token_ids: Sequence[NDArray[np.int32]]
     forbidden_token_ids: Sequence[tuple[int, ...]]  # what would stop a row before its min_tokens
-    num_logprobs: int | None  # the largest number asked for; None if nobody asked
+    num_logprobs: int | None  # the largest number asked for; None if no row asked
 
     @classmethod
     def build(
@@ -155,7 +155,7 @@ def gumbel(keys: NDArray[np.uint64], token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: a bijection of 64 bits in which every input bit sways every output bit."""
+    """SplitMix64's finaliser: a bijection of 64 bits in which every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
