@@ -134,7 +134,7 @@ def prompt_logprobs(model: PreTrainedModel, ids: torch.Tensor) -> np.ndarray:
 
 
 class Matrix:
-    """Runs the cases and records one row of the table for each pass."""
+    """Runs the cases, and keeps one row of the table for each pass."""
 
     def __init__(self, cases: list[Case], num_new_tokens: int) -> None:
         self.cases = cases

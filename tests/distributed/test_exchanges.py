@@ -1,4 +1,4 @@
-"""Every way to exchange rows between processes leaves the same bytes in every rank's caches."""
+"""Every transport between processes leaves the same bytes in every rank's caches."""
 
 import sys
 import time
@@ -35,7 +35,7 @@ def run_rank(rank: int, size: int, folder: str) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_ranks_get_all_rows(tmp_path: Path, size: int) -> None:
     """Invariant 4, with ranks out of step, steps longer than the buffers, layers of two widths, and steps in which the
-    rows of all layers travel together.
+    KV entries of all layers travel together.
     """
     mp.spawn(run_rank, (size, str(tmp_path)), nprocs=size)
     expected = expected_caches(size, NUMS_OF_ENTRIES)

@@ -94,8 +94,8 @@ def test_all_ranks_get_all_entries(tmp_path: Path) -> None:
     """Invariant 4, with ranks out of step, steps longer than the push buffers, and buffers used again at once.
 
     A graph uses the two buffers that it was captured with. With an odd number of layers it ends with the one that the
-    next replay begins with, so a fast rank overwrote entries that a slow one had not read yet. So a step
-    begins with a barrier.
+    next replay begins with, so a fast rank overwrote entries that a slow one had not read yet. So a step begins with a
+    barrier.
     """
     size = max(2, min(torch.cuda.device_count(), 4))
     mp.spawn(run_rank, (size, str(tmp_path)), nprocs=size)

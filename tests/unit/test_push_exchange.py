@@ -1,4 +1,4 @@
-"""Pushing rows into the peers' buffers, with threads for ranks and their memory for that of GPUs."""
+"""Pushing KV entries into the peers' buffers, with threads as ranks, and their memory in place of a GPU's."""
 
 import sys
 import threading

@@ -112,7 +112,7 @@ def expand(entries: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
 
 
 def piece_tokens(spec: LatentSpec, itemsize: int) -> int:
-    """Tokens whose heads are expanded at once."""
+    """Number of tokens to expand at once."""
     return max(PIECE_BYTES // (spec.expanded.entry_width * itemsize), 1)
 
 

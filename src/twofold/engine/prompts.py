@@ -51,7 +51,7 @@ class PromptReader:
         if len(token_ids) > limit:
             raise _wrong(
                 f"the prompt has {len(token_ids)} tokens, more than the {limit} that max_model_len="
-                f"{self.max_model_len} leaves beside one of the answer; shorten it or raise max_model_len"
+                f"{self.max_model_len} leaves with one of the answer; shorten it or raise max_model_len"
             )
         return text, token_ids
 

@@ -45,7 +45,7 @@ class Executor(Protocol):
 
 
 class MakeExecutor(Protocol):
-    """Starts the ranks of an engine: once at first, and anew when they were lost."""
+    """Starts the ranks of an engine: at first, and again when they were lost."""
 
     def __call__(self, start_timeout: float | None) -> Executor:
         """Ranks that have loaded the model, within `start_timeout` seconds if that is given.

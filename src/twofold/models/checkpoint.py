@@ -111,9 +111,11 @@ def _indexed_files(folder: Path) -> list[Path]:
         names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
         files = [folder / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _wrong(folder, f"has a {INDEX} that cannot be read ({type(error).__name__}); get it anew") from error
+        raise _wrong(
+            folder, f"has a {INDEX} that cannot be read ({type(error).__name__}); download it again"
+        ) from error
     if not files:
-        raise _wrong(folder, f"has a {INDEX} that names no file; get it anew")
+        raise _wrong(folder, f"has a {INDEX} that names no file; download it again")
     if missing := [file.name for file in files if not file.is_file()]:
         raise _wrong(
             folder, f"lacks {len(missing)} of the {len(files)} files of its {INDEX}, such as {missing[0]}; get them too"
@@ -206,7 +208,7 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     """Each tensor's name → where and how it is stored. Reads no data.
 
     Raises:
-        ModelError: a file is broken or cut off, or two files hold the same tensor.
+        ModelError: a file is broken or incomplete, or two files hold the same tensor.
     """
     headers: dict[str, StoredTensor] = {}
     for file in files:
@@ -231,7 +233,8 @@ def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
                 yield name, StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
     except Exception as error:
         raise _wrong(
-            file.parent, f"has a broken or cut off {file.name} ({size} bytes: {_first_line(error)}); get it anew"
+            file.parent,
+            f"has a broken or incomplete {file.name} ({size} bytes: {_first_line(error)}); download it again",
         ) from error
 
 
@@ -265,11 +268,13 @@ def _what_does_not_fit(headers: Mapping[str, StoredTensor]) -> str | None:
         usual = max(shapes, key=shapes.count)
         for name in names:
             if headers[name].shape != usual:
-                return f"has {name} ({headers[name]}) beside others of shape {list(usual)}; get the files anew"
+                return f"has {name} ({headers[name]}) while others have shape {list(usual)}; download the files again"
         numbers = zip(*(re.findall(r"\d+", name) for name in names), strict=True)
         for each in product(*(sorted(set(places), key=int) for places in numbers)):
             if kind.format(*each) not in headers:
-                return f"lacks {kind.format(*each)}, which is needed with the others of its kind; get the files anew"
+                return (
+                    f"lacks {kind.format(*each)}, which is needed with the others of its kind; download the files again"
+                )
     return None
 
 
@@ -292,7 +297,9 @@ def check_loaded(
         kind = next((kind for pattern, kind in KINDS if pattern.search(name)), OTHER_KIND)
         raise _wrong(source, f"has {_count(unused)} that the model does not use, such as {shown}: {kind}")
     if missing := sorted(found["missing_keys"]):
-        raise _wrong(source, f"lacks {_count(missing)} that the model needs, such as {missing[0]}; get the files anew")
+        raise _wrong(
+            source, f"lacks {_count(missing)} that the model needs, such as {missing[0]}; download the files again"
+        )
     if wrong := sorted(found["mismatched_keys"]):
         name, stored_shape, shape = wrong[0]
         stored = _stored_name(name, headers)
@@ -354,7 +361,7 @@ def check_numbers(source: Path | str, model: PreTrainedModel) -> None:
         raise _wrong(
             source,
             f"has {'NaN' if is_nan else 'infinite numbers'} in the tensor {name}{many}; "
-            + ("float16 may be too narrow for it: try dtype='bfloat16'" if too_large else "get the files anew"),
+            + ("float16 may be too narrow for it: try dtype='bfloat16'" if too_large else "download the files again"),
         )
 
 

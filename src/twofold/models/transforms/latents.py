@@ -32,7 +32,7 @@ class KeepLatents(Transform):
             if callable(getattr(module, "expand_kv", None)) and hasattr(module, "kv_b_proj"):
                 latents = _latent_spec(spec, module.get_parameter("kv_b_proj.weight"))
                 if latents is None:
-                    return f"the heads of layer {layer} are not made of latents in the way known here"
+                    return f"the heads of layer {layer} are not computed from latents in a known way"
                 self._latents[layer] = latents
         if not self._latents:
             return "no layer has latents"
