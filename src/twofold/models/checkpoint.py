@@ -151,11 +151,11 @@ def check_checkpoint(folder: Path, config: PretrainedConfig, model_class: type[P
 def _narrow_weight(
     headers: Mapping[str, StoredTensor], config: PretrainedConfig, model_class: type[PreTrainedModel]
 ) -> str | None:
-    """A tensor of 8 bits or of integers that the model would use as a weight. Masks and the like may be such."""
+    """A tensor of 8 bits or of integers that the model would use as a weight. Masks and the like are allowed."""
     narrow = {name for name, tensor in headers.items() if tensor.dtype not in FULL_PRECISION}
     if not narrow:
         return None
-    # In a shape that fits nowhere, each tensor that is used is told of.
+    # With a shape that fits nowhere, the report names each tensor that is used.
     unfit = {name: replace(headers[name], shape=(1, 1, 1, 1, *headers[name].shape)) for name in narrow}
     try:
         model, found = _would_load({**headers, **unfit}, config, model_class)
@@ -171,7 +171,7 @@ def _narrow_weight(
 
 
 def check_quantisation(source: str, config: PretrainedConfig) -> None:
-    """No quantised checkpoint is served but GGUF files, which Transformers converts to full precision.
+    """Refuses quantised checkpoints, except GGUF files, which Transformers converts to full precision.
 
     Raises:
         ModelError: the configuration, or another file of the directory, says that the checkpoint is quantised.
@@ -241,7 +241,7 @@ def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
 def _would_load(
     headers: Mapping[str, StoredTensor], config: PretrainedConfig, model_class: type[PreTrainedModel]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """What Transformers, with its renamings and conversions, makes and says of tensors of these shapes: all `meta`."""
+    """Loads tensors of these shapes on `meta`, with Transformers' renamings and conversions → the model, its report."""
     stored = {
         name: torch.empty(tensor.shape, dtype=FULL_PRECISION.get(tensor.dtype, torch.uint8), device="meta")
         for name, tensor in headers.items()
@@ -328,7 +328,7 @@ def _is_known(name: str, config: PretrainedConfig) -> bool:
 
 
 def _stored_name(name: str, headers: Mapping[str, StoredTensor]) -> str | None:
-    """The name in the files of what the model calls `name`: the most alike of those that end in the same word."""
+    """The name in the files of the model's tensor `name`: the most similar of those that end in the same word."""
     if name in headers:
         return name
     word = name.rpartition(".")[2]
@@ -382,7 +382,7 @@ def check_tied(source: Path | str, model: PreTrainedModel, expected: PreTrainedM
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its report and its bars: what they say becomes one line."""
+    """Silences Transformers' report and progress bars; Twofold reports in one line."""
     logging = transformers.utils.logging
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -60,7 +60,7 @@ class KeepLatents(Transform):
 
 
 def _return_latents(kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The new `expand_kv`: kv_nope [1, 1, T, L] and k_rot [1, 1, T, R] are handed on as key and value."""
+    """The new `expand_kv`: returns kv_nope [1, 1, T, L] and k_rot [1, 1, T, R] as key and value."""
     return kv_nope, k_rot
 
 
