@@ -23,6 +23,7 @@ from transformers import AutoModelForCausalLM
 from twofold import LLM, SamplingParams
 from twofold.bench.report import environment, print_table
 from twofold.models.source import demo_directory
+from twofold.runtime import usable_cores
 
 
 def main() -> None:
@@ -33,7 +34,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--output-json")
     args = parser.parse_args()
-    threads = len(os.sched_getaffinity(0))
+    threads = usable_cores()
     lens = [int(part) for part in args.lens.split(",")]
     rng = np.random.default_rng(0)
     prompts = {n: rng.integers(0, 49152, n).tolist() for n in [*lens, args.scaling_len]}

@@ -14,7 +14,6 @@ preempted where it should have been.
 
 import argparse
 import json
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -30,6 +29,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from twofold import LLM, RequestOutput, SamplingParams
 from twofold.bench.report import environment, print_table
 from twofold.models.source import demo_directory
+from twofold.runtime import usable_cores
 
 TEXT = Path(__file__).parents[1] / "examples" / "alice.txt"
 BLOCK_SIZE = 16
@@ -108,7 +108,7 @@ def cells(row: Row) -> list[Any]:
 @torch.inference_mode()
 def reference(lens: list[int], num_new_tokens: int) -> list[Case]:
     """Transformers' answers, one prompt at a time. No prompt is a prefix of another."""
-    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    torch.set_num_threads(usable_cores())
     directory = demo_directory()
     text = AutoTokenizer.from_pretrained(directory).encode(TEXT.read_text())
     text *= 1 + (max(lens) + 100 * len(lens)) // len(text)
@@ -134,7 +134,7 @@ def prompt_logprobs(model: PreTrainedModel, ids: torch.Tensor) -> np.ndarray:
 
 
 class Matrix:
-    """Runs the cases and records one row of the table for each pass."""
+    """Runs the cases, and keeps one row of the table for each pass."""
 
     def __init__(self, cases: list[Case], num_new_tokens: int) -> None:
         self.cases = cases

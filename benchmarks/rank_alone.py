@@ -1,9 +1,9 @@
-"""What each of P ranks computes of a prompt, one after the other on one GPU: what P GPUs cannot be faster than.
+"""Time each of P ranks' part of a prompt, one after the other on one GPU: a lower bound of the time on P GPUs.
 
     python benchmarks/rank_alone.py --model configs/Llama-3.1-8B --ranks 4 --lens 2048,8192,32768 --output-json F
 
-Everything is a rank's own code but the exchange: the rows of the others, which nobody computed, are random and lie
-where they would have been pushed to. So no rank waits for another, and no row crosses a link.
+All code is a rank's own, except for the exchange: the KV entries of other ranks are random, and are already where those
+ranks would push them. So no rank waits for another, and no entry is sent.
 """
 
 import argparse
@@ -33,7 +33,7 @@ from twofold.worker.worker import Rank, max_exchange_bytes
 
 
 class AloneMesh:
-    """A mesh of which one rank is there at a time."""
+    """A mesh with one rank at a time."""
 
     rank = 0
 

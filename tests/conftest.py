@@ -24,13 +24,13 @@ def _quiet_and_alone() -> Iterator[None]:
 
 @pytest.fixture(autouse=True)
 def _same_numbers() -> None:
-    """A test draws the same numbers alone and among others."""
+    """A test draws the same numbers alone and with others."""
     torch.manual_seed(0)
 
 
 @pytest.fixture
 def poisoned_memory() -> Iterator[None]:
-    """Memory that nobody wrote to is NaN."""
+    """Makes unwritten memory NaN."""
     torch.use_deterministic_algorithms(True)
     assert torch.empty(3).isnan().all()
     yield
@@ -45,6 +45,6 @@ def demo_model_directory() -> Path:
 
 @pytest.fixture(scope="session")
 def smollm2(demo_model_directory: Path) -> PreTrainedModel:
-    """SmolLM2 in float32 as Transformers runs it, the reference of exactness. Nobody may change it."""
+    """SmolLM2 in float32 as Transformers runs it, the reference of exactness. Tests must not change it."""
     model = AutoModelForCausalLM.from_pretrained(demo_model_directory, dtype=torch.float32)
     return model.eval().requires_grad_(False)

@@ -16,11 +16,10 @@ import torch
 from transformers import PretrainedConfig, PreTrainedModel
 
 from twofold.attention.backends import make_backend
-from twofold.config import EngineConfig, RuntimeConfig
+from twofold.config import EngineConfig, ModelSource, RuntimeConfig
 from twofold.contract import Breakdown, Profile, Step, StepResult
 from twofold.engine.engine import LLMEngine
 from twofold.models.decoder import DecoderModel
-from twofold.models.source import ModelSource
 from twofold.outputs import RequestOutput
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.transport import AllGather, OneRank
@@ -51,7 +50,7 @@ class ThreadMesh:
 
 
 class ThreadChannel:
-    """A rank's way to the engine: what `executor/channel.py: Channel` is between processes."""
+    """A rank's channel to the engine, as `channel.py: Channel` is between processes."""
 
     def __init__(self) -> None:
         self.to_rank: queue.SimpleQueue[Any] = queue.SimpleQueue()
@@ -77,7 +76,7 @@ class ThreadChannel:
 
 
 class LaggingDevice:
-    """A CPU whose steps count as done when the engine waits for them, as a GPU's are done some time after a launch.
+    """A CPU that reports steps as done only when the engine waits for them, like a GPU some time after a launch.
 
     So with two steps in flight the second is launched before the first one's tokens are read.
     """
@@ -98,7 +97,7 @@ class LaggingDevice:
 
 
 class ThreadExecutor:
-    """The executor's interface over threads, each of which runs a rank's own loop. Ranks share one model's weights."""
+    """The executor's interface over threads. Each thread runs a rank's own loop. Ranks share one model's weights."""
 
     def __init__(self, model: PreTrainedModel, runtime: RuntimeConfig, num_blocks: int) -> None:
         self.runtime = runtime

@@ -83,7 +83,7 @@ PECULIAR: dict[str, dict[str, Any]] = {
 
 
 def default_config(model_type: str) -> PretrainedConfig:
-    """What is made of the type's name alone."""
+    """Derived from the type's name only."""
     return CONFIG_MAPPING[model_type](**copy.deepcopy(PARTS.get(model_type, {})))
 
 

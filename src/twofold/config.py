@@ -1,15 +1,13 @@
-"""Engine arguments, and what they come to on this machine. The names are vLLM's, where vLLM has one."""
+"""Engine arguments, as given and as settled for this machine. The names are vLLM's, where vLLM has one."""
 
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from twofold.errors import ConfigError
 
 if TYPE_CHECKING:
     import torch
     from transformers import PretrainedConfig
-
-    from twofold.models.source import ModelSource
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
@@ -75,11 +73,23 @@ class EngineConfig:
 
 
 @dataclass(frozen=True, slots=True)
+class ModelSource:
+    """What Transformers' `from_pretrained` needs to find one model."""
+
+    path: str  # a directory or a hub name
+    gguf_file: str | None = None  # within the directory
+
+    @property
+    def arguments(self) -> dict[str, Any]:
+        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+
+
+@dataclass(frozen=True, slots=True)
 class RuntimeConfig:
     """The settled configuration. Each rank gets it when it starts."""
 
     engine: EngineConfig
-    source: "ModelSource"
+    source: ModelSource
     model_config: "PretrainedConfig" = field(repr=False)
     device: str  # cpu, or cuda
     dtype: "torch.dtype"

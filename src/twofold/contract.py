@@ -36,12 +36,12 @@ class ScheduledBatch:
     state_idx: NDArray[np.int64]  # request -> its place among the ranks' request states
     num_computed_tokens: NDArray[np.int64]
     num_scheduled_tokens: NDArray[np.int64]  # at least 1 each
-    num_sampled_tokens: NDArray[np.int64]  # of how many of the last scheduled tokens the next token is sampled
+    num_sampled_tokens: NDArray[np.int64]  # the last scheduled tokens after which a token is sampled; 0 or 1 today
     prompt_logprobs: NDArray[np.bool_]  # whether log-probabilities of prompt tokens are made in this step
 
     @classmethod
     def of(cls, num_computed_tokens: Sequence[int], num_scheduled_tokens: Sequence[int]) -> Self:
-        """Requests 0, 1, ..., each of which gets a token. For what has no scheduler: start-up, `explain`, tests."""
+        """Requests 0, 1, ...; each gets a token. For callers without a scheduler: start-up, `explain`, tests."""
         computed, scheduled = np.array(num_computed_tokens, np.int64), np.array(num_scheduled_tokens, np.int64)
         numbers = np.arange(len(scheduled))
         return cls(numbers, numbers, computed, scheduled, np.ones_like(numbers), np.zeros(len(numbers), bool))
@@ -162,7 +162,7 @@ class Failure:
 
 @dataclass(frozen=True, slots=True)
 class Profile:
-    """Asks a rank to start noting its kernels, or to stop. The answer may come before that of a step in flight."""
+    """Asks a rank to start timing its kernels, or to stop. The answer may come before that of a step in flight."""
 
     start: bool
 
@@ -185,4 +185,3 @@ class Profiled:
 
 
 RankMessage = RankStart | Allocate | Step | Profile
-RankAnswer = RankReport | Allocated | StepResult | Profiled | Failure

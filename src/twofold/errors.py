@@ -4,7 +4,7 @@
     ├── UserError                  the request or the configuration cannot be served as it stands
     │   ├── ConfigError            an argument of the engine, the server or a command
     │   ├── ModelError             a model that is missing, broken or not supported
-    │   └── RequestError           one prompt or its sampling parameters; no other request is touched
+    │   └── RequestError           one prompt or its sampling parameters; no other request is affected
     ├── OverloadedError            too many requests wait; try again later
     └── EngineError                the engine failed
         ├── RankDiedError          a rank ended, or stopped answering

@@ -1,12 +1,12 @@
-"""Holds Ctrl-C back while something is done that must not be done by half.
+"""Holds Ctrl-C back while something must be done completely or not at all.
 
     with held_back():              # Ctrl-C waits ...
         ...
-        with let_through():        # ... but it may come here, where nothing is half done
+        with let_through():        # ... but it may come here, between two such things
             wait()
 
-Python runs signal handlers in the main thread only, between any two instructions. So an answer that was read and not
-yet stored would be lost, and a step half sent. In other threads both are no-ops.
+Python runs signal handlers in the main thread only, between any two instructions. Without this, an answer that was
+read and not yet stored could be lost, and a step could reach some ranks only. In other threads both do nothing.
 """
 
 import signal
@@ -61,7 +61,7 @@ def held_back() -> Iterator[None]:
 
 @contextmanager
 def let_through() -> Iterator[None]:
-    """Lets a Ctrl-C that is held back come now, or while the block runs: it must not change anything."""
+    """Lets a Ctrl-C that is held back come now, or while the block runs: the block must not change anything."""
     held = _held if threading.current_thread() is threading.main_thread() else None
     if held is None:
         yield

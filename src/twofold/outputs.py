@@ -67,7 +67,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request and its answers: as far as they are, or what is new of them (see OutputKind)."""
+    """A request and its answers: all of them so far, or what is new of them (see OutputKind)."""
 
     request_id: str
     prompt: str | None

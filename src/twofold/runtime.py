@@ -1,4 +1,4 @@
-"""What the engine arguments come to on this machine, with this model: every `None` and `auto` settled, once."""
+"""Decides every `None` and `auto` of the engine arguments, once, by the model's files and the machine."""
 
 import contextlib
 import os
@@ -6,12 +6,12 @@ import os
 import torch
 from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
 
-from twofold.config import EngineConfig, RuntimeConfig
+from twofold.config import EngineConfig, ModelSource, RuntimeConfig
 from twofold.errors import ConfigError, ModelError
-from twofold.models.source import ModelSource, check_weights, load_config, load_tokenizer, resolve
+from twofold.models.source import check_weights, load_config, load_tokenizer, resolve
 from twofold.models.support import model_class, refusal
 
-RANKS_PER_CORE = 4  # more would wait for each other
+RANKS_PER_CORE = 4  # more ranks would only wait for each other
 
 
 def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase | None]:
@@ -50,7 +50,7 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
 
 
 def usable_cores() -> int:
-    """The cores that this process may use; where the system does not say (macOS), all that the machine has."""
+    """The number of cores that this process may use; on systems that do not tell (macOS), of the whole machine."""
     if hasattr(os, "sched_getaffinity"):
         return len(os.sched_getaffinity(0))
     return os.cpu_count() or 1
@@ -119,7 +119,7 @@ def _eos_token_ids(
     model_config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase | None,
 ) -> frozenset[int]:
-    """What ends an answer: the model's configuration, its generation configuration and its tokenizer each may say."""
+    """The token ids that end an answer, from the model's configuration, generation configuration and tokenizer."""
     found: set[int] = set()
     says = [getattr(model_config.get_text_config(), "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
     if source.gguf_file is None and config.load_format != "dummy":

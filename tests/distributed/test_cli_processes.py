@@ -22,7 +22,7 @@ COMMAND = [sys.executable, "-m", "twofold.cli.main"]
 
 @pytest.fixture(scope="module")
 def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Llama of 4 layers and a tokenizer whose tokens are characters."""
+    """A Llama of 4 layers, and a tokenizer with one token for each character."""
     folder = tmp_path_factory.mktemp("models") / "tiny"
     tiny_model(tiny_config("llama", eos_token_id=None)).save_pretrained(folder)
     characters = [chr(code) for code in range(32, 32 + VOCAB_SIZE)]

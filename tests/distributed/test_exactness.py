@@ -1,7 +1,7 @@
 """SmolLM2 in float32 answers as Transformers' `generate` does, token by token, however the work is split.
 
-What is said of any number of ranks, any chunk and any length together is in `benchmarks/exactness.py`; it takes ten
-minutes. Here every dimension is tried, but not every combination.
+`benchmarks/exactness.py` tries all combinations of ranks, chunks and lengths, in ten minutes. Here every value is
+tried, but not every combination.
 """
 
 from collections import Counter
@@ -71,7 +71,7 @@ def test_all_prompts_in_one_batch(smollm2: PreTrainedModel, answers: Answers, nu
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_chunks_and_cached_prefixes(smollm2: PreTrainedModel, answers: Answers, num_ranks: int) -> None:
-    """Chunks of 64 tokens beside decodes; a second pass finds most of each prompt in the cache."""
+    """Chunks of 64 tokens in steps with decodes; a second pass finds most of each prompt in the cache."""
     engine = make_engine(smollm2, num_ranks, max_model_len=1024, max_num_batched_tokens=64, eos_token_ids=EOS)
     params = SamplingParams(temperature=0, max_tokens=16)
     for num_cached in (0, 496):
@@ -82,7 +82,7 @@ def test_chunks_and_cached_prefixes(smollm2: PreTrainedModel, answers: Answers, 
 
 
 def test_preemption(smollm2: PreTrainedModel, answers: Answers) -> None:
-    """A pool of 8 pages, for prompts that need 3 or 5 each before they end."""
+    """A pool of 8 blocks, for prompts that need 3 or 5 each before they end."""
     engine = make_engine(smollm2, 2, max_model_len=120, num_blocks=9, max_num_batched_tokens=20, eos_token_ids=EOS)
     short = answers[-2::-1]  # the longest first: it grows at the cost of the others
     params = SamplingParams(temperature=0, max_tokens=40)

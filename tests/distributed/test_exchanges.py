@@ -1,4 +1,4 @@
-"""Every way to exchange rows between processes leaves the same bytes in every rank's caches."""
+"""Every transport between processes leaves the same bytes in every rank's caches."""
 
 import sys
 import time
@@ -9,7 +9,7 @@ import torch
 import torch.multiprocessing as mp
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from exchange_steps import MAX_NUM_ROWS, NUMS_OF_ROWS, WIDTHS, assert_equal, expected_caches, take_steps
+from exchange_steps import MAX_NUM_ENTRIES, NUMS_OF_ENTRIES, WIDTHS, assert_equal, expected_caches, take_steps
 
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.mesh import ProcessMesh
@@ -23,7 +23,7 @@ def run_rank(rank: int, size: int, folder: str) -> None:
     mesh = ProcessMesh(rank, size, f"{folder}/store", CPU)
     transports = {
         "all_gather": AllGather(mesh, CPU),
-        "shared_memory": SharedMemory(mesh, CPU, MAX_NUM_ROWS * max(WIDTHS) * 2, folder),
+        "shared_memory": SharedMemory(mesh, CPU, MAX_NUM_ENTRIES * max(WIDTHS) * 2, folder),
     }
     for name, transport in transports.items():
         torch.save(
@@ -35,10 +35,10 @@ def run_rank(rank: int, size: int, folder: str) -> None:
 @pytest.mark.parametrize("size", [2, 3])
 def test_all_ranks_get_all_rows(tmp_path: Path, size: int) -> None:
     """Invariant 4, with ranks out of step, steps longer than the buffers, layers of two widths, and steps in which the
-    rows of all layers travel together.
+    KV entries of all layers travel together.
     """
     mp.spawn(run_rank, (size, str(tmp_path)), nprocs=size)
-    expected = expected_caches(size, NUMS_OF_ROWS)
+    expected = expected_caches(size, NUMS_OF_ENTRIES)
     for name in ("all_gather", "shared_memory"):
         for rank in range(size):
             assert_equal(torch.load(tmp_path / f"{name}-{rank}"), expected, (name, rank))

@@ -180,7 +180,7 @@ def of_other_shapes(folder: Path) -> None:
 
 
 def quantised(folder: Path) -> None:
-    """AutoFP8's scales, which nobody applied: the answer was garbage, and the exit code 0."""
+    """AutoFP8's scales were not applied: the answer was garbage, and the exit code 0."""
     tensors = load_file(folder / "model.safetensors")
     scales = {f"{name}_scale": torch.ones(1) for name in tensors if "proj" in name}
     save_file(tensors | scales, folder / "model.safetensors", metadata={"format": "pt"})
@@ -217,7 +217,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], dict[str, Any], str]] = {
         {"skip_tokenizer_init": False, "tokenizer": "/no/such"},
         "'/no/such'",
     ),
-    "weights cut off": (truncated, {}, "has a broken or cut off model.safetensors"),
+    "weights cut off": (truncated, {}, "has a broken or incomplete model.safetensors"),
     "weights that lack a tensor": (without_a_tensor, {}, "lacks a tensor .* model.layers.2.mlp.up_proj.weight"),
     "weights of other shapes": (of_other_shapes, {}, r"of shape \[64, 64\] in model.safetensors, where config.json"),
     "quantised weights": (quantised, {}, r"has 28 tensors that the model does not use, such as .*_proj.weight_scale"),
@@ -261,7 +261,7 @@ def test_a_model_that_cannot_be_loaded(folder: Path, tmp_path: Path, name: str) 
     ],
 )
 def test_arguments_that_do_not_fit(folder: Path, arguments: dict[str, Any], message: str) -> None:
-    """Among them a pool too small for one request, which only a rank that has loaded the model can tell."""
+    """One case is a pool too small for one request, which only a rank that has loaded the model can tell."""
     with pytest.raises(ConfigError, match=message) as caught:
         LLM(str(folder), **(ARGUMENTS | arguments))
     assert "\n" not in str(caught.value)
@@ -366,7 +366,7 @@ def test_no_rank_outlives_its_engine(folder: Path, tmp_path: Path) -> None:
 
 
 def test_dummy_weights_are_the_same_on_every_rank(folder: Path, tmp_path: Path) -> None:
-    """Nobody reads weights then. And leaving the engine's context ends its ranks, with a request under way."""
+    """No weights are read then. And leaving the engine's context ends its ranks, with a request under way."""
     shutil.copy(folder / "config.json", tmp_path)
     config = AutoConfig.from_pretrained(tmp_path)
     model = empty_model(config, torch.float32, torch.device("cpu"))

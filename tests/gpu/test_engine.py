@@ -130,9 +130,9 @@ def test_float32_tokens_are_those_of_transformers(
 def test_bfloat16_is_as_close_to_float32_as_transformers(
     folder: Path, prompts: list[list[int]], num_ranks: int
 ) -> None:
-    """FlashAttention-4 over pages, graphs of padded prefills: rounding, and nothing but rounding.
+    """FlashAttention-4 over blocks, graphs of padded prefills: answers differ by rounding only.
 
-    Where a prompt's log-probabilities are asked for, no graph serves: the next token's are asked for by themselves.
+    Steps with prompt log-probabilities use no graph, so those of the next token are compared separately.
     """
     prompts = [prompt for prompt in prompts if len(prompt) > 2]
     exact = [logprobs_of(load(folder, torch.float32), prompt) for prompt in prompts]

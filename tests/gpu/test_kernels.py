@@ -72,7 +72,7 @@ def make_latent_spec() -> LatentSpec:
 def make_metadata(
     starts: list[int], lengths: list[int], requests: list[int], tables: np.ndarray, block_size: int
 ) -> AttentionMetadata:
-    """Rows (start, length) of requests, whose block tables are `tables` [R, B]."""
+    """Rows (start, length) of requests with block tables `tables` [R, B]."""
     seq_lens = np.array(starts, np.int64) + np.array(lengths, np.int64)
     query_start = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     used = np.zeros((len(starts), -(-int(seq_lens.max()) // block_size)), np.int32)
@@ -99,7 +99,7 @@ def make_metadata(
 def make_case(
     spec: AttentionSpec, rows: list[tuple[int, int, int]], block_size: int, dtype: torch.dtype, seed: int = 0
 ) -> Case:
-    """Rows (request, start, length) over blocks that are dealt at random; what is no key is poison."""
+    """Rows (request, start, length) over blocks in random order; all other memory is poison."""
     rng = np.random.default_rng(seed)
     requests, starts, lengths = (list(column) for column in zip(*rows, strict=True))
     context = np.zeros(max(requests) + 1, np.int64)  # request -> its tokens in the cache
@@ -149,7 +149,7 @@ def reference(case: Case) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def assert_right(case: Case, out: torch.Tensor, lse: torch.Tensor) -> None:
-    """A backend's output and log-sum-exp, after what is done about sinks above it."""
+    """A backend's output and log-sum-exp, with sinks applied."""
     expected, expected_lse = reference(case)
     dtype = case.query.dtype
     assert lse.dtype == torch.float32
@@ -210,7 +210,7 @@ class TestPagedDecode:
 
     @pytest.mark.parametrize("num_rows", [1, 33, 300, 600])
     def test_rows_of_any_number(self, num_rows: int) -> None:
-        """One long row among many short ones: runs of one row and of many."""
+        """One long row and many short ones: runs of one row and of many."""
         lengths = np.random.default_rng(num_rows).integers(1, 200, num_rows).tolist()
         lengths[num_rows // 2] = 9000
         case = make_case(make_spec("mha-64"), decode_rows(lengths), 128, torch.bfloat16)
@@ -252,7 +252,7 @@ class TestPagedDecode:
     @pytest.mark.parametrize("num_heads", [16, 128])
     @pytest.mark.parametrize("block_size", [16, 128])
     def test_values_in_keys(self, num_heads: int, block_size: int) -> None:
-        """Absorbed latent attention: one key-value head, whose values are the keys' first 512 numbers."""
+        """Absorbed latent attention: one key-value head; its values are the first 512 numbers of its keys."""
         spec = AttentionSpec(num_heads, 1, 576, 512, 192**-0.5, values_in_keys=True)
         case = make_case(spec, decode_rows([1, 100, 3000]), block_size, torch.bfloat16)
         assert_right(case, *run_decode(case))
@@ -407,7 +407,7 @@ class TestFlashAttnBackend:
             assert_close(out, reference(Case(spec.expanded, case.query, expanded, case.metadata))[0], torch.bfloat16)
 
     def test_absorbed_latents(self, backend: FlashAttnBackend) -> None:
-        """Rows whose queries moved into the latents' space."""
+        """Rows with queries projected into the space of the latents."""
         case = make_case(make_latent_spec().absorbed, decode_rows([1, 100, 3000]), 128, torch.bfloat16)
         assert_right(case, *backend.attend(case.query, case.blocks, case.spec, case.metadata))
 

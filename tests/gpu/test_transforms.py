@@ -1,4 +1,4 @@
-"""What is done to a model on a GPU passes its own comparison there: otherwise it would be undone without a word."""
+"""Transforms for GPUs pass their own comparison there: otherwise they would be undone silently."""
 
 import sys
 from pathlib import Path

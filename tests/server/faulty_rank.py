@@ -1,8 +1,8 @@
 """A rank that fails when a test wants it to: run in place of `twofold.worker.worker`.
 
 Before each step it looks for files in $TWOFOLD_FAULTS. `oom-RANK` makes it raise as CUDA does when memory runs out and
-`hang-RANK` never return, once. As long as they are there, `poison` holds a token id, and a new request whose prompt
-begins with it kills the rank; `slow` holds the seconds that are added to each step.
+`hang-RANK` never return, once. As long as they are there, `poison` holds a token id, and a new request with a
+prompt that begins with it kills the rank; `slow` holds the seconds that are added to each step.
 """
 
 import os

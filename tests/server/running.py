@@ -1,4 +1,4 @@
-"""A server in a process of its own, and what tests do to it."""
+"""A server in its own process, and helpers to test it."""
 
 import contextlib
 import os

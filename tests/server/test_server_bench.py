@@ -13,7 +13,7 @@ from twofold.cli.main import main
 QUESTION, ANSWER = "The quick brown fox jumps over the lazy dog.", "A rank is lost, the others wait for it."
 CONVERSATIONS = [
     *([("human", f"{QUESTION} {i}"), ("gpt", ANSWER * (i + 1)), ("human", "And then?")] for i in range(3)),
-    [("human", QUESTION)],  # nobody answered
+    [("human", QUESTION)],  # no answer
     [],
     [("human", "Hi"), ("gpt", ANSWER)],  # too short, and too long
     [("human", QUESTION), ("gpt", "No")],

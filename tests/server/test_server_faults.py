@@ -108,7 +108,7 @@ CASES = [  # benchmarks/server_faults.py does all of them, with a real model
 
 
 def test_a_hang_in_the_first_step_is_noticed(faulty: Server) -> None:
-    """Guards a server whose pace nobody knows yet. The first test: it needs ranks that have done no step."""
+    """Guards a server before its pace is known. The first test, because it needs ranks that have done no step."""
     assert faulty.metric("prompt_tokens_total") == 0
     (faulty.faults / "hang-1").touch()
     streams = Streams(faulty, [body(1, prompt=[5] * 5)])

@@ -256,13 +256,15 @@ def test_clients_that_leave_are_forgotten(server: Server) -> None:
     assert server.metric("request_success_total") == aborted + 20
 
 
-def test_a_reader_that_stalls_holds_up_nobody(server: Server) -> None:
+def test_a_reader_that_stalls_delays_no_other(server: Server) -> None:
     """Guards the engine from slow clients: others are answered, and the slow one gets everything in the end."""
     body = {"model": "tiny", "prompt": "x", "max_tokens": 1500, "temperature": 0, "stream": True, "logprobs": 20}
     stalled = _post_and_leave_open(server, body | {"ignore_eos": True})
     with server.client() as client:
         client.completions.create(model="tiny", prompt="y", max_tokens=50)
-    server.wait_for(lambda: server.metric("num_requests_running") == 0, 60)  # it is done though nobody read
+    server.wait_for(
+        lambda: server.metric("num_requests_running") == 0, 60
+    )  # it is done, though the answer was not read
     data = b""
     while b"data: [DONE]" not in data:
         data += stalled.recv(1 << 20)

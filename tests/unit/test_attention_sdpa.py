@@ -258,7 +258,7 @@ def test_rows_in_blocks(tables: list[list[int]], features: dict) -> None:
     spec = make_spec(**features)
     generator = torch.Generator().manual_seed(1)
     _, metadata = make_rows(tables)
-    blocks = torch.full((NUM_BLOCKS, BLOCK_SIZE, spec.entry_width), torch.nan)  # blocks that nobody has
+    blocks = torch.full((NUM_BLOCKS, BLOCK_SIZE, spec.entry_width), torch.nan)  # blocks of no request
     blocks[0] = 1e30  # the null block
     slots = blocks.view(-1, spec.entry_width)
     expected = []

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from twofold.executor.channel import Channel, pack, wait
+from twofold.channel import Channel, pack, wait
 from twofold.interrupts import held_back, let_through
 
 

@@ -1,4 +1,4 @@
-"""Checkpoints that are broken, quantised, or of another model: each is refused in a line of its own, never answered.
+"""Checkpoints that are broken, quantised, or of another model: each is refused in one line, never answered.
 
 A ModelOpt and an AutoFP8 checkpoint were loaded as if their scales were not there; the answers were garbage, and the
 exit code 0. So a checkpoint is taken only if all of it is understood.
@@ -83,7 +83,7 @@ def without(name: str) -> Break:
 
 
 def quantised(dtype: torch.dtype, *scales: str) -> Break:
-    """All projections stored in a narrow type, each with its scales beside it."""
+    """All projections stored in a narrow type, each with its scales."""
 
     def change(stored: Tensors) -> None:
         for name in [name for name in stored if "proj" in name]:
@@ -227,7 +227,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {  # name -> family, how, a part of 
         r"is quantised \(quant_method 'fp8'\)",
     ),
     "gpt-oss's mxfp4": ("gpt_oss", quantisation("mxfp4"), r"is quantised \(quant_method 'mxfp4'\)"),
-    "a method that nobody knows": ("llama", quantisation("exl2"), r"'exl2'\), which Transformers does not know"),
+    "a method that is not known": ("llama", quantisation("exl2"), r"'exl2'\), which Transformers does not know"),
     "a method without a name": (
         "llama",
         config(quantization_config={"bits": 4}),
@@ -300,7 +300,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {  # name -> family, how, a part of 
     "no such tensor": (
         "llama",
         without(QUERY),
-        f"lacks a tensor that the model needs, such as {QUERY}; get the files anew",
+        f"lacks a tensor that the model needs, such as {QUERY}; download the files again",
     ),
     "an expert too few": (
         "mixtral",
@@ -310,7 +310,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {  # name -> family, how, a part of 
     "an expert of another shape": (
         "mixtral",
         instead(EXPERT, torch.ones(3, 64)),
-        rf"has {EXPERT} \(F32 \[3, 64\] in model.safetensors\) beside others of shape \[64, 64\]",
+        rf"has {EXPERT} \(F32 \[3, 64\] in model.safetensors\) while others have shape \[64, 64\]",
     ),
     "another shape": (
         "llama",
@@ -323,7 +323,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {  # name -> family, how, a part of 
         config(vocab_size=100),
         r"lm_head.weight of shape \[97, 64\] in .*asks for \[100, 64\]",
     ),
-    "NaN": ("llama", with_value(QUERY, torch.nan), f"has NaN in the tensor {QUERY}; get the files anew"),
+    "NaN": ("llama", with_value(QUERY, torch.nan), f"has NaN in the tensor {QUERY}; download the files again"),
     "NaN in an expert": (
         "mixtral",
         with_value(EXPERT, torch.nan),
@@ -336,9 +336,9 @@ BROKEN: dict[str, tuple[str, Break, str]] = {  # name -> family, how, a part of 
         "has lm_head.weight with values of its own, but config.json ties it .* set tie_word_embeddings to false",
     ),
     # Files.
-    "cut off": ("llama", cut_off, r"has a broken or cut off model.safetensors \(\d+ bytes: .*get it anew"),
-    "empty": ("llama", file("model.safetensors", ""), r"cut off model.safetensors \(0 bytes"),
-    "a page": ("llama", file("model.safetensors", "<!DOCTYPE html><html>" * 20), "cut off model.safetensors"),
+    "cut off": ("llama", cut_off, r"has a broken or incomplete model.safetensors \(\d+ bytes: .*download it again"),
+    "empty": ("llama", file("model.safetensors", ""), r"incomplete model.safetensors \(0 bytes"),
+    "a page": ("llama", file("model.safetensors", "<!DOCTYPE html><html>" * 20), "incomplete model.safetensors"),
     "a pointer": (
         "llama",
         file("model.safetensors", "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 1\n"),
@@ -352,7 +352,7 @@ BROKEN: dict[str, tuple[str, Break, str]] = {  # name -> family, how, a part of 
     "a shard cut off": (
         "llama",
         both(sharded, file("model-00002-of-00002.safetensors", "0" * 100)),
-        "cut off model-00002-of-00002.safetensors",
+        "incomplete model-00002-of-00002.safetensors",
     ),
     "an index that is none": ("llama", both(sharded, file(INDEX, "{")), f"has a {INDEX} that cannot be read"),
     "shards without an index": (

@@ -17,11 +17,11 @@ from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 import twofold
 from twofold import ConfigError, RankDiedError, SamplingParams
 from twofold.cli import generate
-from twofold.cli.arguments import ENGINE_HELP, add_engine_arguments, chosen
 from twofold.cli.main import main
 from twofold.config import EngineConfig
 from twofold.contract import Step
 from twofold.engine import engine as engine_module
+from twofold.flags import ENGINE_HELP, add_engine_arguments, chosen
 from twofold.server.config import ServerConfig
 
 Run = Callable[..., tuple[int, str, str]]

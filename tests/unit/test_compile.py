@@ -1,4 +1,4 @@
-"""What is done to a layer before and while it is compiled changes none of its results."""
+"""Packing and the compiler's rewriting change no result of a layer."""
 
 import copy
 from collections import Counter

@@ -41,7 +41,7 @@ def byte_level() -> PreTrainedTokenizerFast:
 
 @functools.cache
 def byte_fallback() -> PreTrainedTokenizerFast:
-    """SentencePiece's manner: a mark for spaces, the first of which is dropped, and bytes for unknown characters."""
+    """As SentencePiece does it: a mark for spaces, the first space dropped, and bytes for unknown characters."""
     pieces = ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), *"▁abcdefghijklmnopqrstuvwxyz.,"]
     tokenizer = Tokenizer(
         models.BPE(vocab={p: i for i, p in enumerate(pieces)}, merges=[], unk_token="<unk>", byte_fallback=True)
@@ -151,7 +151,7 @@ letters = st.text("ab🙂", min_size=1, max_size=4)
 @settings(max_examples=200, deadline=None)
 @given(st.text("ab🙂", max_size=40), st.lists(letters, min_size=1, max_size=3, unique=True), groups, st.booleans())
 def test_stop_strings(text: str, stops: list[str], sizes: list[int], include: bool) -> None:
-    """Guards stop strings however tokens cut them: found, cut off, and never delivered in part."""
+    """Guards stop strings however tokens cut them: found, removed, and never delivered in part."""
     ids = byte_level()(text)["input_ids"]
     params = SamplingParams(stop=stops, include_stop_str_in_output=include)
     detokenizer = Detokenizer(byte_level(), [], params)

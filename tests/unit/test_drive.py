@@ -39,7 +39,7 @@ def answer(engine: LLMEngine, kind: OutputKind = OutputKind.FINAL_ONLY) -> list[
 
 
 def test_answers_are_put_together_once(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each token of an offline answer once copied the whole answer into an output that nobody read."""
+    """Each token of an offline answer once copied the whole answer into an output that was never read."""
     expected = answer(engine, OutputKind.CUMULATIVE)
     assert [len(tokens) for tokens in expected] == [6, 6, 6]
     made = count()

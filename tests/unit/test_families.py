@@ -45,7 +45,7 @@ SERVED = {
     "phimoe", "qwen2", "qwen2_moe", "qwen3", "qwen3_moe", "sarvam_mla", "sarvam_moe", "seed_oss", "smollm3",
     "solar_open", "stablelm", "starcoder2", "vaultgemma", "youtu",
 }  # fmt: skip
-# Of these all tokens go through the last layer: their layers cannot be told apart, or their code around them wants it.
+# All tokens of these go through the last layer: the list of layers is not found, or code around the layers needs them.
 WHOLE = {"diffllama", "dory", "gpt2", "gpt_bigcode", "hrm_text", "longcat_flash"}
 # What is not served, and a part of the reason that is given; versions may come that can be.
 REFUSED = {
@@ -89,9 +89,9 @@ NAMED = [  # in issue 2
     "llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3_text", "phi3", "starcoder2",
     "gpt_neox", "gpt2", "olmo2", "granite", "cohere", "gpt_oss", "smollm3", "glm4", "stablelm",
 ]  # fmt: skip
-UNBUILDABLE: dict[str, str] = {}  # types of which no tiny model can be made, and why
+UNBUILDABLE: dict[str, str] = {}  # types without a tiny model, and why
 
-# What a family can be beside its default: type, what is changed. All are served.
+# Variants of families besides the default: type, what is changed. All are served.
 VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
     "heads as wide as half the model": ("llama", {"head_dim": 32}),
     "yarn": ("llama", {"rope_parameters": {"rope_type": "yarn", "factor": 4.0, "rope_theta": 1e4,
@@ -104,7 +104,7 @@ VARIANTS: dict[str, tuple[str, dict[str, Any]]] = {
         "llama_4_scaling_beta": 0.3, "beta_fast": 32.0, "beta_slow": 1.0, "mscale": 1.0, "mscale_all_dim": 1.0}}),
     "layers that reuse keys and values": ("gemma3n_text", {"num_kv_shared_layers": 2}),
     "keys that are values": ("gemma4_text", {"attention_k_eq_v": True}),
-    "experts beside a dense layer": ("gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
+    "experts and a dense layer": ("gemma4_text", {"enable_moe_block": True, "num_experts": 4, "top_k_experts": 2,
                                                      "moe_intermediate_size": 32}),
     "scaling by layer": ("gpt2", {"scale_attn_by_inverse_layer_idx": True, "reorder_and_upcast_attn": True}),
     "multi-head": ("gpt_bigcode", {"multi_query": False}),
@@ -271,7 +271,7 @@ def test_rounding_is_not_taken_for_mixing(model_type: str) -> None:
     assert probe(tiny_model(tiny_config(model_type)).to(torch.bfloat16))
 
 
-# --- Rotary frequencies that Transformers chooses anew in each forward pass ------------------------------------------
+# --- RoPE frequencies that Transformers chooses in each forward pass ------------------------------------------------
 
 ORIGINAL_POSITIONS = 32
 LONG_ROPES: dict[str, tuple[str, dict[str, Any]]] = {
@@ -310,7 +310,7 @@ def test_rope_is_settled_by_the_longest_prompt(name: str, max_model_len: int) ->
 
 
 class Mixing(torch.nn.Module):
-    """A layer's MLP, to whose output a little of other tokens is added."""
+    """A layer's MLP that adds a little of other tokens to its output."""
 
     def __init__(self, mlp: torch.nn.Module, mix: Any) -> None:
         super().__init__()
@@ -351,7 +351,7 @@ def test_a_token_s_own_work_is_not_mixing() -> None:
 
 
 def test_positions_of_its_own_are_found() -> None:
-    """Tokens of a tail would be rotated as if they began the prompt. Only queries and keys show it."""
+    """RoPE would treat tokens of a tail as if they began the prompt. Only queries and keys show it."""
     model = tiny_llama()
     rotary = model.model.rotary_emb
     forward = rotary.forward
@@ -385,7 +385,7 @@ def test_attention_that_is_not_causal_is_found() -> None:
 
 
 def test_what_attention_is_given_must_be_known(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A bias or a head mask that is passed and not heeded would be a wrong answer."""
+    """A bias or a head mask that is passed and ignored would give a wrong answer."""
     model = tiny_llama()
     attention = model.model.layers[0].self_attn
     forward, bias = attention.forward, torch.ones(1)
@@ -422,7 +422,7 @@ def test_an_id_that_cannot_be_predicted_is_out_of_range() -> None:
 
 
 def test_attention_outside_a_step_is_an_error() -> None:
-    """No context of an earlier step may be left behind for a forward pass that nobody prepared."""
+    """No context of an earlier step may be left behind for a forward pass without one."""
     module = torch.nn.Identity()
     module.twofold_v_head_dim = 4
     with pytest.raises(AttributeError):

@@ -1,4 +1,4 @@
-"""What a rank makes of a step, as far as every rank must make the same of it."""
+"""The inputs that a rank prepares, where all ranks must prepare the same."""
 
 import numpy as np
 import pytest
@@ -45,8 +45,8 @@ def test_a_step_is_the_same_on_all_ranks(
 
 @pytest.mark.parametrize("num_ranks", [2, 4])
 def test_a_prompt_of_one_token_a_chunk_is_no_decode(num_ranks: int) -> None:
-    """2·P tokens are 2·P rows of one token, which attend to each other across ranks. Rows must travel in every layer,
-    so no graph of decodes, in which they travel at the end, may be used.
+    """2·P tokens are 2·P rows of one token, which attend to each other across ranks. KV entries must travel in every
+    layer, so no graph of decodes may be used: there they travel at the end.
     """
     for batch in prepare_all(num_ranks, (0, 2 * num_ranks)):
         assert (batch.plan.length == 1).all()

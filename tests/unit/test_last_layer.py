@@ -76,7 +76,7 @@ def test_one_request_that_asks_has_all_tokens_read_as_long_as_its_prompt_is_comp
 
 
 class ScaledParts(LlamaDecoderLayer):
-    """A layer that is handed one number for each part of its input's width: [1, parts, 1], whatever the tokens."""
+    """A layer that gets one number for each part of its input's width: [1, parts, 1], whatever the tokens."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, part_scales: torch.Tensor, **kwargs: Any) -> Any:
         parts = hidden_states.unflatten(-1, (part_scales.shape[1], -1))  # [1, T, parts, X]
@@ -177,7 +177,7 @@ def test_a_last_layer_that_comes_out_as_nothing_stays(monkeypatch: pytest.Monkey
 
 
 class SquareArgument(LlamaDecoderLayer):
-    """Is handed a number for each pair of tokens, [1, T, T]."""
+    """Gets a number for each pair of tokens, [1, T, T]."""
 
     def forward(self, hidden_states: torch.Tensor, *args: Any, pairs: torch.Tensor, **kwargs: Any) -> Any:
         return super().forward(hidden_states * pairs.diagonal(dim1=1, dim2=2)[..., None], *args, **kwargs)

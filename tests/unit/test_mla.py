@@ -127,12 +127,12 @@ def test_chunks_prefix_hits_and_preemption(deepseek: PreTrainedModel, num_ranks:
         deepseek, num_ranks, max_num_batched_tokens=32, num_blocks=36, block_size=8, max_model_len=160,
         enable_prefix_caching=True,
     )  # fmt: skip
-    for _ in range(2):  # the second time what was cached is found
+    for _ in range(2):  # the second time the cached prompt is found
         outputs = generate(engine, prompts, GREEDY)
         assert [output.outputs[0].token_ids for output in outputs] == expected
     steps = engine.executor.steps
     times_new = [new.number for step in steps for new in step.new]
-    assert len(times_new) > 2 * len(prompts), "nobody was preempted"
+    assert len(times_new) > 2 * len(prompts), "no request was preempted"
     hits = [
         step.batch.num_computed_tokens[step.batch.numbers.tolist().index(new.number)]
         for step in steps
@@ -419,7 +419,7 @@ class ReadsTheDevice(SDPABackend):
 @pytest.mark.parametrize("num_decode_rows", [0, 2])
 @pytest.mark.parametrize("spare", [0, 5])
 def test_rows_at_once_from_a_copy_of_their_blocks(spare: int, num_decode_rows: int) -> None:
-    """Layers with caches of their own share what was found out about the rows; a graph has room for more blocks."""
+    """Layers have separate caches, and share the copied block tables; a graph has room for more blocks."""
     torch.manual_seed(0)
     spec, backend = latent_spec(), ReadsTheDevice()
     known = make_metadata(

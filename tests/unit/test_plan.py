@@ -118,7 +118,7 @@ def test_tokens_of_a_split_request_differ_by_one_at_most(batch: ScheduledBatch, 
 @MANY
 @given(batches(), RANKS)
 def test_a_split_request_is_a_head_and_a_tail_on_every_rank(batch: ScheduledBatch, num_ranks: int) -> None:
-    """Chunks differ by one token at most, and rank r has chunks r and 2P-1-r: late ones are dearer than early ones."""
+    """Chunks differ by one token at most, and rank r has chunks r and 2P-1-r: late ones cost more than early ones."""
     part = partition(batch, num_ranks)
     for request in np.flatnonzero((batch.num_scheduled_tokens >= 2 * num_ranks) & (num_ranks > 1)):
         chunks = sorted(
@@ -182,7 +182,7 @@ def test_the_design_s_example() -> None:
 
 
 def test_the_last_chunk_of_a_prompt_is_not_a_decode() -> None:
-    """One token of a prompt left over after its other chunks: a whole row at its position, like a decode beside it."""
+    """A token of a prompt left over after its other chunks: a whole row at its position, like a decode in the step."""
     part = partition(make_batch([1, 1], [64, 7]), 2)
     assert rows_of(part, 0) == [(0, 64, 1)]
     assert rows_of(part, 1) == [(1, 7, 1)]
@@ -280,7 +280,7 @@ def test_the_bound_on_keys_holds(num_ranks: int, policy: str, lens: list[int], b
 
 
 def test_the_example_of_the_module() -> None:
-    """The picture beside the code is what the code does."""
+    """The picture in the docstring is what the code does."""
     plan = plan_step(make_batch([8, 1], [0, 4]), TokenLayout(2))
     assert plan.row_ptr.tolist() == [0, 3, 5]
     assert plan.num_padded_tokens == 5

@@ -45,7 +45,7 @@ def test_prompts_are_read(prompt: Any, text: str | None, token_ids: list[int]) -
     [
         (
             {"prompt": "a", "multi_modal_data": {"image": 1}},
-            "prompt field 'multi_modal_data' is not known, and the answer",
+            "prompt field 'multi_modal_data' is not known, and would have no effect",
         ),
         (
             {"prompt_token_ids": [1], "cache_salt": "x"},
@@ -75,7 +75,7 @@ def test_prompts_are_read(prompt: Any, text: str | None, token_ids: list[int]) -
     ],
 )
 def test_a_prompt_is_refused_by_name(prompt: Any, message: str) -> None:
-    """Keys that are not known were passed over: a question about an image was answered without it."""
+    """Unknown keys were ignored: a question about an image was answered without the image."""
     with pytest.raises(RequestError, match=message) as caught:
         READER.read(prompt)
     assert "\n" not in str(caught.value)

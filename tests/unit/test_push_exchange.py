@@ -1,4 +1,4 @@
-"""Pushing rows into the peers' buffers, with threads for ranks and their memory for that of GPUs."""
+"""Pushing KV entries into the peers' buffers, with threads as ranks, and their memory in place of a GPU's."""
 
 import sys
 import threading
@@ -12,7 +12,7 @@ import torch
 import torch.distributed._symmetric_memory as symmetric_memory
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
-from exchange_steps import MAX_NUM_ROWS, NUMS_OF_ROWS, WIDTHS, assert_equal, expected_caches, take_steps
+from exchange_steps import MAX_NUM_ENTRIES, NUMS_OF_ENTRIES, WIDTHS, assert_equal, expected_caches, take_steps
 from harness import ThreadMesh
 
 from twofold.parallel.exchange import Exchange
@@ -59,10 +59,10 @@ def test_all_ranks_get_all_rows(size: int, monkeypatch: pytest.MonkeyPatch) -> N
 
     def run_rank(rank: int) -> list[torch.Tensor]:
         mesh = Mesh(rank, parts, barrier, buffers)
-        exchange = Exchange(mesh, Push(mesh, CPU, MAX_NUM_ROWS * max(WIDTHS) * 2))
+        exchange = Exchange(mesh, Push(mesh, CPU, MAX_NUM_ENTRIES * max(WIDTHS) * 2))
         return take_steps(exchange, rank, size, CPU, lambda: time.sleep(0.002))
 
     with ThreadPoolExecutor(size) as threads:
-        expected = expected_caches(size, NUMS_OF_ROWS)
+        expected = expected_caches(size, NUMS_OF_ENTRIES)
         for rank, caches in enumerate(threads.map(run_rank, range(size))):
             assert_equal(caches, expected, rank)

@@ -42,7 +42,7 @@ def params(**changes: Any) -> SamplingParams:
     return SamplingParams(**({"temperature": 0, "max_tokens": MAX_TOKENS} | changes))
 
 
-# Prompts of all lengths, and every way to sample. Seeds are given: what is drawn without one follows the order.
+# Prompts of all lengths, and every way to sample. Seeds are given, since seeds that are drawn depend on the order.
 PREFIX = random_prompt(40)
 PLAIN: list[tuple[list[int], SamplingParams]] = [
     (random_prompt(1), params()),
@@ -103,8 +103,8 @@ def assert_same_logprobs(mine: Any, theirs: Any) -> None:
 VARIANTS: dict[str, dict[str, Any]] = {
     "one batch": {},
     "chunks of 7": {"max_num_batched_tokens": 7},
-    "chunks of 24, pages of 3": {"max_num_batched_tokens": 24, "block_size": 3},
-    "pages of one token": {"block_size": 1},
+    "chunks of 24, blocks of 3": {"max_num_batched_tokens": 24, "block_size": 3},
+    "blocks of one token": {"block_size": 1},
     "no prefix caching": {"enable_prefix_caching": False, "max_num_batched_tokens": 50},
     "three at a time": {"max_num_seqs": 3},
     "preempted": {"max_model_len": 88, "block_size": 4, "num_blocks": 23},
@@ -153,7 +153,7 @@ def test_the_answer_is_always_the_same(
 def test_no_memory_is_read_before_it_is_written(
     model: PreTrainedModel, expected: dict[str, list[RequestOutput]], num_ranks: int
 ) -> None:
-    """Buffers, padding, ends of pages: whatever came with the memory would be a NaN in some answer."""
+    """Buffers, padding, ends of blocks: reading unwritten memory would give NaN in some answer."""
     engine = make_engine(model, num_ranks, max_num_batched_tokens=33)
     requests = PLAIN + COUNTING
     outputs = generate(engine, [prompt for prompt, _ in requests], [one for _, one in requests])
@@ -263,7 +263,7 @@ def test_prompts_shorter_than_the_ranks_need(model: PreTrainedModel, num_ranks: 
 @pytest.mark.parametrize("num_ranks", RANKS)
 @pytest.mark.parametrize(("length", "num_cached"), [(48, 32), (49, 48), (47, 32), (16, 0), (17, 16)])
 def test_a_whole_prompt_in_the_cache(model: PreTrainedModel, num_ranks: int, length: int, num_cached: int) -> None:
-    """One token must still run: from its hidden state the answer begins. Pages are of 16 tokens."""
+    """One token must still run: its hidden state gives the first token of the answer. Blocks have 16 tokens."""
     prompt = random_prompt(length)
     engine = make_engine(model, num_ranks)
     first = generate(engine, [prompt], params(logprobs=1))[0]
@@ -282,7 +282,7 @@ def test_answers_are_cached_as_prompts_are(model: PreTrainedModel) -> None:
     answer = generate(engine, [prompt], params(max_tokens=40))[0].outputs[0].token_ids
     following = prompt + answer + random_prompt(6)
     output = generate(engine, [following], params())[0]
-    assert output.num_cached_tokens == 64  # of 30 + 40 tokens, the last of which was not computed
+    assert output.num_cached_tokens == 64  # of 30 + 40 tokens; the last was not computed
     assert_same([output], generate(alone, [following], params()))
     for one in (engine, alone):
         one.shutdown()
@@ -437,7 +437,7 @@ def test_aborting_one_leaves_the_others(
         assert {one.finish_reason for one in output.outputs} == {"abort"}
         assert engine.abort_request(name) is None
     assert len(output.outputs[0].token_ids) == 0
-    assert engine.abort_request("nobody") is None
+    assert engine.abort_request("unknown") is None
     engine.add_request("waiting", doomed["waiting"], params(max_tokens=1))
     while engine.has_unfinished_requests or engine.scheduler.num_in_flight:
         finished |= {output.request_id: output for output in engine.step() if output.finished}
@@ -467,7 +467,7 @@ def test_an_idle_engine_is_clean(model: PreTrainedModel, num_ranks: int) -> None
     engine.shutdown()
 
 
-def test_a_wrong_request_touches_nobody(model: PreTrainedModel, expected: dict[str, list[RequestOutput]]) -> None:
+def test_a_wrong_request_affects_no_other(model: PreTrainedModel, expected: dict[str, list[RequestOutput]]) -> None:
     """Invariant 9, in the middle of others' answers; each message names the value and the limit."""
     engine = make_engine(model, 2, max_model_len=100, max_num_batched_tokens=30)
     wrong: list[tuple[Any, str]] = [

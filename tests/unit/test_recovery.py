@@ -57,7 +57,7 @@ def fail(scheduler: Scheduler) -> str:
     return names_of(scheduler.restart(BlockPool(100, 4)))
 
 
-def test_suspects_run_one_at_a_time_and_nobody_is_overtaken() -> None:
+def test_suspects_run_one_at_a_time_and_in_order() -> None:
     """Guards isolation: of those that were in the failed step a step has one at most, until it is past it."""
     scheduler = make_scheduler("abcd", seqs=3)
     assert next_names(scheduler) == "abc"

@@ -1,4 +1,4 @@
-"""What stands beside a figure: the command that gives it again."""
+"""What a benchmark reports with a figure: the command that repeats it."""
 
 import pytest
 

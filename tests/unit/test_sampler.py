@@ -21,7 +21,6 @@ from twofold.sampling_params import SamplingParams
 from twofold.worker.sampler import SamplingBatch, compute_logprobs, gumbel, row_keys, sample
 
 torch.set_num_threads(1)
-NOTHING = np.empty(0, np.int32)
 
 
 def build(
@@ -98,7 +97,7 @@ def test_presence_and_frequency_penalties_count_the_output_only() -> None:
 
 
 def test_penalties_turn_greedy_rows_and_no_others() -> None:
-    """Guards greedy rows with penalties, beside a row without; the caller's logits stay as they were."""
+    """Guards greedy rows with penalties in a batch with a row without; the caller's logits stay as they were."""
     logits = torch.tensor([[3.0, 2.0, 1.0]]).repeat(3, 1)
     before = logits.clone()
     penalised = SamplingParams(temperature=0, frequency_penalty=0.6)
@@ -108,7 +107,7 @@ def test_penalties_turn_greedy_rows_and_no_others() -> None:
 
 
 def test_forbidden_tokens_are_never_drawn() -> None:
-    """Guards min_tokens: neither greedy nor random rows may end early. An id outside the vocabulary hurts nobody."""
+    """Guards min_tokens: neither greedy nor random rows may end early. An id outside the vocabulary has no effect."""
     logits = torch.tensor([9.0, 1.0, 0.0])
     greedy = build([SamplingParams(temperature=0)] * 2, forbidden=[(0, 2**31 - 1), ()])
     assert sample(logits.expand(2, -1), greedy)[0].tolist() == [1, 0]
@@ -127,7 +126,7 @@ def test_greedy_takes_the_lowest_of_equal_tokens(dtype: torch.dtype) -> None:
 
 @pytest.mark.parametrize("other", [3, 999])
 def test_equal_tokens_are_cut_from_the_highest_id(other: int) -> None:
-    """Guards top-k among equal logits, -0 and 0 among them, and that its cheap way (all rows cut short) is the long."""
+    """Guards top-k with equal logits, also -0 and 0. Its fast way (all rows cut short) must equal the slow one."""
     logits = torch.zeros(64)
     logits[::2] = -0.0
     logits[40:] = -1
@@ -152,7 +151,7 @@ def varied_params(size: int) -> list[SamplingParams]:
 @settings(max_examples=25, deadline=None)
 @given(st.permutations(range(12)), st.integers(1, 12))
 def test_a_token_does_not_depend_on_its_batch(order: list[int], size: int) -> None:
-    """Guards invariant 7: any rows beside a row, in any order, leave its token as it is."""
+    """Guards invariant 7: other rows of the batch, in any order, do not change a row's token."""
     logits = torch.randn(12, 200, generator=torch.Generator().manual_seed(3))
     params = varied_params(12)
     history = [[i, i + 1, i] for i in range(12)]

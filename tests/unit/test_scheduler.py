@@ -194,7 +194,7 @@ def test_length_limits_stop_scheduling_in_time(limits):
 
 
 def test_token_after_the_end_is_dropped():
-    """A stop token found in step n makes step n+1's token, sampled already, one that nobody asked for."""
+    """A stop token in step n ends the request; step n+1 has sampled a token already, which must be dropped."""
     scheduler = make_scheduler()
     request = make_request(eos=frozenset({EOS}))
     scheduler.add(request)
@@ -256,7 +256,7 @@ def test_stop_string_outranks_length():
 
 
 def test_finish_ends_a_running_request():
-    """A stop string ends a request whose next token is in flight."""
+    """A stop string ends a request while its next token is in flight."""
     scheduler = make_scheduler()
     request = make_request()
     scheduler.add(request)
@@ -328,7 +328,7 @@ def test_head_of_the_queue_is_not_overtaken():
 
 
 def test_prompt_short_of_blocks_keeps_them_and_its_turn():
-    """Neither is a half-computed prompt thrown out while nobody before it needs its blocks, nor is it overtaken."""
+    """A half-computed prompt keeps its blocks while no earlier request needs them, and it is not overtaken."""
     scheduler = make_scheduler(num_blocks=9, budget=16, caching=False)
     scheduler.add(make_request("a", 4, 20))
     scheduler.add(make_request("b", 30))
@@ -377,7 +377,7 @@ def test_preempted_request_waits_for_its_token_in_flight():
 
 
 def test_token_in_flight_may_finish_a_preempted_request():
-    """Its last token was sampled before it was preempted: it is done, not to be computed anew."""
+    """Its last token was sampled before it was preempted: it is done, and must not run again."""
     scheduler = make_scheduler(num_blocks=5, caching=False)
     scheduler.add(make_request("a", 8, 8))
     request = make_request("b", 8, 1)
@@ -443,7 +443,7 @@ def test_whole_prompt_hit_still_runs_a_token():
 
 
 def test_prompt_logprobs_compute_every_token():
-    """Cached tokens have no logits; what was asked of each prompt token needs them."""
+    """Cached tokens have no logits, and prompt log-probabilities need them."""
     scheduler = make_scheduler()
     scheduler.add(make_request("a", 8, 1))
     answer(scheduler, next_step(scheduler))
@@ -452,7 +452,7 @@ def test_prompt_logprobs_compute_every_token():
 
 
 def test_output_is_cached_once_it_is_known():
-    """The next turn of a chat finds the answer too, but never a block whose tokens are placeholders."""
+    """The next turn of a chat finds the answer too, but never a block with placeholders."""
     scheduler = make_scheduler()
     request = make_request("a", 7, 6)
     scheduler.add(request)
@@ -502,8 +502,8 @@ def test_those_that_wait_for_a_prefix_let_others_pass_and_keep_their_turn():
 
 
 @pytest.mark.parametrize("end", ["abort", "preempt"])
-def test_nobody_waits_for_a_prefix_that_is_computed_no_more(end):
-    """The one that computed it is aborted, or loses its blocks: the next in line computes it."""
+def test_no_request_waits_for_a_prefix_that_is_no_longer_computed(end):
+    """The request that computed it is aborted, or loses its blocks: the next request computes it."""
     scheduler = make_scheduler(num_blocks=9, budget=8)
     if end == "preempt":
         scheduler.add(make_request("early", [1, 2, 3, 4], 20))

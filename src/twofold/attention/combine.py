@@ -1,4 +1,4 @@
-"""What becomes of a backend's output and log-sum-exp: merged with those over other keys, scaled by sinks.
+"""What is done to a backend's output and log-sum-exp: merging over disjoint keys, scaling by sinks.
 
 out = Σ exp(logit) · value / Σ exp(logit)        lse = log Σ exp(logit), -inf where there is no key, and out is 0
 """
@@ -15,8 +15,8 @@ def merge(
 
 
 def apply_sinks(out: torch.Tensor, lse: torch.Tensor, sinks: torch.Tensor) -> torch.Tensor:
-    """Changes `out` [N, H, Dv] of log-sum-exp [N, H] to what it is with sinks [H], and returns it.
+    """Applies sinks [H] to `out` [N, H, Dv] with log-sum-exp [N, H], in place, and returns it.
 
-    A sink adds exp(sink) to the softmax's sum: exp(lse) / (exp(lse) + exp(sink)) of the output is left.
+    A sink adds exp(sink) to the softmax's sum, so the output is scaled by exp(lse) / (exp(lse) + exp(sink)).
     """
     return out.mul_(torch.sigmoid(lse - sinks).unsqueeze(-1))

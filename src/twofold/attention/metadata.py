@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 class AttentionMetadata:
     """V rows (virtual requests) of T tokens. Row v's queries are the last `query_len` of its `seq_len` keys.
 
-    Tensors on the device have V' rows: the padding's too, up to N tokens. Attention of padding must be finite.
+    Tensors on the device have V' rows: these and rows of padding, N tokens in all. Attention of padding must be finite.
     """
 
     num_tokens: int  # T
@@ -66,7 +66,7 @@ class AttentionMetadata:
         return self._decode_rows
 
     def longer_rows(self) -> "AttentionMetadata":
-        """The rows after those; their tokens keep their places. Made once, too."""
+        """The rows after the leading rows of one token; their tokens keep their places. Made once, too."""
         if self._longer_rows is None:
             first = self.num_decode_rows
             self._longer_rows = self

@@ -1,13 +1,13 @@
-"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): a KV entry is a latent, which heads are made of.
+"""Multi-head latent attention (DeepSeek-V2, arXiv:2405.04434): a KV entry is a latent; heads are computed from it.
 
     KV entry         | latent: L | RoPE part: R |             this is published, exchanged and stored
     head h's key     | key_weight[h] · latent | RoPE part |   D numbers
     head h's value   | value_weight[h] · latent |             Dv numbers
 
 Rows of a prompt expand the entries of their keys: all of them at once from a copy of their blocks, or in bounded pieces
-that are merged by log-sum-exp. A row of one token would expand its whole prefix for one query. So it goes the other
-way (the paper's absorption): its query moves into the space of the entries, attends to them as they lie in the
-kv_cache, and what it gets moves out through `value_weight`.
+that are merged by log-sum-exp. A row of one token would expand its whole prefix for one query. So it uses the paper's
+absorption: its query is projected into the space of the entries and attends to them in the kv_cache, and the result is
+projected by `value_weight`.
 
 `models/transforms/latents.py` makes a model hand over latents.
 """
@@ -25,9 +25,8 @@ from twofold.attention.rows import place_row_blocks, row_entries
 from twofold.attention.spec import LatentSpec
 from twofold.kv.cache import copy_blocks
 
-MAX_QUERIES_AT_ONCE = 8192  # of a row that expands all of its keys at once; a CUDA graph holds none that is longer
 PIECE_BYTES = 1 << 30  # of heads expanded at once: more pieces to merge take longer, larger ones take memory
-MAX_QUERIES_AT_ONCE = 8192  # of a row. Longer rows go in pieces: a head and its tail then share what is expanded
+MAX_QUERIES_AT_ONCE = 8192  # of a row. Longer rows go in pieces, so that head and tail of a prompt share expanded heads
 
 
 @dataclass(slots=True)
@@ -89,7 +88,7 @@ def absorb(query: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
 
 
 def project_values(latents: torch.Tensor, spec: LatentSpec, out: torch.Tensor) -> None:
-    """Averages of latents [B, H, L] as averages of values, written to `out` [B, H, Dv]."""
+    """Projects averages of latents [B, H, L] to averages of values, and writes them to `out` [B, H, Dv]."""
     torch.bmm(latents.transpose(0, 1), spec.value_weight.mT, out=out.transpose(0, 1))
 
 
@@ -101,7 +100,7 @@ def expand(entries: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
     k_nope = keys[..., : -spec.qk_rope_head_dim]
     keys[..., -spec.qk_rope_head_dim :] = k_rope
     if entries.is_cuda:
-        # A product for each head, written where it belongs: to move the parts takes a GPU longer than the products.
+        # A product for each head, written in its place: moving the parts would take a GPU longer than the products.
         latents = latents.flatten(0, -2).expand(spec.num_heads, -1, -1)
         for out, weight in ((k_nope, spec.key_weight), (values, spec.value_weight)):
             torch.bmm(latents, weight.mT, out=out.flatten(0, -3).transpose(0, 1))
@@ -113,23 +112,20 @@ def expand(entries: torch.Tensor, spec: LatentSpec) -> torch.Tensor:
 
 
 def piece_tokens(spec: LatentSpec, itemsize: int) -> int:
-    """Tokens whose heads are expanded at once."""
+    """Number of tokens to expand at once."""
     return max(PIECE_BYTES // (spec.expanded.entry_width * itemsize), 1)
 
 
 def max_attention_bytes(spec: LatentSpec, num_tokens: int) -> int:
-    """Memory that attention of so many queries takes at most.
-
-    That is a piece, the entries that it is made of, and three outputs in float32.
-    """
+    """Most memory that attention of `num_tokens` queries takes: a piece, its entries, and three outputs in float32."""
     piece = PIECE_BYTES + PIECE_BYTES * spec.entry_width // spec.expanded.entry_width
     return piece + 3 * num_tokens * spec.num_heads * spec.v_head_dim * 4
 
 
 def shared_prefixes(metadata: AttentionMetadata, first_row: int, block_size: int) -> Iterator[list[int]]:
-    """Rows from `first_row` on, together as long as each has all blocks of the one before it, in the same places.
+    """Groups of rows from `first_row` on, in which each row has all blocks of the row before it, in the same places.
 
-    Those are the rows of one prompt, its head and its tail: what is expanded for the tail serves the head.
+    A group is the head and the tail of one prompt. The heads expanded for the tail serve the head, too.
     """
     tables, seq_lens = metadata.block_tables_np, metadata.seq_lens_np
     rows: list[int] = []
@@ -160,9 +156,10 @@ def _attend_pieces(
     rows: list[int],
     out: torch.Tensor,
 ) -> None:
-    """Rows that share their keys; writes their part of `out`.
+    """Attends from rows that share their keys, and writes their part of `out`.
 
-    Of a piece of keys, low to high, queries before low see none, those before high up to their own, the others all.
+    Of a piece of keys, low to high, queries before low attend to none, queries before high to those up to their own
+    position, and later queries to all.
     """
     bounds, seq_lens = metadata.query_start_np.tolist(), metadata.seq_lens_np.tolist()
     total, step = seq_lens[rows[-1]], piece_tokens(spec, query.itemsize)

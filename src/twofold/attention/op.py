@@ -6,7 +6,7 @@
 They are two so that entries can travel while this rank still computes its queries.
 
 The model passes its projections and nothing else. The *forward context*, which the model runner sets around the forward
-pass, says which rows the tokens belong to, where their blocks lie and who else computes.
+pass, has the rest: rows, their blocks, the cache, the exchange and the backend.
 """
 
 import threading
@@ -41,9 +41,9 @@ class ForwardContext:
     exchange: Exchange
     backend: AttentionBackend
     metadata: AttentionMetadata
-    layer: int = -1  # whose attention runs now
+    layer: int = -1  # the layer that runs its attention now
     on_publish: Callable[[torch.Tensor], None] | None = None  # takes a layer's KV entries in place of `publish`
-    copied: mla.CopiedRows | None = None  # what layers with latents share
+    copied: mla.CopiedRows | None = None  # shared by layers with latents
 
     def publish(self, entries: torch.Tensor) -> None:
         """Sends the next layer's KV entries [N, entry_width] on their way into every rank's kv_cache."""
@@ -71,7 +71,7 @@ def forward_context(context: ForwardContext) -> Iterator[None]:
 
 
 def _publish(entries: torch.Tensor) -> torch.Tensor:
-    """Sends my KV entries [N, entry_width] on their way. Returns nothing worth reading."""
+    """Sends my KV entries [N, entry_width] on their way. The returned tensor is empty."""
     context: ForwardContext = _current.context
     (context.on_publish or context.publish)(entries)
     return entries.new_empty(0)
@@ -80,7 +80,7 @@ def _publish(entries: torch.Tensor) -> torch.Tensor:
 def _attend(query: torch.Tensor, entries: torch.Tensor, published: torch.Tensor, v_head_dim: int) -> torch.Tensor:
     """query [N, H, D] → [N, H, Dv], once everyone's entries have arrived.
 
-    `entries` and `published` are here only so that a compiler keeps the order, and the memory that is being sent.
+    `entries` and `published` are arguments only to make a compiler keep the order, and the memory that is being sent.
     """
     context: ForwardContext = _current.context
     spec = context.specs[context.layer]
@@ -94,11 +94,11 @@ def _attend(query: torch.Tensor, entries: torch.Tensor, published: torch.Tensor,
 
 
 _library = torch.library.Library("twofold", "DEF")
-_library.define("publish(Tensor rows) -> Tensor")
+_library.define("publish(Tensor entries) -> Tensor")
 _library.define("attend(Tensor query, Tensor entries, Tensor published, int v_head_dim) -> Tensor")
 _library.impl("publish", _publish, "CompositeExplicitAutograd")
 _library.impl("attend", _attend, "CompositeExplicitAutograd")
-torch.library.register_fake("twofold::publish", lambda rows: rows.new_empty(0), lib=_library)
+torch.library.register_fake("twofold::publish", lambda entries: entries.new_empty(0), lib=_library)
 torch.library.register_fake(
     "twofold::attend",
     lambda query, entries, published, v_head_dim: query.new_empty(*query.shape[:2], v_head_dim),

@@ -28,14 +28,14 @@ def row_entries(
 def place_row_blocks(
     block_tables: torch.Tensor, seq_lens: torch.Tensor, num_blocks: int, block_size: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The rows' blocks side by side: for a kernel that wants all keys of a row made first.
+    """Places the rows' blocks side by side, for a kernel that needs all keys of a row expanded before it runs.
 
         blocks of row 0   | 7 | 3 |        sources    | 7 | 3 | 3 | 5 | 1 | -1 | -1 |
         blocks of row 1   | 3 | 5 | 1 |    tables     | 0 | 1 |   | 2 | 3 | 4 |
 
     block_tables [V, B], seq_lens [V] → sources [num_blocks]: copied block -> block, -1 where the rows have no more; and
-    the rows' block tables into the copy, [V, B]. The rows have at most `num_blocks`. The device alone knows how many
-    they have, so a CUDA graph of it serves other steps too.
+    the rows' block tables into the copy, [V, B]. The rows have at most `num_blocks` blocks. How many they have is known
+    on the device only, so one CUDA graph serves all steps.
     """
     device, (num_rows, num_columns) = block_tables.device, block_tables.shape
     counts = (seq_lens + block_size - 1) // block_size

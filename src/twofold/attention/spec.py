@@ -1,6 +1,6 @@
-"""What one layer's attention computes, as far as it does not change from step to step, and what a KV entry looks like.
+"""What one layer's attention computes in every step, and what is in its KV entries.
 
-A *KV entry* is all that a layer keeps of a token. Only a spec knows what is where in it:
+A *KV entry* is all that a layer keeps of a token. Only a spec knows its parts:
 
     AttentionSpec   | keys of Hk heads: Hk * D | values of Hk heads: Hk * Dv |
     LatentSpec      | latent: L                | RoPE part of the keys: R    |
@@ -13,7 +13,7 @@ import torch
 
 @dataclass(frozen=True, slots=True, eq=False)
 class AttentionSpec:
-    """Read off the layer's own call of the attention interface (`models/support.py`), so no family needs code."""
+    """Read off the layer's own call of the attention interface (`models/probe.py`), so no family needs code."""
 
     num_heads: int  # H
     num_kv_heads: int  # Hk
@@ -34,7 +34,7 @@ class AttentionSpec:
     def pack(key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """KV entries [N, entry_width] of what a module hands to attention: key [N, Hk, D], value [N, Hk, Dv].
 
-        It is the same for all specs: a compiled layer packs without knowing which of them is its own.
+        It is the same for all specs, so a compiled layer can pack without knowing its own spec.
         """
         return torch.cat([key.flatten(1), value.flatten(1)], dim=-1)
 

@@ -6,8 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from twofold.bench.report import environment
-from twofold.cli.arguments import add_engine_arguments, chosen
 from twofold.config import EngineConfig
+from twofold.flags import add_engine_arguments, chosen
 
 
 def add_lengths(parser: ArgumentParser, input_len: int) -> None:

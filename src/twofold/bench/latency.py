@@ -68,7 +68,7 @@ def run(args: Namespace) -> int:
 
 
 def start_drive(engine: "LLMEngine") -> Drive:
-    """One whose steps give an output for each request that got a token."""
+    """A drive in which each step gives an output for every request that got a token."""
     return Drive(engine, output_kind=OutputKind.DELTA, recover=False)
 
 

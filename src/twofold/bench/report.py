@@ -1,4 +1,4 @@
-"""What a benchmark says beside its figures: commit, command, versions, hardware, and bytes per token."""
+"""What a benchmark reports with its figures: commit, command, versions, hardware, and bytes per token."""
 
 import os
 import platform

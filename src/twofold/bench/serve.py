@@ -142,7 +142,7 @@ def run(args: Namespace) -> int:
     try:
         import httpx
     except ModuleNotFoundError:
-        raise ConfigError("httpx is not installed; run: pip install 'twofold[server]'") from None
+        raise ConfigError("httpx is not installed; run: pip install '.[server]' in Twofold's checkout") from None
     percentiles = _numbers("--metric-percentiles", args.metric_percentiles)
     shown = [name for name in args.percentile_metrics.split(",") if name]
     if wrong := [name for name in shown if name not in METRICS]:

@@ -43,7 +43,7 @@ def run(args: Namespace) -> int:
     try:
         import httpx
     except ModuleNotFoundError:
-        raise ConfigError("httpx is not installed; run: pip install 'twofold[server]'") from None
+        raise ConfigError("httpx is not installed; run: pip install '.[server]' in Twofold's checkout") from None
     key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
     timeout = httpx.Timeout(None, connect=10)
     headers = {"Authorization": f"Bearer {key}"} if key else {}

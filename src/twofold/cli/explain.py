@@ -2,7 +2,7 @@
 
 The drawing shows the partition that ranks compute from the step. Nothing is run without --model. Each request has
 --lens tokens to compute, after --computed tokens that are in the cache. A token attends to itself and all tokens before
-it. The cost of attention is the number of attended pairs; the cost of all else is the number of tokens.
+it. The cost of attention is the number of attended pairs; the cost of everything else is the number of tokens.
 """
 
 import colorsys

@@ -19,10 +19,10 @@ from rich.console import Console
 from tqdm import tqdm
 
 from twofold import ConfigError, RequestError, RequestOutput, SamplingParams
-from twofold.cli.arguments import add_engine_arguments, add_fields, chosen
 from twofold.config import EngineConfig
 from twofold.engine.drive import Drive
 from twofold.errors import GIVEN_UP, EngineError, TwofoldError
+from twofold.flags import add_engine_arguments, add_fields, chosen
 
 if TYPE_CHECKING:
     from twofold import LLM

@@ -1,4 +1,4 @@
-"""The `twofold` command. Each sub-command is a module beside this one, and imports PyTorch only when it runs.
+"""The `twofold` command. Each sub-command is a module of this package, and imports PyTorch only when it runs.
 
 Exit codes: see EXIT_CODES. An error is one line on stderr.
 """

@@ -1,9 +1,9 @@
 """list which model types of Transformers are served, and why not the others
 
-A type is served if nothing that its configuration declares speaks against it. A model's directory is served if, beside
-that, all its weights are understood: their files are whole, of full precision, and hold what the model's code uses and
-nothing else. A model is checked once more when it is loaded: it is run twice with attention cut off, and refused if its
-tokens still see each other. A type that is not known here is refused, never answered wrongly.
+A type is served if its configuration gives no reason against it. A model's directory is served if, in addition, all its
+weights are understood: their files are complete, of full precision, and hold exactly the tensors that the model's code
+uses. A model is checked again when it is loaded: it runs twice without attention, and is refused if its tokens still
+affect each other. A type that is not known here is refused, never answered wrongly.
 """
 
 import json

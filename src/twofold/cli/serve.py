@@ -9,9 +9,9 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 
-from twofold.cli.arguments import add_engine_arguments, add_fields, chosen
 from twofold.config import EngineConfig
 from twofold.errors import ConfigError
+from twofold.flags import add_engine_arguments, add_fields, chosen
 from twofold.server.config import ServerConfig, bind
 
 SERVER_HELP = {
@@ -44,5 +44,7 @@ def run(args: Namespace) -> int:
         try:
             from twofold.server.run import load, serve
         except ModuleNotFoundError as error:
-            raise ConfigError(f"{error.name} is not installed; run: pip install 'twofold[server]'") from None
+            raise ConfigError(
+                f"{error.name} is not installed; run: pip install '.[server]' in Twofold's checkout"
+            ) from None
         return serve(server, load(config), listener)

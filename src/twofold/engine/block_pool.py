@@ -1,4 +1,4 @@
-"""The blocks of the key-value cache: who may write to which, and which full ones can be read again.
+"""The blocks of the KV cache: which request writes to which block, and which full blocks can be read again.
 
 A block holds `block_size` consecutive tokens of one request. A full block may be cached under a hash that names its
 tokens and all before them; it then outlives its request and is evicted, least recently used first, only when no blank
@@ -51,7 +51,7 @@ class BlockPool:
 
     @property
     def num_free(self) -> int:
-        """Blocks that `allocate` can hand out: blank ones, and cached ones that nobody references."""
+        """Blocks that `allocate` can hand out: blank ones, and cached ones without a reference."""
         return len(self._returned) + self.num_blocks - self._first_fresh + len(self._evictable)
 
     @property
@@ -105,7 +105,7 @@ class BlockPool:
 
         Raises EngineError if a block has no reference left.
         """
-        for block in reversed(blocks):  # the tail of a prompt is of use to fewer than its head: it is evicted first
+        for block in reversed(blocks):  # fewer requests share the tail of a prompt: it is evicted first
             if not self._num_refs[block]:
                 raise EngineError(f"block {block} was freed twice")
             self._num_refs[block] -= 1
@@ -115,7 +115,7 @@ class BlockPool:
                 self._evictable[block] = None
             else:
                 heappush(self._returned, block)
-        if len(self._returned) == self._first_fresh - 1:  # all are blank, as good as never used: runs are whole again
+        if len(self._returned) == self._first_fresh - 1:  # all are blank: hand out ids from the first one on again
             self._returned.clear()
             self._first_fresh = NULL_BLOCK_ID + 1
 

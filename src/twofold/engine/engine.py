@@ -1,6 +1,6 @@
-"""The step loop: schedule, submit, collect. The engine is the parent of the ranks and keeps all that users sent.
+"""The step loop: schedule, submit, collect. The engine starts the ranks and keeps all that users sent.
 
-So it can lose the ranks: `recover` starts new ones, and every request goes on from its prompt and its tokens so far.
+So no request is lost with the ranks: `recover` starts new ones, and every request continues from its tokens so far.
 """
 
 import hashlib
@@ -62,11 +62,11 @@ class LLMEngine:
         self.prompts = PromptReader(tokenizer, self.vocab_size, self.scheduler.max_num_tokens, runtime.max_model_len)
         self.outputs = OutputProcessor(tokenizer)
         self.stats = EngineStats()
-        self._in_flight: deque[tuple[ScheduledBatch, float]] = deque()  # and when it could begin
+        self._in_flight: deque[tuple[ScheduledBatch, float]] = deque()  # batch, and when its step could begin
         self._num_seeds = 0
 
     def _open(self, executor: Executor) -> BlockPool:
-        """Puts ranks that have just loaded their model to use; the blocks that they hold."""
+        """Has new ranks allocate their caches → the pool of their blocks."""
         self.executor = executor
         try:
             num_blocks = self._num_blocks(self.runtime)
@@ -120,7 +120,7 @@ class LLMEngine:
         requests = []
         for index in range(params.n):
             seed = self._draw_seed() if params.seed is None else params.seed + index
-            # The first answer's prompt is computed; the others find it in the cache, where nothing needs all of it.
+            # The first answer computes the prompt. The others find it in the cache; prompt_logprobs would prevent that.
             own = params if index == 0 else replace(params, prompt_logprobs=None)
             requests.append(Request(token_ids, own, seed=seed, eos_token_ids=self.runtime.eos_token_ids))
         with held_back():
@@ -141,7 +141,7 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """One step of all ranks; the outputs that are due of requests that got a token.
 
-        An interrupt (Ctrl-C) comes only while the ranks compute, when nothing is taken by half.
+        An interrupt (Ctrl-C) comes only while the ranks compute: a result is taken completely or not at all.
         """
         with held_back():
             return self._step()
@@ -165,7 +165,7 @@ class LLMEngine:
         return self._update(results)
 
     def step_or_recover(self) -> list[RequestOutput]:
-        """`step`, and `recover` where that finds the ranks lost; after `shutdown` they stay lost."""
+        """`step`, or `recover` if the ranks were lost; after `shutdown` it raises."""
         try:
             return self.step()
         except EngineError as error:
@@ -222,7 +222,7 @@ class LLMEngine:
         raise EngineError(f"the ranks did not start in {len(RESTART_DELAYS)} tries")
 
     def check(self) -> None:
-        """Looks after ranks while there is nothing to do.
+        """Checks the ranks while there is nothing to do.
 
         Raises:
             RankDiedError: a rank ended.
@@ -252,7 +252,7 @@ class LLMEngine:
         return [self.outputs.output(request_id) for request_id in changed if self.outputs.is_due(request_id)]
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
-        """Ends a request; its output as far as it came, or None if there is none of that id."""
+        """Ends a request → its output so far, or None if there is no request of that id."""
         user = self.outputs.user_requests.get(request_id)
         if user is None:
             return None
@@ -262,7 +262,7 @@ class LLMEngine:
             return self.outputs.output(request_id)
 
     def profile(self, start: bool) -> list[Breakdown | None]:
-        """Starts noting what kernels run on every rank, or stops; → each rank's breakdown then."""
+        """Starts timing the kernels of every rank, or stops → each rank's breakdown."""
         return self.executor.profile(start)
 
     @property
@@ -307,7 +307,7 @@ class LLMEngine:
         )
 
     def snapshot(self) -> EngineSnapshot:
-        """What metrics show. May be called from any thread; the numbers may be a step apart."""
+        """What metrics show. May be called from any thread; numbers may come from two neighbouring steps."""
         scheduler, pool = self.scheduler, self.block_pool
         return EngineSnapshot(
             num_running=scheduler.num_running,
@@ -330,7 +330,7 @@ class LLMEngine:
         return progress
 
     def kill(self) -> None:
-        """Ends the ranks at once; from any thread, while another waits for them in `step`."""
+        """Ends the ranks at once. Any thread may call it, while another waits for them in `step`."""
         self.executor.kill()
 
     def shutdown(self) -> None:

@@ -52,7 +52,7 @@ class OutputProcessor:
     def __init__(self, tokenizer: "PreTrainedTokenizerBase | None") -> None:
         self.tokenizer = tokenizer
         self.user_requests: dict[str, UserRequest] = {}
-        self._sequence_of: dict[int, tuple[UserRequest, Sequence]] = {}  # number of a request -> whose it is
+        self._sequence_of: dict[int, tuple[UserRequest, Sequence]] = {}  # by number of the request
 
     def add(
         self,

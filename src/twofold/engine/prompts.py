@@ -1,4 +1,4 @@
-"""What a user hands in with a request: prompts become token ids, sampling parameters are what they should be."""
+"""Checks what a user passes with a request: prompts, which become token ids, and sampling parameters."""
 
 import reprlib
 from collections.abc import Sequence
@@ -51,7 +51,7 @@ class PromptReader:
         if len(token_ids) > limit:
             raise _wrong(
                 f"the prompt has {len(token_ids)} tokens, more than the {limit} that max_model_len="
-                f"{self.max_model_len} leaves beside one of the answer; shorten it or raise max_model_len"
+                f"{self.max_model_len} leaves with one of the answer; shorten it or raise max_model_len"
             )
         return text, token_ids
 
@@ -94,7 +94,7 @@ def _fields(prompt: dict[str, Any]) -> tuple[str | None, Any]:
     given = {name: value for name, value in prompt.items() if value is not None}
     if unknown := [name for name in given if name not in FIELDS]:
         raise _wrong(
-            f"prompt field {reprlib.repr(unknown[0])} is not known, and the answer would not heed it; "
+            f"prompt field {reprlib.repr(unknown[0])} is not known, and would have no effect; "
             f"known are {' and '.join(FIELDS)}"
         )
     if not given:

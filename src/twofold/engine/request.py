@@ -16,7 +16,7 @@ class RequestStatus(Enum):
 
     WAITING = auto()
     RUNNING = auto()
-    PREEMPTED = auto()  # waits again, without blocks; what it computed is computed anew
+    PREEMPTED = auto()  # waits again, without blocks; what it computed is computed again
     FINISHED_STOPPED = auto()
     FINISHED_LENGTH = auto()
     FINISHED_ABORTED = auto()

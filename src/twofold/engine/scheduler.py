@@ -1,15 +1,15 @@
 """Which tokens of which requests are computed in the next step.
 
-Requests run in the order of their arrival. Prompts enter in chunks, beside the decodes of the others, and leave the
-rest of a step's tokens to those behind them. When blocks run out, the latest arrival gives all of its own back and
-starts over when it fits. So nobody is overtaken, with one exception: a request whose prompt begins like one that is
-being computed now waits for those blocks instead of computing them too, and lets others pass. It costs them nothing.
+Requests run in the order of their arrival. Prompts enter in chunks, in the same steps as the decodes of other
+requests. When blocks run out, the latest arrival returns all of its blocks, and starts over when it fits. So no request
+overtakes another, with one exception: a request waits if the next block of its prompt is being computed for another
+request now, and lets later ones pass. That delays no other request.
 
 A step may be scheduled before the tokens of the one before it are known: its sampled tokens are *placeholders* until
 they are appended. Ranks run steps in order, so a block may change hands, or be offered to others, as soon as the step
 that writes it is scheduled.
 
-When a step fails, the ranks and their caches are lost, but nothing that users sent or got: `restart` makes every
+When a step fails, the ranks and their caches are lost, but nothing that users sent or received: `restart` makes every
 request wait again, in its place. Those that were in the step are suspects until they are past the point at which it
 failed, and no step has two of them. A suspect whose step fails again is ended; only it is known to have failed twice.
 """
@@ -128,8 +128,8 @@ class Scheduler:
     def schedule(self) -> Step | None:
         """The next step, or None if nothing can run before the next `complete` or `add`.
 
-        Every step must be given to `complete`, in order. Ranks learn with the next step of requests that are removed
-        while nothing runs.
+        Every step must be given to `complete`, in order. The next step tells the ranks about requests that were
+        removed while nothing ran.
         """
         budget = self.max_num_batched_tokens
         scheduled: list[tuple[Request, int]] = []
@@ -137,14 +137,14 @@ class Scheduler:
         blocked = False
 
         i = 0
-        while i < len(self._running) and budget:  # whoever is preempted is behind i
+        while i < len(self._running) and budget:  # preempted requests are behind i
             request = self._running[i]
             i += 1
             num_new = min(self._num_ready(request), budget)
             if not num_new:
                 continue
             blocks = self._extend(request, num_new)
-            if blocks is None:  # it keeps what it has: those before it will finish, or take it
+            if blocks is None:  # it keeps its blocks: earlier requests will finish, or preempt it
                 blocked = True
                 break
             if blocks:
@@ -216,7 +216,7 @@ class Scheduler:
         The steps in flight are dropped. Of their requests those that were suspects already finish with an error, and
         are returned; the others become suspects.
         """
-        failed = {  # the last step decides where
+        failed = {  # the last step decides how far
             request.number: (request, num_computed)
             for step in self._in_flight
             for request, num_computed in zip(step.requests, step.num_computed_tokens, strict=True)
@@ -268,7 +268,7 @@ class Scheduler:
         self.num_preemptions += 1
 
     def _rewind(self, request: Request) -> None:
-        """Whatever the ranks have of a request is of no use any more."""
+        """Forget what the ranks computed for a request."""
         request.status = RequestStatus.PREEMPTED
         request.num_preemptions += 1
         request.num_computed_tokens = 0
@@ -276,7 +276,7 @@ class Scheduler:
         request.block_ids = []
 
     def _awaits_prefix(self, request: Request) -> bool:
-        """Whether the next block that is not cached of a request's prompt is being computed for another one."""
+        """Whether the first block of a request's prompt that is not cached is being computed for another request."""
         if not self._computing or request.num_placeholders:
             return False
         num_hits = len(self._find_prefix(request))
@@ -284,7 +284,7 @@ class Scheduler:
         return num_hits < num_useful and request.block_hashes[num_hits] in self._computing
 
     def _admit(self, request: Request, budget: int) -> int:
-        """Let a waiting request run; how many of its tokens, or 0 if there is no room for it yet."""
+        """Let a waiting request run → how many of its tokens, or 0 if there is no room for it yet."""
         pool = self.block_pool
         if request.num_placeholders or not pool.num_free:
             return 0
@@ -292,7 +292,7 @@ class Scheduler:
         pool.touch(hits)
         num_computed = len(hits) * pool.block_size
         num_new = min(request.num_tokens - num_computed, budget)
-        # One that was preempted comes back when all of it fits, to avoid preemption thrashing.
+        # A preempted request comes back only when all of it fits, to avoid preemption thrashing.
         num_tokens = request.num_tokens if request.num_preemptions else num_computed + num_new
         if pool.blocks_needed(num_tokens) - len(hits) > pool.num_free:
             pool.free(hits)
@@ -316,7 +316,7 @@ class Scheduler:
         return num_new
 
     def _find_prefix(self, request: Request) -> list[int]:
-        """Cached blocks to start from. One token at least is left to run; prompt log-probabilities need all of them."""
+        """Cached blocks to start from. At least one token is left, all of them if prompt_logprobs is set."""
         if not self._uses_cache(request):
             return []
         block_size = self.block_pool.block_size
@@ -363,7 +363,7 @@ class Scheduler:
         return step
 
     def _share_full_blocks(self, request: Request) -> None:
-        """Offer the prefix cache each full block of known tokens whose computation is scheduled."""
+        """Offer to the prefix cache each full block of known tokens that is computed, or scheduled to be."""
         pool = self.block_pool
         num_full = min(request.num_computed_tokens, request.num_tokens) // pool.block_size
         if not pool.enable_prefix_caching or num_full <= request.num_shared_blocks:
@@ -379,7 +379,7 @@ class Scheduler:
             del self._computing[block_hash]
 
     def _release(self, request: Request) -> None:
-        """Take a running request's blocks and state: the ranks hear of it with the next step."""
+        """Take a running request's blocks and state. The next step tells the ranks."""
         for block_hash in request.block_hashes[request.num_shared_blocks :]:
             self._computes_no_more(request, block_hash)
         self.block_pool.free(request.block_ids)

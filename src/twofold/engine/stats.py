@@ -11,7 +11,6 @@ from twofold.contract import ScheduledBatch, StepResult
 class EngineStats:
     num_steps: int = 0
     num_tokens: int = 0  # computed, prompts' and answers'
-    num_generated_tokens: int = 0  # sampled
     step_seconds: float = 0.0
     tokens_per_second: float = 0.0  # of late, of steps that prefill
     exchange_bytes: int = 0  # received by all ranks from others
@@ -32,7 +31,6 @@ class EngineStats:
             self.partition_imbalance = max(pairs) * len(pairs) / sum(pairs)
         self.exchange_bytes += sum(result.exchange_bytes for result in results)
         self.exchange_seconds += min(result.exchange_seconds for result in results)
-        self.num_generated_tokens += sum(len(result.token_ids) for result in results)
 
     def take_restart(self, start: float) -> None:
         self.num_restarts += 1

@@ -25,27 +25,27 @@ class Executor(Protocol):
         """
 
     def check(self) -> None:
-        """Looks after ranks that have nothing to do.
+        """Checks ranks that have nothing to do.
 
         Raises:
             RankDiedError: a rank ended.
         """
 
     def profile(self, start: bool) -> list[Breakdown | None]:
-        """Starts noting what kernels run on every rank, or stops and gives each rank's breakdown.
+        """Starts timing the kernels of every rank, or stops and returns each rank's breakdown.
 
         No step may be in flight.
         """
 
     def kill(self) -> None:
-        """Ends all ranks at once; from any thread, while another waits for them in `collect` and hears of it."""
+        """Ends all ranks at once. Any thread may call it; a `collect` that waits in another thread raises."""
 
     def shutdown(self) -> None:
         """Ends all ranks; may be called at any time, more than once."""
 
 
 class MakeExecutor(Protocol):
-    """Starts the ranks of an engine: once at first, and anew when they were lost."""
+    """Starts the ranks of an engine: at first, and again when they were lost."""
 
     def __call__(self, start_timeout: float | None) -> Executor:
         """Ranks that have loaded the model, within `start_timeout` seconds if that is given.

@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from twofold.channel import Channel, pack, wait
 from twofold.config import RuntimeConfig
 from twofold.contract import (
     Allocate,
@@ -29,13 +30,12 @@ from twofold.contract import (
     StepResult,
 )
 from twofold.errors import ModelError, RankDiedError, RankFailedError
-from twofold.executor.channel import Channel, pack, wait
 from twofold.interrupts import let_through
 
 SHUTDOWN_SECONDS = 5.0
 LOOK_SECONDS = 0.5  # between looks at ranks that do not answer
-KILLED_SECONDS = 0.05  # in which the end of a killed rank is seen, after another rank has noticed it
-LOOKS_STOPPED = 4  # after so many a rank that someone stopped counts as dead
+KILLED_SECONDS = 0.05  # after another rank notices a killed rank, until its end is visible here
+LOOKS_STOPPED = 4  # looks after which a rank that a signal stopped counts as dead
 
 Answer = TypeVar("Answer", RankReport, Allocated, StepResult, Profiled)
 
@@ -52,22 +52,22 @@ class LocalExecutor:
 
     def __init__(self, runtime: RuntimeConfig, start_timeout: float | None = None) -> None:
         self._start_timeout = start_timeout
-        self._folder = tempfile.mkdtemp(prefix="twofold-")  # of the collective store, shared weights and entries
+        self._folder = tempfile.mkdtemp(prefix="twofold-")  # the collectives' store, shared weights, shared entries
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._lifelines: list[int] = []
         self._looks_stopped = [0] * runtime.num_ranks
         try:
-            for rank in range(runtime.num_ranks):
-                self._start(rank, runtime)
+            for _ in range(runtime.num_ranks):
+                self._start(runtime)
             for rank in range(runtime.num_ranks):
                 self._post(rank, pack(RankStart(rank, runtime)))
             self.reports = self._answers(RankReport, start_timeout)
         except BaseException:
-            self._kill()  # ranks that still import PyTorch hear of nothing else
+            self._kill()  # ranks that still import PyTorch notice nothing else
             raise
 
-    def _start(self, rank: int, runtime: RuntimeConfig) -> None:
+    def _start(self, runtime: RuntimeConfig) -> None:
         ours, theirs = socket.socketpair()
         life_read, life_write = os.pipe()  # the write end closes when this process ends, and the rank sees it
         environment = os.environ | {"OMP_NUM_THREADS": str(runtime.num_threads)}
@@ -126,7 +126,7 @@ class LocalExecutor:
         The first failure ends the wait, since the others may wait for that rank.
         """
         self._check_open()
-        # Looks are counted: a clock runs on while this process is stopped itself.
+        # Looks are counted, since a clock would go on while this process itself is stopped.
         num_looks, look = 0, time.monotonic() + LOOK_SECONDS
         while waiting := [rank for rank, channel in enumerate(self._channels) if channel.find(kind) is None]:
             with let_through():
@@ -154,7 +154,7 @@ class LocalExecutor:
                 raise RankFailedError(f"rank {rank} failed: {failure.message}")
 
     def _raise_killed(self) -> None:
-        """Raises if a rank was killed: it is why another one failed, whose word may come first."""
+        """Raises if a rank was killed: another rank may fail because of it, and say so first."""
         time.sleep(KILLED_SECONDS)
         for rank, process in enumerate(self._processes):
             if (process.poll() or 0) < 0:
@@ -165,7 +165,7 @@ class LocalExecutor:
             raise RankDiedError("the ranks of this engine have ended; make a new one")
 
     def _look_at(self, ranks: Iterable[int]) -> None:
-        """Raises if one of the ranks has ended, or is stopped for good: it would hold up the others without an end."""
+        """Raises if one of the ranks has ended, or stays stopped by a signal: the others would wait for it forever."""
         for rank in ranks:
             process = self._processes[rank]
             if process.poll() is not None:
@@ -187,7 +187,7 @@ class LocalExecutor:
         raise RankDiedError(f"rank {rank} {how}; all ranks were ended")
 
     def _kill(self) -> None:
-        """Ends ranks of which one has failed: the others may wait for it in a collective."""
+        """Ends all ranks after one has failed: the others may wait for it in a collective."""
         self.kill()
         self.shutdown()
 

@@ -1,6 +1,6 @@
 """A rank's KV cache: for each layer, blocks of `block_size` KV entries. Block 0 is the null block, for padding.
 
-A *slot* is a token's place: slot s lies in block s // block_size. What is in an entry is not the cache's business.
+A *slot* is a token's place: slot s lies in block s // block_size. The cache does not know what is in an entry.
 """
 
 from collections.abc import Sequence
@@ -63,5 +63,5 @@ def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
-    # The system's own zeros: memory is taken when a page is first written.
+    # The system's own zeros: memory is taken when it is first written.
     return torch.from_numpy(np.zeros(size * dtype.itemsize, np.uint8)).view(dtype)

@@ -1,12 +1,12 @@
-"""Moving KV entries and blocks on a GPU at the speed of its memory; PyTorch's indexing reaches a quarter of it."""
+"""Copies of KV entries and blocks on a GPU at the speed of its memory; PyTorch's indexing reaches a quarter of that."""
 
 import torch
 import triton
 import triton.language as tl
 
-ENTRY_NUMBERS = 1024  # that a program moves of each of
-NUM_ENTRIES = 4
-BLOCK_NUMBERS = 4096  # that a program moves of a block
+ENTRY_NUMBERS = 1024  # numbers of each entry that a program copies
+NUM_ENTRIES = 4  # entries that a program copies
+BLOCK_NUMBERS = 4096  # numbers of a block that a program copies
 
 
 @triton.jit  # type: ignore[untyped-decorator]

@@ -1,8 +1,8 @@
-"""Is a checkpoint understood? A model whose files hold more, less or other than its code uses is refused by name.
+"""Checks that all of a checkpoint is understood. If its files do not match the model's code, it is refused.
 
-`weight_files` looks at a directory, `check_checkpoint` at the headers of its files: they read no weight, so most faults
-are told before a rank starts. `check_loaded`, `check_numbers` and `check_tied` have the last word,
-when a rank has loaded the weights.
+`weight_files` looks at a directory, `check_checkpoint` at the headers of its files. They read no weights, so most
+faults are found before a rank starts. `check_loaded`, `check_numbers` and `check_tied` run once a rank has loaded the
+weights.
 """
 
 import contextlib
@@ -26,7 +26,7 @@ from twofold.errors import ModelError
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"  # what Transformers reads, in this order
 PICKLED = "pytorch_model*.bin"
 FOREIGN_WEIGHTS = ("*.pth", "*.pt", "*.ckpt", "*.h5", "*.msgpack", "*.npz")
-# Files by which other programs say how they quantised a checkpoint.
+# Files in which other programs describe the quantisation of a checkpoint.
 QUANTISATION_FILES = {
     "hf_quant_config.json": "ModelOpt",
     "quantize_config.json": "AutoGPTQ",
@@ -66,7 +66,7 @@ CONSTANTS = re.compile(r"(\.attn\.masked_bias|\.attention\.masked_bias|rotary_em
 
 @dataclass(frozen=True, slots=True)
 class StoredTensor:
-    """What a file's header says of a tensor."""
+    """A tensor in a file's header."""
 
     file: Path
     dtype: str  # as safetensors writes it: F32, BF16, F8_E4M3, ...
@@ -111,9 +111,11 @@ def _indexed_files(folder: Path) -> list[Path]:
         names = set(json.loads((folder / INDEX).read_text())["weight_map"].values())
         files = [folder / name for name in sorted(names)]
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise _wrong(folder, f"has a {INDEX} that cannot be read ({type(error).__name__}); get it anew") from error
+        raise _wrong(
+            folder, f"has a {INDEX} that cannot be read ({type(error).__name__}); download it again"
+        ) from error
     if not files:
-        raise _wrong(folder, f"has a {INDEX} that names no file; get it anew")
+        raise _wrong(folder, f"has a {INDEX} that names no file; download it again")
     if missing := [file.name for file in files if not file.is_file()]:
         raise _wrong(
             folder, f"lacks {len(missing)} of the {len(files)} files of its {INDEX}, such as {missing[0]}; get them too"
@@ -122,7 +124,7 @@ def _indexed_files(folder: Path) -> list[Path]:
 
 
 def has_weights(folder: Path) -> bool:
-    """Whether a directory means to hold weights, of whatever kind."""
+    """Whether a directory has files of weights, of any format."""
     return any(next(folder.glob(pattern), None) for pattern in ("*.safetensors*", PICKLED, *FOREIGN_WEIGHTS))
 
 
@@ -149,11 +151,11 @@ def check_checkpoint(folder: Path, config: PretrainedConfig, model_class: type[P
 def _narrow_weight(
     headers: Mapping[str, StoredTensor], config: PretrainedConfig, model_class: type[PreTrainedModel]
 ) -> str | None:
-    """A tensor of 8 bits or of integers that the model would use as a weight. Masks and the like may be such."""
+    """A tensor of 8 bits or of integers that the model would use as a weight. Masks and the like are allowed."""
     narrow = {name for name, tensor in headers.items() if tensor.dtype not in FULL_PRECISION}
     if not narrow:
         return None
-    # In a shape that fits nowhere, each tensor that is used is told of.
+    # With a shape that fits nowhere, the report names each tensor that is used.
     unfit = {name: replace(headers[name], shape=(1, 1, 1, 1, *headers[name].shape)) for name in narrow}
     try:
         model, found = _would_load({**headers, **unfit}, config, model_class)
@@ -169,10 +171,10 @@ def _narrow_weight(
 
 
 def check_quantisation(source: str, config: PretrainedConfig) -> None:
-    """No quantised checkpoint is served but GGUF files, which Transformers converts to full precision.
+    """Refuses quantised checkpoints, except GGUF files, which Transformers converts to full precision.
 
     Raises:
-        ModelError: the configuration or a file beside it says that the checkpoint is quantised.
+        ModelError: the configuration, or another file of the directory, says that the checkpoint is quantised.
     """
     said = getattr(config, "quantization_config", None)
     if said is not None:
@@ -206,7 +208,7 @@ def read_headers(files: list[Path]) -> dict[str, StoredTensor]:
     """Each tensor's name → where and how it is stored. Reads no data.
 
     Raises:
-        ModelError: a file is broken or cut off, or two files hold the same tensor.
+        ModelError: a file is broken or incomplete, or two files hold the same tensor.
     """
     headers: dict[str, StoredTensor] = {}
     for file in files:
@@ -231,14 +233,15 @@ def _read_header(file: Path) -> Iterator[tuple[str, StoredTensor]]:
                 yield name, StoredTensor(file, part.get_dtype(), tuple(part.get_shape()))
     except Exception as error:
         raise _wrong(
-            file.parent, f"has a broken or cut off {file.name} ({size} bytes: {_first_line(error)}); get it anew"
+            file.parent,
+            f"has a broken or incomplete {file.name} ({size} bytes: {_first_line(error)}); download it again",
         ) from error
 
 
 def _would_load(
     headers: Mapping[str, StoredTensor], config: PretrainedConfig, model_class: type[PreTrainedModel]
 ) -> tuple[PreTrainedModel, dict[str, Any]]:
-    """What Transformers, with its renamings and conversions, makes and says of tensors of these shapes: all `meta`."""
+    """Loads tensors of these shapes on `meta`, with Transformers' renamings and conversions → the model, its report."""
     stored = {
         name: torch.empty(tensor.shape, dtype=FULL_PRECISION.get(tensor.dtype, torch.uint8), device="meta")
         for name, tensor in headers.items()
@@ -256,7 +259,7 @@ def _would_load(
 
 
 def _what_does_not_fit(headers: Mapping[str, StoredTensor]) -> str | None:
-    """Among tensors whose names differ in numbers only, as those of experts: one of another shape, or one too few."""
+    """Finds a fault among tensors with names that differ in numbers only (experts): another shape, or one missing."""
     kinds: dict[str, list[str]] = {}  # name with {} for each number -> names
     for name in headers:
         kinds.setdefault(re.sub(r"\d+", "{}", name), []).append(name)
@@ -265,11 +268,13 @@ def _what_does_not_fit(headers: Mapping[str, StoredTensor]) -> str | None:
         usual = max(shapes, key=shapes.count)
         for name in names:
             if headers[name].shape != usual:
-                return f"has {name} ({headers[name]}) beside others of shape {list(usual)}; get the files anew"
+                return f"has {name} ({headers[name]}) while others have shape {list(usual)}; download the files again"
         numbers = zip(*(re.findall(r"\d+", name) for name in names), strict=True)
         for each in product(*(sorted(set(places), key=int) for places in numbers)):
             if kind.format(*each) not in headers:
-                return f"lacks {kind.format(*each)}, which is needed with the others of its kind; get the files anew"
+                return (
+                    f"lacks {kind.format(*each)}, which is needed with the others of its kind; download the files again"
+                )
     return None
 
 
@@ -279,10 +284,10 @@ def check_loaded(
     found: Mapping[str, Any],
     headers: Mapping[str, StoredTensor] | None = None,
 ) -> None:
-    """`found` is what `from_pretrained` says of loading: tensors that were not used, not there, or of other shapes.
+    """`found` is the loading report of `from_pretrained`: tensors that are unused, missing, or of other shapes.
 
     Raises:
-        ModelError: there are such.
+        ModelError: there is one.
     """
     headers = headers or {}
     if unused := sorted(name for name in found["unexpected_keys"] if not _is_known(name, config)):
@@ -292,7 +297,9 @@ def check_loaded(
         kind = next((kind for pattern, kind in KINDS if pattern.search(name)), OTHER_KIND)
         raise _wrong(source, f"has {_count(unused)} that the model does not use, such as {shown}: {kind}")
     if missing := sorted(found["missing_keys"]):
-        raise _wrong(source, f"lacks {_count(missing)} that the model needs, such as {missing[0]}; get the files anew")
+        raise _wrong(
+            source, f"lacks {_count(missing)} that the model needs, such as {missing[0]}; download the files again"
+        )
     if wrong := sorted(found["mismatched_keys"]):
         name, stored_shape, shape = wrong[0]
         stored = _stored_name(name, headers)
@@ -321,7 +328,7 @@ def _is_known(name: str, config: PretrainedConfig) -> bool:
 
 
 def _stored_name(name: str, headers: Mapping[str, StoredTensor]) -> str | None:
-    """The name in the files of what the model calls `name`: the most alike of those that end in the same word."""
+    """The name in the files of the model's tensor `name`: the most similar of those that end in the same word."""
     if name in headers:
         return name
     word = name.rpartition(".")[2]
@@ -354,12 +361,12 @@ def check_numbers(source: Path | str, model: PreTrainedModel) -> None:
         raise _wrong(
             source,
             f"has {'NaN' if is_nan else 'infinite numbers'} in the tensor {name}{many}; "
-            + ("float16 may be too narrow for it: try dtype='bfloat16'" if too_large else "get the files anew"),
+            + ("float16 may be too narrow for it: try dtype='bfloat16'" if too_large else "download the files again"),
         )
 
 
 def check_tied(source: Path | str, model: PreTrainedModel, expected: PreTrainedModel) -> None:
-    """Compares the loaded model's parameters with those of a model that was made of the configuration alone.
+    """Compares the loaded model's parameters with those of a model made from the configuration only.
 
     Raises:
         ModelError: the configuration ties tensors that are stored with different values.
@@ -375,7 +382,7 @@ def check_tied(source: Path | str, model: PreTrainedModel, expected: PreTrainedM
 
 @contextlib.contextmanager
 def _quiet_transformers() -> Iterator[None]:
-    """Without its report and its bars: what they say becomes one line."""
+    """Silences Transformers' report and progress bars; Twofold reports in one line."""
     logging = transformers.utils.logging
     verbosity, has_bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
     logging.set_verbosity_error()

@@ -1,4 +1,4 @@
-"""A model put together: Transformers' modules, described by the probe, with all that is done to them."""
+"""A model as ranks run it: Transformers' modules, described by the probe, with their transforms applied."""
 
 from typing import Any
 
@@ -20,7 +20,7 @@ from twofold.models.transforms.packing import PackProjections
 class DecoderModel:
     """A causal language model of Transformers in two halves: token ids to hidden states, hidden states to logits.
 
-    Only tokens that are sampled after, or whose prompt log-probabilities were asked for, go through the second half.
+    The second half runs only for tokens after which a token is sampled, or a prompt log-probability is wanted.
     """
 
     def __init__(self, model: PreTrainedModel) -> None:
@@ -38,7 +38,7 @@ class DecoderModel:
         head = model.get_output_embeddings()
         # Some families embed more ids than they can predict.
         self.vocab_size: int = min(model.get_input_embeddings().num_embeddings, len(head.weight))
-        # The family's own code after the hidden states (scales, soft caps) runs on what this hands it.
+        # The family's own code after the hidden states (scales, softcaps) runs on the ones given here.
         self._given = _Given()
         setattr(model, model.base_model_prefix, self._given)
         try:
@@ -48,12 +48,12 @@ class DecoderModel:
             raise ModelError(f"{type(model).__name__} is not served: its head cannot run apart ({error})") from error
 
     def optimize(self, num_ranks: int, enforce_eager: bool) -> None:
-        """What is worth it on a GPU only. Layers are compiled in place at their first call, unless `enforce_eager`."""
+        """Applies the transforms for GPUs. Layers are compiled in place at their first call, unless `enforce_eager`."""
         changes: list[Transform] = [FewTokenExperts(self.body)]
         if not enforce_eager and self.layers is not None:
             from twofold.models.transforms.compile import CompileLayers  # the compiler takes seconds to import
 
-            # With several ranks queries stay apart: they are projected while keys and values travel.
+            # With several ranks queries are projected separately, while keys and values travel.
             changes += [PackProjections(self.layers, with_queries=num_ranks == 1), CompileLayers(self.layers)]
         for change in changes:
             transform(change, self.dtype)
@@ -84,7 +84,7 @@ class DecoderModel:
 
 
 def _layers(body: torch.nn.Module, num_attentions: int) -> torch.nn.ModuleList | None:
-    """The list of modules that the forward pass goes through, one an attention; None if they cannot be told apart."""
+    """The list of modules with one module for each attention; None if there is none."""
     lists = (module for module in body.modules() if isinstance(module, torch.nn.ModuleList))
     return next((modules for modules in lists if len(modules) == num_attentions), None)
 
@@ -99,12 +99,12 @@ class _Given(torch.nn.Module):
 
     @property
     def decoder(self) -> "_Given":
-        """Some families' heads reach past the base model to the decoder within."""
+        """Some families' heads call the decoder within the base model."""
         return self
 
 
 class _Output(BaseModelOutputWithPast):  # type: ignore[misc]
-    """Families pass on what else their layers put out; here that is nothing."""
+    """Some families pass on other outputs of their layers; here these are None."""
 
     def __getattr__(self, name: str) -> None:
         if name.startswith("__"):

@@ -8,10 +8,9 @@ import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
 from transformers.initialization import no_init_weights
 
-from twofold.config import EngineConfig
+from twofold.config import EngineConfig, ModelSource
 from twofold.errors import ModelError
 from twofold.models.checkpoint import check_loaded, check_numbers, check_tied
-from twofold.models.source import ModelSource
 from twofold.models.support import refusal
 
 
@@ -47,7 +46,7 @@ def load_model(
             )
             check_loaded(source.path, model.config, found)
             check_numbers(source.path, model)
-            # Other ranks make the modules of `model_config` and use these weights.
+            # Other ranks make the modules from `model_config`, and use these weights.
             expected = empty_model(model_config, dtype, torch.device("meta"), config.trust_remote_code)
             check_tied(source.path, model, expected)
     except ModelError:

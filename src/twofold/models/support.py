@@ -1,8 +1,7 @@
-"""Which models are served, and why not those that are not.
+"""Which models are served, and why others are not.
 
-Twofold leaves a model's code to Transformers and takes over one thing: attention. That is sound only if attention is
-the one place where a token sees another. `refusal` says no by what a configuration declares; `models/probe.py` makes
-sure of the loaded model.
+Twofold runs Transformers' code of a model and replaces attention only. That is correct only if tokens affect each
+other in attention and nowhere else. `refusal` checks what a configuration declares, `models/probe.py` the loaded model.
 """
 
 import inspect
@@ -16,12 +15,12 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 
 from twofold.errors import ModelError
 
-# A part of multimodal models that has a causal model of its own, which AutoModelForCausalLM does not know.
+# The text part of some multimodal models is a causal model that AutoModelForCausalLM does not know.
 if "mistral4" in CONFIG_MAPPING_NAMES:
     MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault("mistral4", "Mistral4ForCausalLM")
 
 SERVED_LAYER_TYPES = {"full_attention", "sliding_attention", "attention", "global", "local", "sliding", "full"}
-# What `probe` finds in every model of a type, so that it can be said before one is loaded.
+# Types that `probe` refuses always: they are refused before a model is loaded.
 FOUND_BY_PROBE = {
     "blt": "it attends to patches of bytes, in a way of its own",
     "doge": "which keys a token attends to depends on their values",
@@ -42,7 +41,7 @@ def causal_lm_class(model_type: str) -> type[PreTrainedModel] | None:
 
 
 def model_class(config: PretrainedConfig, trust_remote_code: bool = False) -> type[PreTrainedModel] | None:
-    """The class that AutoModelForCausalLM makes of this configuration: the model's own code, where it is trusted.
+    """The class that AutoModelForCausalLM makes of this configuration; from the model's own code, if that is trusted.
 
     Raises:
         ModelError: that code cannot be run.
@@ -59,7 +58,7 @@ def model_class(config: PretrainedConfig, trust_remote_code: bool = False) -> ty
 
 
 def refusal(config: PretrainedConfig, trust_remote_code: bool = False) -> str | None:
-    """Why a model of this configuration is not served; None if nothing that it declares speaks against it."""
+    """Why a model of this configuration is not served; None if the configuration gives no reason."""
     if getattr(config, "is_encoder_decoder", False):
         return "it is an encoder-decoder; only decoders are served"
     for part in ("vision_config", "audio_config", "text_config"):
@@ -73,7 +72,7 @@ def refusal(config: PretrainedConfig, trust_remote_code: bool = False) -> str | 
     if reason := FOUND_BY_PROBE.get(config.model_type):
         return reason
     layer_types = set(getattr(config, "layer_types", None) or ())
-    # Of families that mix attention with other layers some models have attention only.
+    # Some models of families that mix attention with other layers have attention only.
     if getattr(cls, "_is_stateful", False) and not (layer_types and layer_types <= SERVED_LAYER_TYPES):
         return "it is recurrent or has linear attention: its tokens see each other outside attention"
     if other := sorted(str(t) for t in layer_types - SERVED_LAYER_TYPES):
@@ -88,12 +87,12 @@ def refusal(config: PretrainedConfig, trust_remote_code: bool = False) -> str | 
 
 
 def _is_causal_by_nature(cls: type[PreTrainedModel]) -> bool:
-    """Decoders inherit `is_decoder=False` from the base configuration; encoders are those that could see both ways."""
+    """Decoders too inherit `is_decoder=False` from the base configuration; only encoders make bidirectional masks."""
     return "create_bidirectional_mask" not in _source(cls)
 
 
 def _source(cls: type[PreTrainedModel]) -> str:
-    """The code of the module that `cls` is defined in; of a model's own module also what it takes from Transformers."""
+    """The source of the module that defines `cls`; for a model's own code also of what it imports from Transformers."""
     module = sys.modules[cls.__module__]
     names = {module.__name__}
     if not module.__name__.startswith("transformers."):

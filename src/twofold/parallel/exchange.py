@@ -4,7 +4,7 @@
     deferred   publish ──write──► my cache; end ──send──► every cache, the entries of all layers together
 
 Entries must travel by layer where a request has tokens on two ranks. In a step of decodes no rank attends to another
-rank's new entries, so they may travel once. How they travel is told in `parallel/transport.py`.
+rank's new entries, so they may travel once. `parallel/transport.py` says how they travel.
 """
 
 from collections.abc import Sequence
@@ -37,8 +37,8 @@ class Exchange:
         self.transport.begin()
 
     def publish(self, entries: torch.Tensor, kv_slots: torch.Tensor) -> None:
-        """Starts writing entries [N, entry_width] into a layer's cache [num_slots, entry_width]: those of every rank
-        that this one may attend to in this step.
+        """Starts writing entries [N, entry_width] into a layer's cache [num_slots, entry_width]: those of all ranks, or
+        only mine in a deferred exchange.
 
         `entries` must stay as they are until `complete`.
         """

@@ -1,7 +1,7 @@
 """The plan of a step: which rank computes which tokens, and where each KV entry and each sampled token goes.
 
 A plan is a pure function of the scheduled batch and the layout, so every rank makes the same one without asking. It is
-global: it says of every rank what that rank does. NumPy only; `worker/input_batch.py` makes one rank's tensors of it.
+for all ranks: it says what each of them does. NumPy only; `worker/input_batch.py` makes one rank's tensors from it.
 
 By tokens (context parallelism), a request's scheduled tokens are cut into chunks that differ by at most one token. A
 policy says which rank computes which chunk. Causal attention makes late chunks cost more than early ones, so
@@ -50,7 +50,7 @@ POLICIES: dict[str, Callable[[int], IntArray]] = dict(
 
 
 class Layout(Protocol):
-    """How the ranks share a step. By tokens is the only way today; by heads would be another class."""
+    """How the ranks share a step: by tokens today. Sharing by heads would be another class."""
 
     @property
     def num_ranks(self) -> int: ...
@@ -59,8 +59,8 @@ class Layout(Protocol):
         """Assigns every scheduled token to one row of one rank."""
 
     def max_keys(self, num_tokens: int) -> int:
-        """Most keys that a rank's rows, of `num_tokens` tokens together, attend to, if all their requests begin in the
-        step. Rows of one request count their keys each."""
+        """Most keys that a rank's rows attend to if they have `num_tokens` tokens in all, and no token was computed
+        before. Each row counts its own keys, also if two rows share a request."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -186,22 +186,22 @@ class StepPlan:
         return positions
 
     def gathered_idx(self) -> IntArray:
-        """[T] token -> place of its KV entry among the gathered ones, of which there are P * N."""
+        """[T] token -> place of its KV entry among the P * N gathered ones."""
         rank_end = np.cumsum(self.num_tokens)
         shift = np.arange(self.num_ranks) * self.num_padded_tokens - (rank_end - self.num_tokens)
         places: IntArray = np.arange(int(rank_end[-1])) + np.repeat(shift, self.num_tokens)
         return places
 
-    # Bounds over all ranks: a captured CUDA graph serves the step if they are within its own, so all ranks agree.
+    # Bounds over all ranks. A CUDA graph serves the step if these are within its own bounds, so all ranks agree.
 
     @property
     def max_num_rows(self) -> int:
-        """Most rows of a rank, one row of padding among them."""
+        """Most rows of a rank, including one row of padding."""
         return int(np.diff(self.row_ptr).max()) + 1
 
     @property
     def max_decode_len(self) -> int:
-        """Tokens of the longest request of which any rank has a row of one token."""
+        """Tokens of the longest request that has a row of one token on any rank."""
         return int((self.start[self.length == 1] + 1).max(initial=0))
 
     def max_row_blocks(self, block_size: int) -> int:

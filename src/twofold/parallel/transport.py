@@ -2,8 +2,8 @@
 
     my entries [n, W] ──► everyone's entries [P * n, W] ──write──► kv_slots [num_slots, W]
 
-Every rank sends the same shape, so a rank without tokens takes part like the others. When entries travel is told in
-`parallel/exchange.py`.
+Every rank sends the same shape, so a rank without tokens takes part like the others. `parallel/exchange.py` says when
+they travel.
 """
 
 import time
@@ -19,7 +19,7 @@ class Transport(Protocol):
     """One way for entries to travel."""
 
     num_bytes: int  # received from other ranks, since the start
-    num_seconds: float  # that this rank did nothing else meanwhile, waits for slower ranks included; CPU only
+    num_seconds: float  # in which this rank did nothing else, waits for slower ranks included; CPU only
 
     def begin(self) -> None:
         """Starts a step."""
@@ -35,7 +35,7 @@ class Transport(Protocol):
 
 
 class OneRank:
-    """Nobody to send to: a rank alone writes its own entries."""
+    """For one rank, which only writes its own entries."""
 
     num_bytes, num_seconds = 0, 0.0
 
@@ -52,14 +52,14 @@ class OneRank:
 class AllGather:
     """One packed all-gather: the reference for every other transport.
 
-    On CUDA it runs on a stream of its own, beside whatever is enqueued between `send` and `complete`.
+    On CUDA it runs on its own stream, in parallel with work that is enqueued between `send` and `complete`.
     """
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         self.mesh = mesh
         self.num_bytes, self.num_seconds = 0, 0.0
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
-        self._is_busy = False  # the stream has work that nobody waits for yet
+        self._is_busy = False  # the stream has work that no other stream waits for yet
 
     def begin(self) -> None:
         pass
@@ -88,15 +88,15 @@ class AllGather:
 
 
 class Push(AllGather):
-    """Each rank copies its entries straight into buffers of its peers, by the GPUs' copy engines.
+    """Each rank copies its entries into buffers of its peers, by the GPUs' copy engines.
 
-    Copies take no multiprocessor from the projections that run meanwhile, as a collective's kernel does:
+    A collective's kernel would take multiprocessors from the projections that run at the same time; copies take none:
 
         my entries ──copy──► my part of the buffer on every other rank, barrier, buffer ──write──► kv_slots
 
     There are two buffers, used in turn. A rank that fills one for layer l + 2 has passed the barrier of layer l + 1,
-    which its peers reached after they had emptied it of layer l. A step begins with a barrier and the first buffer: a
-    CUDA graph uses those that it was captured with, whichever the step before it used last.
+    which its peers reached after they had emptied it of layer l. A step begins with a barrier and the first buffer,
+    because a CUDA graph always uses the buffers that it was captured with.
     """
 
     def __init__(self, mesh: ProcessMesh, device: torch.device, max_num_bytes: int) -> None:

@@ -1,4 +1,4 @@
-"""Arguments of the server, beside those of the engine."""
+"""Arguments of the server, besides those of the engine."""
 
 import socket
 from dataclasses import dataclass, field

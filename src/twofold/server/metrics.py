@@ -15,11 +15,11 @@ BETWEEN_TOKENS = (0.005, 0.01, 0.015, 0.02, 0.025, 0.03, 0.05, 0.075, 0.1, 0.15,
 REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
 TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000)
 
-disable_created_metrics()  # a gauge beside every counter, which no dashboard uses
+disable_created_metrics()  # they add a gauge to every counter, which no dashboard uses
 
 
 class Metrics:
-    """Counts outputs as the engine's thread passes them on, and reads all else when /metrics is asked for."""
+    """Counts outputs as the engine's thread passes them on, and reads the engine's state when /metrics is requested."""
 
     def __init__(self, model_name: str) -> None:
         self.registry = CollectorRegistry(auto_describe=False)
@@ -94,7 +94,7 @@ class Metrics:
 
 
 class _State(Collector):  # type: ignore[misc]
-    """Reads an engine's state when /metrics is asked for."""
+    """Reads an engine's state when /metrics is requested."""
 
     def __init__(self, engine: AsyncEngine, labels: dict[str, str]) -> None:
         self._engine, self._names, self._values = engine, list(labels), list(labels.values())

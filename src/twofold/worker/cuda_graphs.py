@@ -1,6 +1,6 @@
 """Whole forward passes as CUDA graphs, for steps so short that launching them takes longer than running them.
 
-A graph is captured for a *shape*: N tokens on every rank, all of them decodes or in at most a few rows. The step is
+A graph is captured for a *shape*: N tokens on every rank, either all decodes or in a few rows. The step is
 padded to the nearest shape (`parallel/plan.py: Buckets`) and its inputs are copied to where the graph reads them. The
 shape follows from the plan alone, so all ranks replay the same graph, collectives included, however many tokens each of
 them has.
@@ -19,21 +19,21 @@ from twofold.worker.input_batch import InputBatch
 Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan, bool], torch.Tensor]
 
 DECODE_ROUNDING = 8
-PREFILL_ROUNDING = ((2048, 128), (4096, 256), (8192, 512))  # up to so many tokens a rank, multiples of
-PREFILL_ROWS = 8  # of a rank, the padding's among them
+PREFILL_ROUNDING = ((2048, 128), (4096, 256), (8192, 512))  # up to the first number of tokens, multiples of the second
+PREFILL_ROWS = 8  # of a rank, including the row of padding
 PREFILL_DECODE_LEN = 8192  # longest request with a one-token row that a prefill graph accepts: it is attended unsplit
 
 
 @dataclass(frozen=True, slots=True)
 class CaptureLimits:
-    """What bounds the shapes that are worth capturing, and what each of them must have room for."""
+    """Which shapes are worth capturing, and what each graph must have room for."""
 
     layout: Layout
     max_num_tokens: int  # of a rank in a prefill; longer steps keep the GPU busy while the next kernels are launched
     max_num_seqs: int
     max_num_blocks: int  # of a request
     block_size: int
-    max_copied_tokens: int | None  # attention copies its rows' blocks, of so many tokens at most; None if it does not
+    max_copied_tokens: int | None  # in blocks that attention copies for its rows; None if it copies none
 
     def buckets(self) -> Buckets:
         most = -(-self.max_num_seqs // self.layout.num_ranks) + DECODE_ROUNDING
@@ -48,7 +48,7 @@ class CaptureLimits:
         return Buckets(tuple(decode), tuple(prefill))
 
     def max_row_blocks(self, num_tokens: int) -> int:
-        """Most blocks of a rank's rows, each row's own, if their prompts begin in the step."""
+        """Most blocks of a rank's rows if their prompts begin in the step. Each row counts its own blocks."""
         return -(-self.layout.max_keys(num_tokens) // self.block_size) + PREFILL_ROWS
 
 
@@ -107,7 +107,7 @@ class CUDAGraphs:
             self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode)
         torch.cuda.synchronize()
         before = self._exchange.transport.num_bytes
-        # Other threads (NCCL's watchdog) go on using CUDA meanwhile.
+        # Other threads (NCCL's watchdog) use CUDA at the same time.
         with torch.cuda.graph(graph.graph, pool=self._pool, capture_error_mode="thread_local"):
             graph.hidden_states = self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode)
         graph.exchange_bytes = self._exchange.transport.num_bytes - before

@@ -23,7 +23,7 @@ class Device(Protocol):
 
 
 class _Done:
-    """A CPU has done what was asked for by the time that it is asked for more."""
+    """A CPU computes at once, so all work is done."""
 
     def query(self) -> bool:
         return True

@@ -95,7 +95,7 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
             "newest_state": my_state[newest],
             "slots": slots,
             "sampled": last_token if plan.needs_all_hidden_states else my_sampled - rows.start,
-            # Padding's token goes to the state that no request has.
+            # Padding writes its token to the state that no request has.
             "all_sampled_state": np.where(is_sampled, row_state[all_sampled_row], states.max_num_seqs),
             "query_start": np.concatenate([query_start, padding_start]).astype(np.int32),
             "seq_lens": all_seq_lens.astype(np.int32),
@@ -135,7 +135,7 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
 
 
 def to_device(arrays: dict[str, NDArray[Any]], device: torch.device) -> dict[str, torch.Tensor]:
-    """Tensors of the arrays' numbers; to an accelerator they travel together, in one copy that does not wait."""
+    """Makes tensors of the arrays. To an accelerator they are copied together, in one copy that does not block."""
     if device.type == "cpu":
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
     ends = np.cumsum([-(-array.nbytes // 64) * 64 for array in arrays.values()]).tolist()  # each aligned

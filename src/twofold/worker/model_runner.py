@@ -24,18 +24,18 @@ from twofold.worker.input_batch import InputBatch, prepare
 from twofold.worker.request_states import RequestStates, counts_tokens
 from twofold.worker.sampler import LogprobTensors, SamplingBatch, compute_logprobs, sample
 
-PROMPT_LOGPROB_ROWS = 512  # positions whose logits over the vocabulary are held at once
+MAX_PROMPT_LOGPROBS = 512  # positions with logits over the vocabulary in memory at once
 
 
 @dataclass(slots=True)
 class LaunchedStep:
-    """A step whose results are on their way to the CPU. They are there once `done`."""
+    """A step that was enqueued, and its results on their way to the CPU. They are there once `done`."""
 
     step: Step
     batch: InputBatch
     all_token_ids: torch.Tensor  # [P * max S]
     logprobs: LogprobTensors | None  # of my sampled tokens
-    prompt_logprobs: list[tuple[int, int, LogprobTensors]]  # number of the request, position of the first, and they
+    prompt_logprobs: list[tuple[int, int, LogprobTensors]]  # number of the request, position of the first token
     exchange_bytes: int
     exchange_seconds: float
     done: Event
@@ -74,7 +74,7 @@ class ModelRunner:
         tokens, logprobs = self._sample(step, batch, hidden_states)
         prompt_logprobs = self._prompt_logprobs(step, batch, hidden_states)
         all_token_ids = self._share_tokens(batch, tokens)
-        # All that the engine wants is copied now: after the next step is launched, a copy would wait for that one.
+        # All results are copied now: a copy that is enqueued after the next step would wait for that step.
         return LaunchedStep(
             step,
             batch,
@@ -198,7 +198,7 @@ class ModelRunner:
         )
 
     def _forbidden(self, params: SamplingParams, num_output_tokens: int) -> tuple[int, ...]:
-        """What would end the request before its min_tokens."""
+        """Token ids that would end the request before its min_tokens."""
         if num_output_tokens >= params.min_tokens:
             return ()
         eos = () if params.ignore_eos else tuple(self.eos_token_ids)
@@ -207,7 +207,7 @@ class ModelRunner:
     def _prompt_logprobs(
         self, step: Step, batch: InputBatch, hidden_states: torch.Tensor
     ) -> list[tuple[int, int, LogprobTensors]]:
-        """For each of my rows whose request asks: log-probabilities of the prompt tokens that follow its tokens."""
+        """For each of my rows of a request that asks: log-probabilities of the prompt tokens after its tokens."""
         states, bounds = self.states, batch.metadata.query_start_np
         wanted = []
         for row in np.flatnonzero(step.batch.prompt_logprobs[batch.row_request_idx]).tolist():
@@ -216,8 +216,8 @@ class ModelRunner:
             assert params is not None
             assert params.prompt_logprobs is not None
             count = min(int(bounds[row + 1] - bounds[row]), int(states.num_prompt_tokens[i]) - 1 - start)
-            for first in range(0, count, PROMPT_LOGPROB_ROWS):
-                size = min(PROMPT_LOGPROB_ROWS, count - first)
+            for first in range(0, count, MAX_PROMPT_LOGPROBS):
+                size = min(MAX_PROMPT_LOGPROBS, count - first)
                 begin, position = int(bounds[row]) + first, start + first + 1
                 targets = torch.from_numpy(states.token_ids[i, position : position + size].astype(np.int64))
                 tensors = compute_logprobs(
@@ -229,7 +229,7 @@ class ModelRunner:
         return wanted
 
     def _share_tokens(self, batch: InputBatch, tokens: torch.Tensor) -> torch.Tensor:
-        """Gives every rank the tokens that the owners sampled, [P * max S]; nobody samples them again."""
+        """Sends the sampled tokens from their owners to all ranks → [P * max S]. No rank samples them again."""
         num_gathered = len(batch.all_sampled_request_idx)
         gathered = torch.zeros(num_gathered, dtype=torch.long, device=self.device.torch_device)
         if num_gathered:

@@ -1,4 +1,4 @@
-"""Where a step's time goes on this rank's GPU: read off the kernels' own start and end times."""
+"""Where a step's time goes on this rank's GPU, by the start and end times of kernels."""
 
 import re
 
@@ -17,7 +17,7 @@ Interval = tuple[float, float]
 
 
 class StepProfiler:
-    """Records kernels between `start` and `stop`."""
+    """Times kernels between `start` and `stop`."""
 
     def __init__(self) -> None:
         self._profile = profile(activities=[ProfilerActivity.CUDA], acc_events=True)

@@ -16,13 +16,13 @@ def counts_tokens(params: SamplingParams) -> bool:
 
 
 class RequestStates:
-    """Arrays of M request states, at the places that the scheduler gives out; one more, which padding may write to."""
+    """Arrays of `max_num_seqs` request states; the scheduler gives out their indices. One more is for padding."""
 
     def __init__(self, max_num_seqs: int, max_model_len: int, block_size: int, device: torch.device) -> None:
         self.max_num_seqs = max_num_seqs
         max_num_blocks = -(-max_model_len // block_size)
-        self.numbers = np.full(max_num_seqs, FREE, np.int64)  # whose state it is
-        # Large but mostly untouched: the system gives memory to what is written.
+        self.numbers = np.full(max_num_seqs, FREE, np.int64)  # request that has the state
+        # Large, but memory is taken only when it is first written.
         self.token_ids = np.zeros((max_num_seqs, max_model_len + 1), np.int32)
         self.block_tables = np.zeros((max_num_seqs, max_num_blocks), np.int32)
         self.num_tokens = np.zeros(max_num_seqs, np.int64)  # known on the CPU
@@ -62,7 +62,7 @@ class RequestStates:
     ) -> None:
         """Notes one sampled token each on the CPU, all [S].
 
-        A state may have gone to another request by now: the step after the one that sampled may be applied already.
+        The next step may be applied already, so a state may belong to another request by now.
         """
         same = self.numbers[state_idx] == numbers
         i = state_idx[same]

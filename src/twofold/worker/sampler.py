@@ -1,9 +1,9 @@
 """From logits to token ids, for the rows that a rank owns.
 
-Each token's randomness is one number, a hash of (request seed, position, token), so what is drawn depends neither on
-the batch nor on the rank nor on what was drawn before. The number becomes Gumbel noise on the token's logit, and the
-largest sum wins. So rounding, which differs between a prefill and a decode of the same tokens, changes a draw about as
-rarely as a greedy choice; in a cumulative distribution it would move every boundary, and one draw in a thousand.
+Each token's randomness is one number, a hash of (request seed, position, token), so a draw does not depend on the
+batch, the rank or earlier draws. The number becomes Gumbel noise on the token's logit, and the largest sum wins.
+Rounding differs between a prefill and a decode of the same tokens. It changes such a draw about as rarely as a greedy
+choice. With a cumulative distribution, rounding would move every boundary, and change one draw in a thousand.
 
 With the vocabulary in descending order every filter keeps a prefix of it, so top-k, top-p and min-p are three bounds on
 a count.
@@ -39,7 +39,7 @@ class SamplingBatch:
     prompt_token_ids: Sequence[NDArray[np.int32]]  # read only for rows with penalties
     output_token_ids: Sequence[NDArray[np.int32]]
     forbidden_token_ids: Sequence[tuple[int, ...]]  # what would stop a row before its min_tokens
-    num_logprobs: int | None  # the largest number asked for; None if nobody asked
+    num_logprobs: int | None  # the largest number asked for; None if no row asked
 
     @classmethod
     def build(
@@ -117,7 +117,7 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, Lo
 def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> LogprobTensors:
     """Log-probabilities of `token_ids` [N] and of the `num_logprobs` most likely tokens under `logits` [N, V].
 
-    Takes 12 bytes of scratch per logit; callers with many rows come in chunks. K is at most V.
+    Takes 12 bytes of scratch per logit, so callers with many rows call it in chunks. K is at most V.
     """
     logits = logits.float()
     keys = _sort_keys(logits)
@@ -155,7 +155,7 @@ def gumbel(keys: NDArray[np.uint64], token_ids: torch.Tensor) -> torch.Tensor:
 
 
 def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
-    """SplitMix64's finaliser: a bijection of 64 bits in which every input bit sways every output bit."""
+    """SplitMix64's finaliser: a bijection of 64 bits in which every input bit affects every output bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return x ^ (x >> np.uint64(31))
@@ -196,7 +196,7 @@ def _draw_filtered(scaled: torch.Tensor, batch: SamplingBatch, row_idx: NDArray[
 def _sort_keys(x: torch.Tensor) -> torch.Tensor:
     """int64 [N, V] that orders `x` float32 [N, V] by value, then lower id first. No two are equal, so any top-k agrees.
 
-    A float's bits, read as an integer, ascend with it, save that negative ones run backwards.
+    A float's bits, read as an integer, ascend with it; those of negative floats descend.
     """
     bits = (x + 0.0).view(torch.int32)  # adding 0 turns -0 into 0
     ascending = torch.where(bits < 0, bits ^ 0x7FFFFFFF, bits)

@@ -1,7 +1,7 @@
 """One rank: it loads the model, measures its memory, then carries out the engine's steps until the engine goes away.
 
-A rank is put together from what it is given: model, mesh, exchange, backend and device, then a channel to the engine.
-`main` is the process that gives it the real ones.
+A rank is given its parts: model, mesh, exchange, backend and device, then a channel to the engine. `main` makes the
+real ones in a process of its own.
 """
 
 import logging
@@ -27,6 +27,7 @@ from twofold.attention.backends import make_backend
 from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.mla import max_attention_bytes
 from twofold.attention.spec import AttentionSpec, LatentSpec
+from twofold.channel import Channel, RankChannel
 from twofold.config import RuntimeConfig
 from twofold.contract import (
     Allocate,
@@ -41,7 +42,6 @@ from twofold.contract import (
     Step,
 )
 from twofold.errors import ModelError
-from twofold.executor.channel import Channel, RankChannel
 from twofold.kv.cache import KVCache, bytes_per_block
 from twofold.models.decoder import DecoderModel
 from twofold.models.loader import empty_model, fix_rope, load_model, share_weights
@@ -83,7 +83,7 @@ class Rank:
         self.runner = ModelRunner(model, states, mesh, exchange, backend, device, layout, runtime.eos_token_ids)
 
     def report(self) -> RankReport:
-        """What there is room for. On CUDA found by running the largest step that the scheduler may send."""
+        """Measures how many blocks fit into memory; on CUDA by running the largest step that the scheduler may send."""
         runtime = self.runtime
         block_bytes = bytes_per_block(self._entry_widths, runtime.block_size, runtime.dtype)
         if self.device.torch_device.type == "cuda":
@@ -105,7 +105,7 @@ class Rank:
         )
 
     def allocate(self, num_blocks: int) -> Allocated:
-        """Makes the cache, and captures what refers to its place."""
+        """Makes the cache, and captures the CUDA graphs, which refer to its memory."""
         with self.phase("cache"):
             self._make_cache(num_blocks)
         if self.num_tokens_to_capture:
@@ -182,9 +182,10 @@ class Rank:
         return max(0, int(total * runtime.engine.gpu_memory_utilization) - held_by_others - peak)
 
     def _run_largest_step(self) -> None:
-        """Runs max_num_batched_tokens in as many requests as may run, all sampled by one rank in the dearest way.
+        """Runs max_num_batched_tokens tokens in as many requests as may run. One rank samples all of them, with all
+        features of sampling.
 
-        A request of fewer than two tokens a rank is dealt out, all others are sampled by the same rank.
+        That needs two tokens a rank in each request: shorter requests are spread over the ranks.
         """
         runtime, engine = self.runtime, self.runtime.engine
         budget, longest = runtime.max_num_batched_tokens, min(runtime.max_model_len - 1, runtime.max_num_batched_tokens)
@@ -194,15 +195,16 @@ class Rank:
         for i in range(len(lengths)):
             more = min(longest - shortest, rest)
             lengths[i], rest = lengths[i] + more, rest - more
-        dear = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=20)
-        params = [replace(dear, prompt_logprobs=20), *[dear] * (len(lengths) - 1)]
+        costly = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=20)
+        params = [replace(costly, prompt_logprobs=20), *[costly] * (len(lengths) - 1)]
         self._run_prefill(lengths, params)
-        # A decode: its kernels are made now.
+        # A decode, so that its kernels are compiled now.
         new = self._new_requests(lengths[:1], params[:1])
         self._run(Step(-1, (), new, {}, ScheduledBatch.of([lengths[0] - 1], [1])))
 
     def _find_num_tokens_to_capture(self) -> int:
-        """Tokens a rank below which a step waits for its launches: those take as long for few tokens as for many."""
+        """The number of tokens a rank below which launching a step takes longer than running it: launches take the same
+        time for few tokens as for many."""
         size = self.mesh.size
         many = min(MAX_TOKENS_TO_CAPTURE * size, self.runtime.max_num_batched_tokens)
         launches, busy = self._seconds_of(min(64 * size, many)), self._seconds_of(many)
@@ -213,7 +215,7 @@ class Rank:
         return int(min(max(float(everyones.max()), MIN_TOKENS_TO_CAPTURE), MAX_TOKENS_TO_CAPTURE))
 
     def _seconds_of(self, num_tokens: int) -> float:
-        """Of a prefill of so many tokens over all ranks; the second one, when all kernels are made."""
+        """Time of a prefill of so many tokens over all ranks; of the second one, when all kernels are compiled."""
         longest = self.runtime.max_model_len - 1
         full, rest = divmod(num_tokens, longest)
         lengths = ([longest] * full + [rest] * (rest > 0))[: self.runtime.engine.max_num_seqs]
@@ -226,7 +228,7 @@ class Rank:
         return seconds
 
     def _measure_graphs(self) -> int:
-        """Bytes that CUDA graphs will take: their common memory is as large as the largest one's."""
+        """Bytes that CUDA graphs will take: they share memory, as much as the largest one needs."""
         torch.cuda.empty_cache()
         free_before, reserved_before = torch.cuda.mem_get_info()[0], torch.cuda.memory_reserved()
         self.runner.capture_graphs(self.num_tokens_to_capture, only_largest=True)
@@ -250,14 +252,15 @@ class Rank:
         )
 
     def _run(self, step: Step) -> None:
-        """A step whose requests are forgotten after it."""
+        """Runs a step, and forgets its requests."""
         self.runner.collect(self.runner.launch(step))
         removed = tuple(new.state_idx for new in step.new)
         self.runner.states.apply(Step(-1, removed, (), {}, step.batch))
 
 
 def max_exchange_bytes(runtime: RuntimeConfig, specs: Sequence[AttentionSpec]) -> int:
-    """KV entries of the largest step in the layer with the widest ones, or in all layers if they are decodes'."""
+    """Bytes of all ranks' KV entries that travel together: of the widest layer in the largest step, or of all layers
+    in the largest step of decodes."""
     widths, num_ranks = [spec.entry_width for spec in specs], runtime.num_ranks
     # Each rank's part is padded to the longest, by no more than a token a request and a graph's rounding.
     padding = num_ranks * (runtime.engine.max_num_seqs + PREFILL_ROUNDING[-1][1])
@@ -267,7 +270,7 @@ def max_exchange_bytes(runtime: RuntimeConfig, specs: Sequence[AttentionSpec]) -
 
 
 def make_rank(start: RankStart, folder: str, device: Device) -> Rank:
-    """A rank of this process, with a share in `folder`, which all ranks of the machine see."""
+    """Makes the rank of this process. All ranks of the machine share `folder`."""
     runtime, times = start.runtime, [time.perf_counter()]
     mesh = make_mesh(start.rank, runtime.num_ranks, f"{folder}/store", device.torch_device)
     times.append(time.perf_counter())
@@ -325,9 +328,9 @@ def main() -> None:
     transformers.logging.disable_progress_bar()
     try:
         with suppress(OSError):  # a home that cannot be written to
-            init_hf_modules()  # where a configuration of a model's own class is unpickled from
+            init_hf_modules()  # a configuration of a model's own class is unpickled from there
         start: RankStart = channel.recv()
-        if start.rank:  # the ranks are alike: what one of them warns of is enough
+        if start.rank:  # all ranks would warn of the same: one is enough
             logging.getLogger("twofold").setLevel(logging.ERROR)
         rank = make_rank(start, folder, make_device(start.rank, start.runtime))
         channel.send(rank.report())
@@ -335,7 +338,7 @@ def main() -> None:
         channel.send(rank.allocate(allocate.num_blocks))
         rank.serve(channel)
     except (EOFError, BrokenPipeError):
-        pass  # the engine closed the channel: it is done with us
+        pass  # the engine closed the channel: the rank is no longer needed
     except Exception as error:
         if not isinstance(error, ModelError):
             traceback.print_exc()

@@ -1,4 +1,4 @@
-"""What attention asks of a kernel family. Sinks and merging are not its business (`attention/combine.py`)."""
+"""What attention asks of a family of kernels. Sinks and merging are done elsewhere (`attention/combine.py`)."""
 
 from typing import Protocol
 
@@ -9,20 +9,20 @@ from twofold.attention.spec import AttentionSpec
 
 
 class AttentionBackend(Protocol):
-    """Each call gives the output and its log-sum-exp in float32, natural, sinks left out.
+    """Each call gives the output and its log-sum-exp: natural logarithm, float32, without sinks.
 
     Where a query has no key, the output is 0 and the log-sum-exp is -inf.
     """
 
     def can_capture(self, spec: AttentionSpec, dtype: torch.dtype, is_decode: bool) -> bool:
-        """Whether `attend` finds such rows on the device alone, so that a CUDA graph of it serves other steps too."""
+        """Whether `attend` reads rows of this kind on the device only, so that one CUDA graph serves all steps."""
 
     def attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
     ) -> tuple[torch.Tensor, torch.Tensor]:
         """A step's rows: query [N, H, D], kv_cache [num_blocks, block_size, entry_width] → [N, H, Dv], [N, H].
 
-        What is written of tokens that belong to no row is undefined.
+        The output of tokens that belong to no row is undefined.
         """
 
     def attend_keys(

@@ -1,8 +1,8 @@
 """The backend for CUDA: FlashAttention-4 for rows of several tokens, split-KV decode for rows of one.
 
-FlashAttention-4 reads keys and values where they lie, by block table. A block of 128 tokens is a tile of its kernel and
-travels by bulk copies. What it cannot compute (float32, odd heads, older GPUs) goes to the backend that can do
-anything, and the log says so once.
+FlashAttention-4 reads keys and values from the cache by block table. A block of 128 tokens is one tile of its kernel,
+which it loads by bulk copies. Other layers (float32, odd head dims, older GPUs) use the `sdpa` backend, and the log
+says so once.
 """
 
 import logging
@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 
 
 class FlashAttnBackend:
-    """Attention of a step's rows by the fastest kernels for their kind."""
+    """Attention by the fastest kernel for each kind of row."""
 
     def __init__(self) -> None:
         self._flash = _load_flash_attn()
@@ -41,8 +41,8 @@ class FlashAttnBackend:
         decodes, num_decodes = metadata.decode_rows(), metadata.num_decode_rows
         if decodes is metadata:
             return self._decode(query, kv_cache, spec, metadata.block_tables, metadata.seq_lens)
-        # Offsets of the longer rows count the tokens before them too, so their kernel takes all of the queries and
-        # leaves room in its output for the other's: no copies.
+        # Offsets of the longer rows count the tokens before them. So their kernel gets all queries, and leaves room in
+        # its output for that of the decodes: nothing is copied.
         out, lse = self._attend_longer(query, kv_cache, spec, metadata.longer_rows())
         if num_decodes:
             self._decode(
@@ -68,7 +68,7 @@ class FlashAttnBackend:
         if self._flash is None or not self._is_served(spec, query.dtype):
             return self._sdpa.attend(query, kv_cache, spec, rows)
         keys, values = spec.unpack(kv_cache)
-        # No max_seqlen_q: it changes nothing on Hopper but that short ones are compiled anew.
+        # No max_seqlen_q: on Hopper it has no effect, but short ones would be compiled again.
         out, lse = self._flash(
             query,
             keys,
@@ -98,13 +98,13 @@ class FlashAttnBackend:
 
 
 def refusal(dtype: torch.dtype, spec: AttentionSpec, capability: tuple[int, int]) -> str | None:
-    """What keeps FlashAttention-4 from computing a layer over kv_cache on such a GPU."""
+    """Why FlashAttention-4 cannot compute a layer over the kv_cache on such a GPU; None if it can."""
     dim, v_dim = spec.qk_head_dim, spec.v_head_dim
     if capability[0] not in (9, 10, 11):
         return f"paged attention on compute capability {capability[0]}.{capability[1]}"
     if dtype not in (torch.bfloat16, torch.float16):
         return str(dtype).removeprefix("torch.")
-    # Head dims off a multiple of 16 go through bulk copies only, which need kv_cache as large as a tile.
+    # Head dims that are no multiple of 16 are loaded by bulk copies only, and these need blocks as large as a tile.
     fits = v_dim <= dim <= 256 and dim % 16 == v_dim % 16 == 0
     if capability[0] != 9:
         fits = fits and (dim <= 128 or (dim, v_dim) in ((192, 128), (256, 256)))
@@ -112,14 +112,17 @@ def refusal(dtype: torch.dtype, spec: AttentionSpec, capability: tuple[int, int]
 
 
 def _load_flash_attn() -> Callable[..., Any] | None:
-    # It loads compiled kernels from here: not a folder of /tmp that anyone could have made first.
+    # It loads compiled kernels from here. A folder in /tmp could be made by another user first.
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "twofold" / "flash_attn"
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_DIR", str(cache))
-    warnings.filterwarnings("ignore", message="Argument aux_data")  # of its own compiler, at every kernel
+    warnings.filterwarnings("ignore", message="Argument aux_data")  # its own compiler says it for every kernel
     try:
         from flash_attn.cute import flash_attn_varlen_func
     except ImportError:
-        logger.warning("flash-attn-4 is not installed (twofold[cuda]): prefill falls back to PyTorch's attention")
+        logger.warning(
+            "flash-attn-4 is not installed: prefill falls back to PyTorch's attention, which is slower; run: "
+            "pip install '.[cuda]' in Twofold's checkout"
+        )
         return None
     return flash_attn_varlen_func  # type: ignore[no-any-return]

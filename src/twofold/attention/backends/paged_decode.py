@@ -1,15 +1,15 @@
-"""Attention of rows of one token, read straight from the kv_cache: split along the keys, merged by log-sum-exp.
+"""Attention of rows of one token, read from the kv_cache in place: split along the keys, merged by log-sum-exp.
 
-One query reads its whole context, so this is a matter of bandwidth: all of the GPU must read, even for one row, and
-about as long, even if the rows are of very different lengths. So the keys of the whole batch are cut into runs of about
-equal length, and each program attends to one run for all the query heads that share its key-value head:
+One query reads its whole context, so memory bandwidth is the limit. The whole GPU must read, even for one row, and all
+programs must finish together, even if rows have very different lengths. So the keys of the whole batch are cut into
+runs of about equal length. Each program attends to one run for all query heads that share its key-value head:
 
     keys          | row 0: 5000 | row 1: 800 |         row 2: 9000         | row 3: 0 |
     runs          |  0   |  1   |     2      |   3   |   4   |   5   |  6  |            slots 7, 8, ...: nothing to do
 
-How many slots there are follows from shapes alone; which run lies in a slot, each program finds from the lengths on the
-device. So a CUDA graph holds for all lengths and block tables. A row of one run is finished by the program that read
-it, and the runs of the others meet in a second kernel.
+The number of slots follows from shapes alone. Each program finds its slot's run from the lengths on the device, so one
+CUDA graph serves all lengths and block tables. A row of one run is finished by the program that read it. A second
+kernel merges the runs of the other rows.
 """
 
 import math
@@ -43,7 +43,7 @@ HEADS, LATENTS = Tuning(), Tuning(programs=256)
 
 
 class PagedDecode:
-    """Decode attention. Its scratch stays where it is: run a batch size once before capturing it in a CUDA graph."""
+    """Decode attention. Its scratch memory never moves: run a batch size once before capturing it in a CUDA graph."""
 
     def __init__(self, tuning: Tuning | None = None) -> None:
         self._tuning = tuning
@@ -109,7 +109,7 @@ class PagedDecode:
             "min_run": min_run,
             "window": spec.sliding_window or 0,
             "block_n": block_n,
-            # Few values, for each is a compilation.
+            # Few values, because each is compiled.
             "rows_pad": 32 if num_rows <= 32 else 256 if num_rows <= 256 else triton.next_power_of_2(num_rows),
         }
         if spec.softcap is None:

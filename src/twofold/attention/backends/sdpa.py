@@ -17,9 +17,9 @@ from twofold.attention.rows import row_entries
 from twofold.attention.spec import AttentionSpec
 
 WINDOW_QUERIES = 512  # queries that share one mask of a sliding window
-MATMUL_QUERIES = 64  # queries whose logits exist at once
+MATMUL_QUERIES = 64  # queries with logits in memory at once
 MATMUL_KEYS = range(384, 1025)  # with fewer the products are too small to gain, with more logits leave the caches
-EXPLICIT_QUERIES = 128  # queries whose logits are materialised at once where no fused kernel serves
+EXPLICIT_QUERIES = 128  # the same, where no fused kernel computes the layer
 
 
 class SDPABackend:
@@ -40,7 +40,7 @@ class SDPABackend:
             out, lse = attend_row(q, keys.transpose(0, 1), values.transpose(0, 1), spec)
             parts.append((out.permute(2, 0, 1, 3).flatten(1, 2), lse))
         for place, count in ((0, bounds[0]), (len(parts) + 1, len(query) - metadata.num_tokens)):
-            if count:  # tokens of no row of these, padding
+            if count:  # tokens that belong to none of these rows, and padding
                 nothing = query.new_zeros(count, spec.num_heads, spec.v_head_dim)
                 parts.insert(place, (nothing, query.new_full((*groups, count), -torch.inf, dtype=torch.float32)))
         outs, lses = zip(*parts, strict=True)
@@ -98,10 +98,10 @@ def _serves_matmul(q: torch.Tensor) -> bool:
 def _by_matmul(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits in the open, a few queries of all heads at a time: products of one large shape beat the fused kernel's
-    small ones as long as the logits stay in a CPU's caches.
+    """Computes the logits of a few queries of all heads at a time. Its large products are faster than the small ones
+    of the fused kernel, as long as the logits stay in a CPU's caches.
 
-    Logits are float32, as they are within the fused kernel: rounded to bfloat16, one of 20 would be off by 0.06.
+    Logits are float32, as within the fused kernel. In bfloat16, a logit of 20 would be off by up to 0.06.
     """
     length, seq_len = q.shape[2], keys.shape[1]
     start, out = seq_len - length, q.new_empty(*q.shape[:3], spec.v_head_dim)
@@ -121,7 +121,7 @@ def _by_matmul(
 
 
 def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Weights [..., k], LSE [...]. Any key tells LSE, since its weight is exp(logit - LSE), but not if that is 0."""
+    """Weights [..., k], LSE [...]. LSE follows from any key with a weight above 0, because that is exp(logit - LSE)."""
     weights = logits.softmax(-1)
     if not logits.is_cuda and bool(weights[..., 0].amin() > 1e-30):  # the first key nearly always does
         return weights, logits[..., 0] - weights[..., 0].log()
@@ -131,7 +131,7 @@ def _softmax(logits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _windowed(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec, window: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Blocks of queries, each with the keys that any of them sees and one small mask."""
+    """Blocks of queries, each with the keys that any of its queries attends to, and one small mask."""
     length, seq_len = q.shape[2], keys.shape[1]
     start = seq_len - length
     outs, lses = [], []
@@ -155,7 +155,7 @@ def _visible(first: int, count: int, low: int, high: int, window: int | None, de
 def _explicit(
     q: torch.Tensor, keys: torch.Tensor, values: torch.Tensor, spec: AttentionSpec
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits in the open, a few queries at a time: for what no fused kernel computes (softcap)."""
+    """Computes the logits of a few queries at a time, for what no fused kernel computes (softcap)."""
     length, seq_len = q.shape[2], keys.shape[1]
     start = seq_len - length
     outs, lses = [], []
@@ -183,14 +183,14 @@ def _fused(
     """One fused kernel. q [Hk, G, L, D], keys [Hk, k, D], values [Hk, k, Dv], bias [L, k] → out, LSE [Hk, G, L]."""
     _, num_groups, length, _ = q.shape
     folded = length == 1 or not (causal or bias is not None)
-    if folded:  # queries of a group see the same keys: they are more queries of one head
+    if folded:  # queries of a group attend to the same keys: they count as more queries of one head
         q = q.flatten(1, 2)[None]
         keys, values = keys[None], values[None]
     else:
         keys = keys[:, None].expand(-1, num_groups, -1, -1)
         values = values[:, None].expand(-1, num_groups, -1, -1)
     if q.device.type == "cpu":
-        # The CPU kernel wants values as wide as keys.
+        # The CPU kernel needs values as wide as keys.
         if spec.values_in_keys:
             values = keys
         elif missing := keys.shape[-1] - values.shape[-1]:
@@ -200,7 +200,7 @@ def _fused(
             q, keys, values, 0.0, causal, attn_mask=None if bias is None else bias[None, None], scale=spec.scaling
         )
     else:
-        if bias is not None:  # the kernel wants rows of the bias aligned to 16 bytes
+        if bias is not None:  # the kernel needs each row of the bias aligned to 16 bytes
             width = bias.shape[-1]
             bias = F.pad(bias, (0, -width % 8))[:, :width].expand(*q.shape[:2], -1, -1)
         out, lse, _, _ = torch.ops.aten._scaled_dot_product_efficient_attention(

@@ -1,8 +1,8 @@
-"""The one shape of all that is done to a model's modules: find, apply, verify, undo.
+"""What all changes of a model's modules have in common: find, apply, verify, undo.
 
-No family's forward is written again, and no name proves anything. A transform finds the modules that it would change,
-changes them in place, and makes sure that the same comes out. If not, the model stays as Transformers made it, which is
-right for any model, only slower or larger.
+No family's forward pass is written again, and names prove nothing. A transform finds the modules that it would change,
+changes them in place, and compares results. If they differ, the model stays as Transformers made it: correct, but
+slower or larger.
 
     latents        keep latents in place of heads                 same queries, keys, values and hidden states
     last layer     skip it where its output is unused             same, at two lengths
@@ -45,7 +45,7 @@ class Transform(ABC):
 
 
 def transform(change: Transform, dtype: torch.dtype) -> bool:
-    """Whether the model, whose weights are of `dtype`, runs with `change` from now on. If not, it is as it was."""
+    """Applies `change` to a model with weights of `dtype` → whether it was kept. If not, the model is as before."""
     is_applied = False
     try:
         if reason := change.find():

@@ -16,8 +16,8 @@ from twofold.models.transforms.last_layer import LastLayer
 class CompileLayers(Transform):
     """Each decoder layer is compiled in place at its first call.
 
-    Nothing is compared when a model is loaded: no kernel is made yet, and those that will be made round in another
-    way. Tests compare the rewriting of graphs (`test_compile.py`) and compiled models (`tests/gpu`).
+    Nothing is compared when a model is loaded: kernels are compiled later, and round differently. Tests compare the
+    rewriting of graphs (`test_compile.py`) and compiled models (`tests/gpu`).
     """
 
     name = "compiled layers"
@@ -46,7 +46,7 @@ class CompileLayers(Transform):
 
 
 class RewriteLayers(CustomGraphPass):
-    """Rewrites a layer's graph by what the compiler cannot know.
+    """Rewrites a layer's graph in three ways that the compiler does not know.
 
     One product serves all projections that were packed into it. RoPE by complex numbers becomes RoPE by real ones,
     which the compiler can fuse. `publish`, with all that it needs, comes before the rest, so that queries are projected

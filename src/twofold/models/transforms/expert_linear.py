@@ -67,7 +67,7 @@ def _linear_kernel(
 def _expert_linear(
     x: torch.Tensor, weight: torch.Tensor, expert_ids: torch.Tensor, num_experts: int, is_transposed: bool
 ) -> torch.Tensor:
-    """x [S / n, in] whose rows belong to n pairs each, weight [E, out, in] or transposed, expert_ids [S] → [S, out]."""
+    """x [S / n, in], each of its vectors for n pairs; weight [E, out, in] or transposed; expert_ids [S] → [S, out]."""
     if is_transposed:
         weight = weight.transpose(1, 2)
     (num_rows, in_features), out_features, num_pairs = x.shape, weight.shape[1], len(expert_ids)

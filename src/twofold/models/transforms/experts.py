@@ -1,6 +1,6 @@
-"""Run the experts of few tokens with a kernel of ours on a GPU.
+"""Run the experts of few tokens with our own kernel on a GPU.
 
-More tokens go through Transformers' grouped products, which are hard to beat. Models reach both through Transformers'
+For more tokens Transformers' grouped products are faster. Models reach both through Transformers'
 `ExpertsInterface`, as they reach attention: routing, gates and weights of experts stay theirs. Every rank holds all
 experts and routes its own tokens, so nothing is exchanged.
 """
@@ -15,13 +15,13 @@ from twofold.models.transforms.base import Transform, sample_input
 
 EXPERTS_NAME = "twofold"
 GROUPED_NAME = "grouped_mm"
-MAX_PAIRS = 256  # of a token and an expert: more are worth sorting
+MAX_PAIRS = 256  # of a token and an expert; for more, sorting is faster
 TOP_K = 2  # experts of a token in the comparison
 NUM_TOKENS = (4, MAX_PAIRS // TOP_K)  # of the inputs compared: fewer pairs than experts, and the most that are served
 
 
 class FewTokenExperts(Transform):
-    """Each module of experts must put out what grouped products put out."""
+    """Each module of experts must give the output of grouped products."""
 
     name = "experts of few tokens"
 

@@ -3,16 +3,15 @@
 The last layer's output is needed only at sampled positions; its keys and values are needed everywhere. A row samples
 after its last token at most. So the last layer runs twice:
 
-    all tokens of my rows [T]      norm, keys, values, what comes before them ──publish──► on their way; stop here
+    all tokens of my rows [T]      norm, keys, values ──publish──► on their way; stop here
     each row's last token [V]      the whole layer, with attention over everyone's keys ──► hidden states
 
-Of a prefill with L layers that leaves out almost a part in L. Where prompt log-probabilities are asked for, all hidden
-states are needed, and the layer runs once, as its family wrote it. So it does in steps of decodes, where each row is
-its last token.
+This saves almost 1/L of a prefill with L layers. Steps with prompt log-probabilities need all hidden states: then the
+layer runs once, as its family wrote it. It also runs once in steps of decodes, where each row is its last token.
 
 The first run is ended by an exception when the layer publishes its KV entries. The second run gets the same arguments
-with fewer tokens. Which dim of an argument is tokens is found out once, by running at two lengths: it is the one that
-changes with the length. Shapes at run time decide nothing, because a constant argument may be as long as a step.
+with fewer tokens. The token dim of each argument is found once, by running at two lengths: it is the dim that
+changes with the length. Shapes in a later step decide nothing, because a constant argument may be as long as the step.
 """
 
 from collections.abc import Iterator, Sequence
@@ -41,7 +40,7 @@ class LastLayer(torch.nn.Module):
     def __init__(self, layer: torch.nn.Module) -> None:
         super().__init__()
         self.layer, self.training = layer, layer.training
-        self.token_dims: Any = None  # in the structure of (args, kwargs): each tensor's dim that is tokens, or None
+        self.token_dims: Any = None  # in the structure of (args, kwargs): each tensor's token dim, or None
         self._attention: ForwardContext | Recorder | None = None  # of the forward pass that is cut now
 
     @contextmanager
@@ -73,7 +72,7 @@ class LastLayer(torch.nn.Module):
         return self.layer(*args, **kwargs)
 
     def __getattr__(self, name: str) -> Any:
-        """Families look at what kind of layer it is."""
+        """Families read attributes of their layers."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -81,7 +80,7 @@ class LastLayer(torch.nn.Module):
 
 
 def _token_dims(short: Any, long: Any, num_tokens: tuple[int, int]) -> Any:
-    """Which dim of each tensor is tokens, given the same arguments of two steps; None where no dim changed."""
+    """The token dim of each tensor, given the arguments of two steps; None where no dim changed."""
     if isinstance(short, torch.Tensor):
         sizes = list(zip(short.shape, long.shape, strict=True))
         changed = [dim for dim, (before, after) in enumerate(sizes) if before != after]
@@ -98,7 +97,7 @@ def _token_dims(short: Any, long: Any, num_tokens: tuple[int, int]) -> Any:
 
 
 def _select(given: Any, dims: Any, tokens: torch.Tensor) -> Any:
-    """The arguments with these tokens [V] alone, where `dims` says that they are tokens."""
+    """The arguments with only these tokens [V], along the token dims `dims`."""
     if isinstance(given, torch.Tensor):
         return given if dims is None else given.index_select(dims, tokens)
     if isinstance(given, dict):
@@ -116,12 +115,12 @@ class CutLastLayer(Transform):
     def __init__(
         self, model: PreTrainedModel, layers: torch.nn.ModuleList | None, specs: Sequence[AttentionSpec]
     ) -> None:
-        """`layers` that the forward pass goes through, one a spec; None if they cannot be told apart."""
+        """`layers`: one for each spec; None if they were not found."""
         self.model, self.layers, self.specs = model, layers, specs
 
     def find(self) -> str | None:
         if self.layers is None:
-            return "the layers cannot be told apart"
+            return "the list of layers was not found"
         self.last = LastLayer(self.layers[-1])
         given: list[tuple[Any, Any]] = []
         hook = self.last.layer.register_forward_pre_hook(

@@ -1,9 +1,9 @@
 """Keep latents in place of heads (multi-head latent attention; DeepSeek-V2, https://arxiv.org/abs/2405.04434).
 
 Families with latent attention project, scale and apply RoPE each in its own way. But all of them give the finished
-latent and the RoPE part of the keys to a method `expand_kv`, and what that returns to the attention interface. So this
-method alone is replaced, by one that returns what it was given: nothing is expanded that attention does not ask for,
-and a compiler sees latents flow into the attention op like any keys and values.
+latent and the RoPE part of the keys to a method `expand_kv`, and what that returns to the attention interface. So only
+this method is replaced, by one that returns its arguments. Attention then decides what to expand, and for a compiler
+latents enter the attention op like any keys and values.
 """
 
 import torch
@@ -17,7 +17,7 @@ NUM_TOKENS = 8  # of the forward passes that are compared
 
 
 class KeepLatents(Transform):
-    """Latents must expand to the very queries, keys, values and hidden states that there were without them."""
+    """With latents, queries, keys, values and hidden states must be the same as before."""
 
     name = "latents"
 
@@ -32,7 +32,7 @@ class KeepLatents(Transform):
             if callable(getattr(module, "expand_kv", None)) and hasattr(module, "kv_b_proj"):
                 latents = _latent_spec(spec, module.get_parameter("kv_b_proj.weight"))
                 if latents is None:
-                    return f"the heads of layer {layer} are not made of latents in the way known here"
+                    return f"the heads of layer {layer} are not computed from latents in a known way"
                 self._latents[layer] = latents
         if not self._latents:
             return "no layer has latents"
@@ -60,12 +60,12 @@ class KeepLatents(Transform):
 
 
 def _return_latents(kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """The new `expand_kv`: kv_nope [1, 1, T, L] and k_rot [1, 1, T, R] are handed on as key and value."""
+    """The new `expand_kv`: returns kv_nope [1, 1, T, L] and k_rot [1, 1, T, R] as key and value."""
     return kv_nope, k_rot
 
 
 def _latent_spec(spec: AttentionSpec, weight: torch.nn.Parameter) -> LatentSpec | None:
-    """What attention over latents computes, if over heads it is `spec`; None if it has what latents have not.
+    """The spec over latents of a layer with `spec` over heads; None if it has a window, sinks or other extras.
 
     weight [H * (D - R + Dv), L] expands a latent: R, the width of the RoPE part, follows from its shape.
     """

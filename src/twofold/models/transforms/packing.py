@@ -1,6 +1,6 @@
 """Run projections of one input as one product: fewer kernels, and none too small to fill a GPU.
 
-    q_proj(x), k_proj(x), v_proj(x)   ->   x @ [q | k | v], of which each takes its part
+    q_proj(x), k_proj(x), v_proj(x)   ->   x @ [q | k | v]; each takes its part
 
 Each projection asks for the whole product. A compiler sees the same product three times and keeps one (`compile.py`).
 So a model is packed only if its layers are compiled.
@@ -17,7 +17,7 @@ NUM_TOKENS = 2  # of the input that each projection is compared with
 
 
 class Part(torch.nn.Module):
-    """Stands in for a Linear whose weight became rows `start` to `start + out_features` of a larger one's."""
+    """Stands in for a Linear. Its weight is part of a larger one: outputs `start` to `start + out_features`."""
 
     def __init__(self, packed: Linear, start: int, out_features: int) -> None:
         super().__init__()
@@ -31,7 +31,7 @@ class Part(torch.nn.Module):
 
 
 class PackProjections(Transform):
-    """Each projection must make the same of one input."""
+    """Each projection of one input must give the same result."""
 
     name = "packed projections"
 
@@ -89,7 +89,7 @@ def _pack(module: torch.nn.Module, names: list[str]) -> None:
 
 
 def _unpacked(part: Part) -> Linear:
-    """A Linear of its own again, whose weight is a view of the packed one."""
+    """A separate Linear again; its weight is a view of the packed one."""
     linear = Linear(part.in_features, part.out_features, bias=part.packed.bias is not None, device="meta")
     for field, packed in part.packed.named_parameters():
         view = packed.narrow(0, part.start, part.out_features)

@@ -1,8 +1,8 @@
-"""Pickled messages over a stream socket, both ways at once: neither end can block the other by what it sends.
+"""Pickled messages over a stream socket, both ways at once: neither end can block the other by sending.
 
-A message is its length in 8 bytes, then a pickle. What the socket does not take at once waits in `Channel` and goes
-out while its owner waits for something; what arrives meanwhile is kept. So an engine that sends a prompt of a million
-tokens and a rank that sends a large answer both get through.
+A message is its length in 8 bytes, then a pickle. Bytes that the socket does not take at once wait in `Channel`, and
+are sent while its owner waits for something. Messages that arrive meanwhile are kept. So an engine can send a prompt of
+a million tokens while a rank sends a large answer.
 """
 
 import pickle
@@ -21,7 +21,7 @@ Kind = TypeVar("Kind")
 
 
 class RankChannel(Protocol):
-    """What a rank needs of its way to the engine."""
+    """What a rank needs of its channel to the engine."""
 
     def send(self, message: Any) -> None:
         """Sends a message; returns when all of it is on its way."""
@@ -58,7 +58,7 @@ class Channel:
         return bool(self._outgoing)
 
     def find(self, kind: type[Kind]) -> Kind | None:
-        """The oldest message of that kind, which stays; None if there is none."""
+        """The oldest message of that kind, which is kept; None if there is none."""
         return next((message for message in self._messages if isinstance(message, kind)), None)
 
     def post(self, data: bytes) -> None:
@@ -96,7 +96,7 @@ class Channel:
             raise EOFError
 
     def take(self, kind: type[Kind]) -> Kind:
-        """The message that `find` finds, which goes."""
+        """Removes the message that `find` finds, and returns it."""
         message = self.find(kind)
         assert message is not None
         self._messages.remove(message)
