@@ -26,7 +26,7 @@ from twofold.attention.spec import LatentSpec
 from twofold.kv.cache import copy_blocks
 
 PIECE_BYTES = 1 << 30  # of heads expanded at once: more pieces to merge take longer, larger ones take memory
-MAX_QUERIES_AT_ONCE = 8192  # of a row. Longer rows go in pieces, so that head and tail of a prompt share expanded heads
+MAX_QUERIES_AT_ONCE = 2048  # of a row. Longer rows go in pieces, so that head and tail of a prompt share expanded heads
 
 
 @dataclass(slots=True)
@@ -143,8 +143,10 @@ def shared_prefixes(metadata: AttentionMetadata, first_row: int, block_size: int
 
 
 def _fits_at_once(spec: LatentSpec, metadata: AttentionMetadata, kv_cache: torch.Tensor) -> bool:
-    num_keys = metadata.num_row_blocks * kv_cache.shape[1]
-    return metadata.max_query_len <= MAX_QUERIES_AT_ONCE and num_keys <= piece_tokens(spec, kv_cache.itemsize)
+    """Whether the longer rows expand all of their keys at once. In a CUDA graph they must: the host knows no rows."""
+    num_keys, is_captured = metadata.num_row_blocks * kv_cache.shape[1], not len(metadata.query_start_np)
+    is_short = is_captured or metadata.max_query_len <= MAX_QUERIES_AT_ONCE
+    return is_short and num_keys <= piece_tokens(spec, kv_cache.itemsize)
 
 
 def _attend_pieces(

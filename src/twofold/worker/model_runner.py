@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 
 from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.mla import MAX_QUERIES_AT_ONCE, piece_tokens
+from twofold.attention.mla import piece_tokens
 from twofold.attention.op import ForwardContext
 from twofold.attention.spec import LatentSpec
 from twofold.contract import PromptTokenLogprobs, Step, StepResult
@@ -128,8 +128,6 @@ class ModelRunner:
             if all(self.backend.can_capture(spec, dtype, is_decode) for spec in specs)
         ]
         copied = [piece_tokens(spec, dtype.itemsize) for spec in specs if isinstance(spec, LatentSpec)]
-        if copied:  # longer rows of latents go in pieces, which a graph does not hold
-            num_tokens = min(num_tokens, MAX_QUERIES_AT_ONCE)
         limits = CaptureLimits(
             layout=self.layout,
             max_num_tokens=num_tokens,
