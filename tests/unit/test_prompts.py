@@ -53,6 +53,12 @@ def test_prompts_are_read(prompt: Any, text: str | None, token_ids: list[int]) -
         ),
         ({"prompt_embeds": [1.0]}, "prompt field 'prompt_embeds' is not known"),
         ({}, "a prompt needs 'prompt' or 'prompt_token_ids', got nothing"),
+        ([True, 5], "True is not a token id"),
+        ([np.True_, 2], "True_? is not a token id"),
+        (b"abc", "text or a list of token ids, got bytes"),
+        (bytearray(b"abc"), "text or a list of token ids, got bytearray"),
+        (np.array(3), "got an array of 0 dims"),
+        (np.array([[3]]), "got an array of 2 dims"),
         ({"prompt": None}, "a prompt needs 'prompt' or 'prompt_token_ids', got prompt"),
         (
             {"prompt": 5, "prompt_token_ids": [1]},

@@ -1,6 +1,10 @@
 """Requests as ranks know them: by numbers and places, whatever users call them and whenever they come again."""
 
+import os
+import signal
+import time
 from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import pytest
@@ -8,10 +12,14 @@ from harness import ThreadExecutor, generate, make_engine, reference_logprobs
 from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 from transformers import PreTrainedModel
 
-from twofold.contract import StepResult
+from twofold.contract import ScheduledBatch, StepResult
+from twofold.engine.block_pool import BlockPool
+from twofold.engine.drive import Drive
 from twofold.engine.engine import LLMEngine
+from twofold.engine.request import Request
+from twofold.engine.scheduler import Scheduler
 from twofold.errors import EngineError
-from twofold.outputs import RequestOutput
+from twofold.outputs import OutputKind, RequestOutput
 from twofold.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
@@ -128,3 +136,106 @@ def test_ranks_that_answer_different_steps_are_lost(model: PreTrainedModel) -> N
     engine.recover()
     assert len(finish(engine)["a"].outputs[0].token_ids) == 8
     engine.shutdown()
+
+
+# --- Interrupts, pauses and suspects ---------------------------------------------------------------------------------
+
+
+def interrupt(*_: Any) -> None:
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(0.005)  # the handler runs between two instructions
+
+
+def test_an_interrupt_at_a_step_s_end_loses_no_token(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The signal was held back until the step was done, and raised in place of returning what the step gave: a caller
+    that went on had one token less, or never heard of the end."""
+    engine = make_engine(model, 2)
+    [expected] = generate(engine, [prompt_of(9)], GREEDY)
+    engine.add_request("a", prompt_of(9), GREEDY, output_kind=OutputKind.DELTA)
+    update, tokens, num_interrupts = engine._update, [], 0
+
+    def update_interrupted(results: list[StepResult]) -> list[RequestOutput]:
+        interrupt()
+        return update(results)
+
+    monkeypatch.setattr(engine, "_update", update_interrupted)
+    finished = False
+    while engine.has_work:
+        try:
+            outputs = engine.step()
+        except KeyboardInterrupt:
+            num_interrupts += 1
+            continue
+        for output in outputs:
+            tokens += output.outputs[0].token_ids
+            finished |= output.finished
+    assert tokens == expected.outputs[0].token_ids
+    assert finished
+    assert num_interrupts == len(tokens)
+    engine.shutdown()
+
+
+def test_a_second_interrupt_leaves_no_request_behind(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It came between two aborts, and the next call computed 2,629 requests that nobody waited for."""
+    engine = make_engine(model, 1)
+    abort = engine.abort_request
+
+    def abort_interrupted(request_id: str) -> RequestOutput | None:
+        interrupt()
+        return abort(request_id)
+
+    monkeypatch.setattr(engine, "abort_request", abort_interrupted)
+
+    def drive_and_fail() -> None:
+        with Drive(engine) as drive:
+            for number in range(5):
+                drive.add(str(number), prompt_of(9), GREEDY)
+            raise ZeroDivisionError
+
+    with pytest.raises(KeyboardInterrupt):
+        drive_and_fail()
+    assert not engine.outputs.user_requests
+    assert not engine.scheduler.has_unfinished
+    engine.shutdown()
+
+
+def test_a_pause_after_an_interrupt_is_no_slow_step(model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user who looks around for 20 s after Ctrl-C taught the watchdog that ranks take that long, so that for hundreds
+    of steps a hung rank would not have been noticed."""
+    engine = make_engine(model, 1)
+    generate(engine, [prompt_of(9)], GREEDY)
+    collect, limit = engine.executor.collect, engine.watchdog.limit(ScheduledBatch.of([0], [9]))
+
+    def fail(timeout: float | None = None) -> list[StepResult]:
+        raise KeyboardInterrupt
+
+    engine.add_request("a", prompt_of(9), GREEDY)
+    with monkeypatch.context() as patch:
+        patch.setattr(engine.executor, "collect", fail)
+        with pytest.raises(KeyboardInterrupt):
+            engine.step()
+    time.sleep(1.0)
+    seconds = engine.stats.step_seconds
+    engine.executor.collect = collect  # type: ignore[method-assign]
+    assert len(finish(engine)["a"].outputs[0].token_ids) == 8
+    assert engine.stats.step_seconds - seconds < 0.9
+    assert engine.watchdog.limit(ScheduledBatch.of([0], [9])) < limit + 5
+    engine.shutdown()
+
+
+def test_a_suspect_is_not_blamed_for_a_step_of_another() -> None:
+    """Two suspects never share a step. One was aborted while its step was in flight, so the other entered the next one;
+    the first step failed, and the second suspect was ended for it."""
+    scheduler = Scheduler(BlockPool(100, 4), 8, 64, 1000)
+    requests = [Request(np.arange(8) + 10 * i, SamplingParams(max_tokens=9), seed=0) for i in range(2)]
+    for request in requests:
+        scheduler.add(request)
+    assert scheduler.schedule() is not None
+    assert scheduler.restart(BlockPool(100, 4)) == []
+    step = scheduler.schedule()
+    assert step is not None
+    assert step.batch.numbers.tolist() == [0]
+    scheduler.abort(requests[0])
+    assert scheduler.schedule() is None, "the suspect's step is still in flight"
+    assert scheduler.restart(BlockPool(100, 4)) == []
+    assert not requests[1].finished

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Self
 from tqdm import tqdm
 
 from twofold.errors import RequestError
+from twofold.interrupts import held_back
 from twofold.outputs import OutputKind, RequestOutput
 from twofold.sampling_params import SamplingParams
 
@@ -79,10 +80,13 @@ class Drive:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        for request_id in self._request_ids:
-            self._engine.abort_request(request_id)
-        if self._bar is not None:
-            self._bar.close()
+        try:
+            with held_back():  # or a second Ctrl-C would leave requests behind
+                for request_id in self._request_ids:
+                    self._engine.abort_request(request_id)
+        finally:
+            if self._bar is not None:
+                self._bar.close()
 
 
 class _ProgressBar:

@@ -62,7 +62,8 @@ class LLMEngine:
         self.prompts = PromptReader(tokenizer, self.vocab_size, self.scheduler.max_num_tokens, runtime.max_model_len)
         self.outputs = OutputProcessor(tokenizer)
         self.stats = EngineStats()
-        self._in_flight: deque[tuple[ScheduledBatch, float]] = deque()  # batch, and when its step could begin
+        self._in_flight: deque[tuple[ScheduledBatch, float | None]] = deque()  # and when the step could begin, if known
+        self._undelivered: list[RequestOutput] = []  # of a step at whose end an interrupt came
         self._num_seeds = 0
 
     def _open(self, executor: Executor) -> BlockPool:
@@ -141,10 +142,13 @@ class LLMEngine:
     def step(self) -> list[RequestOutput]:
         """One step of all ranks; the outputs that are due of requests that got a token.
 
-        An interrupt (Ctrl-C) comes only while the ranks compute: a result is taken completely or not at all.
+        An interrupt (Ctrl-C) comes only while the ranks compute, when no result is half taken, or at the end: then the
+        next call returns these outputs.
         """
         with held_back():
-            return self._step()
+            self._undelivered += self._step()
+        outputs, self._undelivered = self._undelivered, []
+        return outputs
 
     def _step(self) -> list[RequestOutput]:
         while self.scheduler.num_in_flight < self.max_steps_in_flight and (step := self.scheduler.schedule()):
@@ -153,15 +157,21 @@ class LLMEngine:
         if not self._in_flight:
             return []
         batch, start = self._in_flight[0]
-        results = self.executor.collect(self.watchdog.limit(batch))
+        try:
+            results = self.executor.collect(self.watchdog.limit(batch))
+        except BaseException:  # how long a pause follows says nothing of the ranks' pace
+            self._in_flight = deque((batch, None) for batch, _ in self._in_flight)
+            raise
         now = time.monotonic()
         self._in_flight.popleft()
         if self._in_flight:  # the next step waited for this one
             self._in_flight[0] = (self._in_flight[0][0], now)
         if len(step_ids := {result.step_id for result in results}) > 1:
             raise EngineError(f"ranks answered different steps: {', '.join(map(str, sorted(step_ids)))}")
-        self.watchdog.observe(batch, now - start)
-        self.stats.take_step(batch, results, now - start)
+        seconds = None if start is None else now - start
+        if seconds is not None:
+            self.watchdog.observe(batch, seconds)
+        self.stats.take_step(batch, results, seconds)
         return self._update(results)
 
     def step_or_recover(self) -> list[RequestOutput]:
@@ -253,6 +263,7 @@ class LLMEngine:
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Ends a request → its output so far, or None if there is no request of that id."""
+        self._undelivered = [output for output in self._undelivered if output.request_id != request_id]
         user = self.outputs.user_requests.get(request_id)
         if user is None:
             return None
@@ -263,7 +274,8 @@ class LLMEngine:
 
     def profile(self, start: bool) -> list[Breakdown | None]:
         """Starts timing the kernels of every rank, or stops → each rank's breakdown."""
-        return self.executor.profile(start)
+        with held_back():
+            return self.executor.profile(start)
 
     @property
     def reports(self) -> list[RankReport]:
@@ -277,7 +289,7 @@ class LLMEngine:
     @property
     def has_work(self) -> bool:
         """Whether `step` has something to do: a request that is not finished, or a step in flight."""
-        return self.scheduler.has_unfinished or bool(self.scheduler.num_in_flight)
+        return self.scheduler.has_unfinished or bool(self.scheduler.num_in_flight or self._undelivered)
 
     @property
     def is_idle(self) -> bool:

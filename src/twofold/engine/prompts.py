@@ -69,15 +69,18 @@ class PromptReader:
 
     def _checked(self, prompt: Any) -> Any:
         """Token ids that the model has: [T]. All are checked at once, since a prompt may have a million."""
-        if not isinstance(prompt, Sequence | np.ndarray):
+        if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray | memoryview):
             raise _wrong(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
+        if isinstance(prompt, np.ndarray) and prompt.ndim != 1:
+            raise _wrong(f"a prompt must be one list of token ids, got an array of {prompt.ndim} dims")
         if not len(prompt):
             return np.empty(0, np.int64)
         try:
             token_ids: NDArray[Any] = np.asarray(prompt)
         except ValueError:  # lists within lists
             token_ids = np.empty(0)
-        if token_ids.dtype.kind not in "iu" or token_ids.ndim != 1:
+        has_bools = not isinstance(prompt, np.ndarray) and not {bool, np.bool_}.isdisjoint(map(type, prompt))
+        if token_ids.dtype.kind not in "iu" or token_ids.ndim != 1 or has_bools:
             if wrong := [t for t in prompt if isinstance(t, bool) or not isinstance(t, int | np.integer)]:
                 raise _wrong(f"{reprlib.repr(wrong[0])} is not a token id; a prompt is a list of integers from 0")
             token_ids = np.asarray(prompt, object)  # integers too large for any other array

@@ -156,7 +156,7 @@ class Scheduler:
         for request in [] if blocked else list(islice(self._waiting, self.max_num_seqs)):
             if not budget or len(self._running) == self.max_num_seqs:
                 break
-            if request.is_suspect and any(other.is_suspect for other in self._running):
+            if request.is_suspect and self._runs_suspect():
                 break
             if self._awaits_prefix(request):
                 continue
@@ -274,6 +274,11 @@ class Scheduler:
         request.num_computed_tokens = 0
         request.num_shared_blocks = 0
         request.block_ids = []
+
+    def _runs_suspect(self) -> bool:
+        """Whether a suspect runs, or has been aborted since and is in a step in flight."""
+        in_flight = (request for step in self._in_flight for request in step.requests)
+        return any(request.is_suspect for request in (*self._running, *in_flight))
 
     def _awaits_prefix(self, request: Request) -> bool:
         """Whether the first block of a request's prompt that is not cached is being computed for another request."""

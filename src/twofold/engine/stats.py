@@ -19,12 +19,13 @@ class EngineStats:
     num_restarts: int = 0
     restart_seconds: float = 0.0  # the last restart took
 
-    def take_step(self, batch: ScheduledBatch, results: Sequence[StepResult], seconds: float) -> None:
+    def take_step(self, batch: ScheduledBatch, results: Sequence[StepResult], seconds: float | None) -> None:
+        """Counts a step; `seconds` are None where an interrupt came in between."""
         num_tokens = int(batch.num_scheduled_tokens.sum())
         self.num_steps += 1
         self.num_tokens += num_tokens
-        self.step_seconds += seconds
-        if num_tokens > len(batch):
+        self.step_seconds += seconds or 0.0
+        if num_tokens > len(batch) and seconds is not None:
             rate = num_tokens / max(seconds, 1e-6)
             self.tokens_per_second += (0.3 if self.tokens_per_second else 1.0) * (rate - self.tokens_per_second)
             pairs = [result.num_pairs for result in results]

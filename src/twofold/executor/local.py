@@ -71,17 +71,17 @@ class LocalExecutor:
         ours, theirs = socket.socketpair()
         life_read, life_write = os.pipe()  # the write end closes when this process ends, and the rank sees it
         environment = os.environ | {"OMP_NUM_THREADS": str(runtime.num_threads)}
-        with theirs, _no_interrupts():
+        with theirs, _no_interrupts():  # a rank that is started is known, and ended with the others
+            self._channels.append(Channel(ours))
+            self._lifelines.append(life_write)
             process = subprocess.Popen(
                 [*self.command, str(theirs.fileno()), str(life_read), self._folder],
                 pass_fds=[theirs.fileno(), life_read],
                 env=environment,
                 stdin=subprocess.DEVNULL,
             )
-        os.close(life_read)
-        self._processes.append(process)
-        self._lifelines.append(life_write)
-        self._channels.append(Channel(ours))
+            self._processes.append(process)
+            os.close(life_read)
 
     @property
     def pids(self) -> list[int]:

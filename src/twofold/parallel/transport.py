@@ -174,9 +174,9 @@ def make_transport(name: str, mesh: Mesh, device: torch.device, max_num_bytes: i
 
     `max_num_bytes` of entries from all ranks travel together; `folder` is one that all ranks of the machine see.
     """
-    if not isinstance(mesh, ProcessMesh):
+    if mesh.size == 1:
         return OneRank()
-    if name == "all_gather":
+    if name == "all_gather" or not isinstance(mesh, ProcessMesh):
         return AllGather(mesh, device)
     if device.type == "cpu":
         return SharedMemory(mesh, device, max_num_bytes, folder)

@@ -70,12 +70,17 @@ class CUDAGraphs:
         self._forward, self._limits, self._exchange, self._device = forward, limits, exchange, device
         self.buckets = limits.buckets()
         self._graphs: dict[tuple[int, bool], _Graph] = {}
+        self._block_tables: dict[bool, torch.Tensor] = {}  # is_decode -> the largest one; graphs use its first rows
         self._pool = torch.cuda.graph_pool_handle()
 
     def capture(self, num_tokens: int, is_decode: bool) -> None:
-        """Captures the graph of one shape; all ranks capture the same ones in the same order."""
+        """Captures the graph of one shape; all ranks capture the same ones in the same order, the largest
+        of each kind first."""
         device, n, limits = self._device, num_tokens, self._limits
         rows = n if is_decode else PREFILL_ROWS
+        if is_decode not in self._block_tables:
+            table = torch.zeros(rows, limits.max_num_blocks, dtype=torch.int32, device=device)
+            self._block_tables[is_decode] = table
         metadata = AttentionMetadata(
             num_tokens=n,
             query_start_np=torch.empty(0).numpy(),
@@ -83,7 +88,7 @@ class CUDAGraphs:
             block_tables_np=torch.empty(0).numpy(),
             query_start=torch.zeros(rows + 1, dtype=torch.int32, device=device),
             seq_lens=torch.zeros(rows, dtype=torch.int32, device=device),
-            block_tables=torch.zeros(rows, limits.max_num_blocks, dtype=torch.int32, device=device),
+            block_tables=self._block_tables[is_decode][:rows],
             max_query_len=1 if is_decode else n,
             max_seq_len=limits.max_num_blocks * limits.block_size,
             num_row_blocks=0 if is_decode else limits.max_row_blocks(n),

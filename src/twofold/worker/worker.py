@@ -235,7 +235,7 @@ def main() -> None:
         allocate: Allocate = channel.recv()
         channel.send(rank.allocate(allocate.num_blocks))
         rank.serve(channel)
-    except (EOFError, BrokenPipeError):
+    except (EOFError, ConnectionError):
         pass  # the engine closed the channel: the rank is no longer needed
     except Exception as error:
         if not isinstance(error, ModelError):
