@@ -8,10 +8,10 @@ import time
 from pathlib import Path
 
 import numpy as np
-from twofold.parallel.partition import partition
 
 from twofold import LLM, SamplingParams
-from twofold.cli.explain import make_batch
+from twofold.contract import ScheduledBatch
+from twofold.parallel.plan import TokenLayout, plan_step
 
 
 def main() -> None:
@@ -46,8 +46,8 @@ def main() -> None:
     tokens = pairs = np.zeros(num_ranks, np.int64)
     for computed in range(0, num_tokens, max_num_batched_tokens):
         length = min(max_num_batched_tokens, num_tokens - computed)
-        part = partition(make_batch([length], [computed]), num_ranks)
-        tokens, pairs = tokens + part.num_tokens, pairs + part.num_pairs
+        plan = plan_step(ScheduledBatch.of([computed], [length]), TokenLayout(num_ranks))
+        tokens, pairs = tokens + plan.num_tokens, pairs + plan.num_pairs
     for rank in range(num_ranks):
         print(
             f"  rank {rank} computed {tokens[rank]:,} tokens ({tokens[rank] / tokens.sum():.1%}) "

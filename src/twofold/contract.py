@@ -15,12 +15,11 @@ Requests are known here by a number, which is never used twice, and by the place
 Ids that users choose stay in the engine.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 
 from twofold.config import RuntimeConfig
 from twofold.sampling_params import SamplingParams
@@ -40,7 +39,7 @@ class ScheduledBatch:
     prompt_logprobs: NDArray[np.bool_]  # whether log-probabilities of prompt tokens are made in this step
 
     @classmethod
-    def of(cls, num_computed_tokens: Sequence[int], num_scheduled_tokens: Sequence[int]) -> Self:
+    def of(cls, num_computed_tokens: ArrayLike, num_scheduled_tokens: ArrayLike) -> Self:
         """Requests 0, 1, ...; each gets a token. For callers without a scheduler: start-up, `explain`, tests."""
         computed, scheduled = np.array(num_computed_tokens, np.int64), np.array(num_scheduled_tokens, np.int64)
         numbers = np.arange(len(scheduled))

@@ -71,7 +71,7 @@ def test_broken_weights_are_one_line(model: Path, tmp_path: Path) -> None:
     (broken / "model.safetensors").write_bytes(b"not weights")
     answer = twofold("generate", "--model", broken, "--prompt", "Hi", "-pcp", "2", "-q")
     assert (answer.returncode, answer.stdout) == (2, "")
-    assert answer.stderr.startswith(f"error: cannot load the weights of model '{broken}'")
+    assert answer.stderr.startswith(f"error: model '{broken}' has a broken or incomplete model.safetensors")
     assert answer.stderr.count("\n") == 1
 
 
