@@ -88,7 +88,7 @@ def test_preemption(smollm2: PreTrainedModel, answers: Answers) -> None:
     params = SamplingParams(temperature=0, max_tokens=40)
     assert_answers(generate(engine, [prompt for prompt, _ in short], params), short, 40)
     assert isinstance(engine.executor, ThreadExecutor)
-    starts = Counter(new.request_id for step in engine.executor.steps for new in step.new)
+    starts = Counter(new.number for step in engine.executor.steps for new in step.new)
     assert max(starts.values()) > 1
     engine.shutdown()
 
