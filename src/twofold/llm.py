@@ -40,9 +40,9 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers every prompt. Outputs come in the order of the prompts.
 
-        If a rank is lost, all ranks are started again, with a warning, and the answers do not change. A prompt is
-        given up if its steps fail twice; its output has the text so far and the finish_reason "error". No other prompt
-        is affected.
+        If a rank is lost, all ranks are started again, with a warning. In float32 the tokens do not change, and
+        log-probabilities differ by rounding (about 3e-5). A prompt is given up if its steps fail again and again; its
+        output has the text so far and the finish_reason "error". No other prompt is affected.
 
         Args:
             prompts: one prompt or a list. A prompt is text, {"prompt": text}, {"prompt_token_ids": ids}, or in a list

@@ -193,7 +193,7 @@ class LLMEngine:
     def rewind(self) -> list[RequestOutput]:
         """Ends the ranks and takes back the steps in flight; their requests wait again, and lose no token.
 
-        A request that was in a step that failed for the second time ends with an error: the outputs of those.
+        A request that is found to make every step fail ends with an error: its output.
         """
         self.executor.shutdown()
         self._in_flight.clear()
