@@ -138,7 +138,7 @@ def test_streams_outlive_a_rank(faulty: Server, expected: dict[int, str], name: 
     assert len(faulty.ranks()) == 2
 
 
-def test_a_request_that_kills_its_rank_again_and_again_is_given_up_alone(faulty: Server, expected: dict[int, str]) -> None:
+def test_a_request_that_always_kills_its_rank_is_given_up_alone(faulty: Server, expected: dict[int, str]) -> None:
     """Guards the others: they were in the failed steps, too. In a stream the error is an event, else a 500."""
     restarts = faulty.metric("rank_restarts_total")
     (faulty.faults / "poison").write_text(f"{POISON}")

@@ -25,8 +25,8 @@ from itertools import count
 from typing import Any
 
 from twofold.engine.detokenizer import token_bytes
-from twofold.engine.drive import Prompt
 from twofold.engine.engine import LLMEngine
+from twofold.engine.prompts import Prompt
 from twofold.engine.stats import EngineSnapshot
 from twofold.errors import GIVEN_UP, EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
 from twofold.outputs import OutputKind, RequestOutput
