@@ -14,6 +14,7 @@ from running import Server, serve
 
 LONG = 1500  # tokens of a prompt that takes several steps
 POISON = 77
+PATIENCE = 240  # seconds for five restarts, each of which imports PyTorch, on a machine that is busy
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ class Streams:
         self.texts: dict[int, str] = {}
         self.errors: dict[int, Exception] = {}
         self.num_chunks = 0
-        self._client = server.client()
+        self._client = server.client(timeout=PATIENCE)
         self._threads = [
             threading.Thread(target=self._read, args=(index, one), daemon=True) for index, one in enumerate(bodies)
         ]
@@ -62,7 +63,7 @@ class Streams:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join(60)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
         self._client.close()
 
@@ -156,7 +157,7 @@ def test_a_request_that_always_kills_its_rank_is_given_up_alone(faulty: Server, 
 def test_the_error_of_what_was_given_up_is_a_500(faulty: Server) -> None:
     """Guards the status, and that the error tells nothing of the machine."""
     (faulty.faults / "poison").write_text(f"{POISON}")
-    with pytest.raises(openai.InternalServerError) as failure, faulty.client() as client:
+    with pytest.raises(openai.InternalServerError) as failure, faulty.client(timeout=PATIENCE) as client:
         client.completions.create(**body(0, prompt=[POISON] * 20))
     (faulty.faults / "poison").unlink()
     assert failure.value.status_code == 500
