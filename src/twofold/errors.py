@@ -14,7 +14,7 @@
 Every message is one line with the value, the limit and the way out.
 """
 
-GIVEN_UP = "this request made the engine fail twice and was given up; no other request is affected"
+GIVEN_UP = "this request made the engine fail again and again and was given up; no other request is affected"
 
 
 class TwofoldError(Exception):

@@ -1,13 +1,15 @@
 """The offline interface: prompts in, answers out."""
 
+import reprlib
+import threading
 from collections.abc import Sequence
 from itertools import count
 from types import TracebackType
 from typing import Any, Self
 
 from twofold.config import EngineConfig
-from twofold.engine.drive import Drive, Prompt
-from twofold.engine.prompts import checked_params
+from twofold.engine.drive import Drive
+from twofold.engine.prompts import Prompt, checked_params, split_prompts
 from twofold.errors import ConfigError, RequestError, UserError
 from twofold.launch import start_engine
 from twofold.outputs import RequestOutput
@@ -16,6 +18,8 @@ from twofold.sampling_params import SamplingParams
 
 class LLM:
     """A model that answers prompts. Keyword arguments are the fields of `EngineConfig`.
+
+    Several threads may call it; one call runs after the other.
 
     >>> llm = LLM("demo", prefill_context_parallel_size=2)
     >>> llm.generate("The capital of France is", SamplingParams(max_tokens=8))[0].outputs[0].text
@@ -30,6 +34,7 @@ class LLM:
             raise ConfigError(f"unknown engine argument {unknown[0]!r}; known are {', '.join(known)}", field=unknown[0])
         self.engine = start_engine(EngineConfig(model=model, **engine_args))
         self._ids = count()
+        self._lock = threading.Lock()  # held by the call that uses the engine or the tokenizer
 
     def generate(
         self,
@@ -40,13 +45,13 @@ class LLM:
     ) -> list[RequestOutput]:
         """Answers every prompt. Outputs come in the order of the prompts.
 
-        If a rank is lost, all ranks are started again, with a warning, and the answers do not change. A prompt is
-        given up if its steps fail twice; its output has the text so far and the finish_reason "error". No other prompt
-        is affected.
+        If a rank is lost, all ranks are started again, with a warning. In float32 the tokens do not change, and
+        log-probabilities differ by rounding (about 3e-5). A prompt is given up if its steps fail again and again; its
+        output has the text so far and the finish_reason "error". No other prompt is affected.
 
         Args:
-            prompts: one prompt or a list. A prompt is text, {"prompt": text}, {"prompt_token_ids": ids}, or in a list
-                also a list of token ids.
+            prompts: one prompt or a list. A prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
+                Token ids are a list, a numpy array or a tensor of one dim.
             sampling_params: for all prompts, or one for each. Without it, `SamplingParams()`.
             use_tqdm: show progress on stderr.
 
@@ -54,13 +59,11 @@ class LLM:
             RequestError: a prompt or its parameters cannot be served. No prompt of the call is run then.
             EngineError: ranks were lost and could not be started again.
         """
-        batch: list[Prompt] = [prompts] if isinstance(prompts, str | dict) else list(prompts)  # type: ignore[arg-type]
-        if batch and all(isinstance(token, int) for token in batch):
-            batch = [{"prompt_token_ids": batch}]
+        batch = split_prompts(prompts)
         params = checked_params(sampling_params, len(batch))
         ids = [str(next(self._ids)) for _ in batch]
         finished: dict[str, RequestOutput] = {}
-        with Drive(self.engine, show_progress=use_tqdm) as drive:
+        with self._lock, Drive(self.engine, show_progress=use_tqdm) as drive:
             for number, (request_id, prompt, one) in enumerate(zip(ids, batch, params, strict=True)):
                 try:
                     drive.add(request_id, prompt, one)
@@ -82,7 +85,8 @@ class LLM:
 
         The model's chat template makes a prompt of each.
         """
-        conversations: Any = [messages] if messages and isinstance(messages[0], dict) else messages
+        is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
+        conversations: Any = messages if is_list and not any(isinstance(one, dict) for one in messages) else [messages]
         return self.generate([self.chat_prompt(one) for one in conversations], sampling_params, use_tqdm=use_tqdm)
 
     def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> Prompt:
@@ -90,15 +94,23 @@ class LLM:
 
         Raises:
             UserError: the model has no chat template.
+            RequestError: it is no conversation, or has a lone surrogate.
         """
+        given: Any = messages
+        if not isinstance(given, Sequence) or not given or not all(isinstance(message, dict) for message in given):
+            raise RequestError(
+                f'a conversation must be a list of {{"role": ..., "content": ...}}, got {reprlib.repr(given)}',
+                field="messages",
+            )
         tokenizer = self.engine.tokenizer
         if tokenizer is None or tokenizer.chat_template is None:
             raise UserError(
                 f"model {self.engine.runtime.engine.model!r} has no chat template; use generate() with a plain prompt",
                 field="messages",
             )
-        text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
-        return {"prompt": text, "prompt_token_ids": tokenizer.encode(text, add_special_tokens=False)}
+        with self._lock:
+            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            return {"prompt": text, "prompt_token_ids": self.engine.prompts.encode(text, add_special_tokens=False)}
 
     def shutdown(self) -> None:
         """Ends the ranks. The object cannot be used afterwards."""

@@ -17,7 +17,10 @@ class OutputKind(Enum):
 
 @dataclass(slots=True)
 class Logprob:
-    """Log-probability of a token by the model's raw logits, and its rank in the vocabulary, from 1."""
+    """Log-probability of a token by the model's raw logits, and its rank in the vocabulary, from 1.
+
+    In float32 it differs by about 3e-5 at most between batches, numbers of ranks, and before and after a recovery.
+    """
 
     logprob: float
     rank: int | None = None

@@ -1,4 +1,4 @@
-"""Ranks that are killed, stopped, hang or run out of memory: every stream goes on, and no byte of it changes."""
+"""Ranks that are killed, stopped, hang or run out of memory: every stream goes on, and its text does not change."""
 
 import signal
 import threading
@@ -14,6 +14,7 @@ from running import Server, serve
 
 LONG = 1500  # tokens of a prompt that takes several steps
 POISON = 77
+PATIENCE = 240  # seconds for five restarts, each of which imports PyTorch, on a machine that is busy
 
 
 @pytest.fixture(scope="module")
@@ -44,7 +45,7 @@ class Streams:
         self.texts: dict[int, str] = {}
         self.errors: dict[int, Exception] = {}
         self.num_chunks = 0
-        self._client = server.client()
+        self._client = server.client(timeout=PATIENCE)
         self._threads = [
             threading.Thread(target=self._read, args=(index, one), daemon=True) for index, one in enumerate(bodies)
         ]
@@ -62,7 +63,7 @@ class Streams:
 
     def join(self) -> None:
         for thread in self._threads:
-            thread.join(60)
+            thread.join(PATIENCE)
             assert not thread.is_alive()
         self._client.close()
 
@@ -121,7 +122,7 @@ def test_a_hang_in_the_first_step_is_noticed(faulty: Server) -> None:
 
 @pytest.mark.parametrize(("name", "phase"), CASES)
 def test_streams_outlive_a_rank(faulty: Server, expected: dict[int, str], name: str, phase: str) -> None:
-    """Guards recovery: not one byte is lost, repeated or changed; health and metrics tell of it."""
+    """Guards recovery: no character is lost, repeated or changed; health and metrics tell of it."""
     restarts = faulty.metric("rank_restarts_total")
     (faulty.faults / "slow").write_text("0.03")
     streams = Streams(faulty, [body(index) for index in range(6)])
@@ -138,7 +139,7 @@ def test_streams_outlive_a_rank(faulty: Server, expected: dict[int, str], name: 
     assert len(faulty.ranks()) == 2
 
 
-def test_a_request_that_kills_its_rank_twice_is_given_up_alone(faulty: Server, expected: dict[int, str]) -> None:
+def test_a_request_that_always_kills_its_rank_is_given_up_alone(faulty: Server, expected: dict[int, str]) -> None:
     """Guards the others: they were in the failed steps, too. In a stream the error is an event, else a 500."""
     restarts = faulty.metric("rank_restarts_total")
     (faulty.faults / "poison").write_text(f"{POISON}")
@@ -150,13 +151,13 @@ def test_a_request_that_kills_its_rank_twice_is_given_up_alone(faulty: Server, e
     assert "given up" in str(streams.errors[2])
     assert {i: streams.texts[i] for i in (0, 1, 3)} == {0: expected[1], 1: expected[2], 3: expected[4]}
     faulty.assert_idle()
-    assert faulty.metric("rank_restarts_total") == restarts + 2
+    assert restarts + 3 <= faulty.metric("rank_restarts_total") <= restarts + 5  # it was in a step with up to 3 others
 
 
 def test_the_error_of_what_was_given_up_is_a_500(faulty: Server) -> None:
     """Guards the status, and that the error tells nothing of the machine."""
     (faulty.faults / "poison").write_text(f"{POISON}")
-    with pytest.raises(openai.InternalServerError) as failure, faulty.client() as client:
+    with pytest.raises(openai.InternalServerError) as failure, faulty.client(timeout=PATIENCE) as client:
         client.completions.create(**body(0, prompt=[POISON] * 20))
     (faulty.faults / "poison").unlink()
     assert failure.value.status_code == 500

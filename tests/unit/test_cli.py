@@ -253,7 +253,7 @@ def test_a_prompt_that_is_given_up_is_a_line_and_exit_code_1(run: Run, tiny_engi
     assert code == 1
     assert list(first) == ["error"]
     assert len(second["token_ids"]) == 2
-    assert "error: prompt 1: this request made the engine fail twice and was given up" in error
+    assert "error: prompt 1: this request made the engine fail again and again and was given up" in error
 
 
 def test_an_interrupt_is_exit_code_130(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,19 +1,21 @@
 """What users hand in: a prompt is read as it is meant, or refused with a line that names the field."""
 
+from threading import Lock
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from twofold import LLM, RequestError, SamplingParams
-from twofold.engine.prompts import PromptReader, checked_params
+from twofold.engine.prompts import PromptReader, checked_params, split_prompts
 
 
 class Letters:
     """A tokenizer: a token a letter."""
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         return [ord(letter) - ord("a") for letter in text]
 
 
@@ -27,6 +29,9 @@ READER = PromptReader(Letters(), vocab_size=26, max_num_tokens=9, max_model_len=
         ([0, 25], None, [0, 25]),
         ((3,), None, [3]),
         (np.array([4, 5]), None, [4, 5]),
+        (torch.tensor([4, 5]), None, [4, 5]),
+        ([np.int64(4), torch.tensor(5)], None, [4, 5]),
+        ({"prompt_token_ids": torch.tensor([7])}, None, [7]),
         ({"prompt": "abc"}, "abc", [0, 1, 2]),
         ({"prompt_token_ids": [7]}, None, [7]),
         ({"prompt": "shown", "prompt_token_ids": [7]}, "shown", [7]),
@@ -59,6 +64,16 @@ def test_prompts_are_read(prompt: Any, text: str | None, token_ids: list[int]) -
         (bytearray(b"abc"), "text or a list of token ids, got bytearray"),
         (np.array(3), "got an array of 0 dims"),
         (np.array([[3]]), "got an array of 2 dims"),
+        (np.int64(3), "a prompt must be text or a list of token ids, got int64"),
+        (torch.tensor(3), "got an array of 0 dims"),
+        (torch.tensor([[3]]), "got an array of 2 dims"),
+        (torch.tensor([1.5]), "1.5.* is not a token id"),
+        (torch.tensor([1.5], dtype=torch.bfloat16), "a list of token ids, got Tensor of torch.bfloat16"),
+        (torch.empty(2, dtype=torch.long, device="meta"), "a list of token ids, got Tensor of torch.int64"),
+        (torch.tensor([True]), "True_? is not a token id"),
+        ({"prompt": b"abc"}, "the prompt must be text, got bytes"),
+        ({"prompt_token_ids": b"abc"}, "a prompt must be text or a list of token ids, got bytes"),
+        ({b"prompt": "abc"}, "prompt field b'prompt' is not known"),
         ({"prompt": None}, "a prompt needs 'prompt' or 'prompt_token_ids', got prompt"),
         (
             {"prompt": 5, "prompt_token_ids": [1]},
@@ -86,6 +101,62 @@ def test_a_prompt_is_refused_by_name(prompt: Any, message: str) -> None:
         READER.read(prompt)
     assert "\n" not in str(caught.value)
     assert caught.value.field == "prompt"
+
+
+@pytest.mark.parametrize(
+    ("prompts", "batch"),
+    [
+        ("abc", ["abc"]),
+        ({"prompt": "abc"}, [{"prompt": "abc"}]),
+        ([1, 2], [[1, 2]]),
+        ((1, 2), [[1, 2]]),
+        ([np.int64(1), np.int32(2)], [[1, 2]]),
+        (np.array([1, 2]), [[1, 2]]),
+        (torch.tensor([1, 2]), [[1, 2]]),
+        (np.array([1.5]), [[1.5]]),
+        (np.array([], int), [[]]),
+        (np.array(["a", "b"]), ["a", "b"]),
+        (np.array([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        (torch.tensor([[1, 2], [3, 4]]), [[1, 2], [3, 4]]),
+        ([np.array([1]), torch.tensor([2, 3]), "a", [4]], [[1], [2, 3], "a", [4]]),
+        (iter(["a", "b"]), ["a", "b"]),
+        ([], []),
+    ],
+)
+def test_one_prompt_or_several(prompts: Any, batch: list[Any]) -> None:
+    """The ids of an array were each taken for a prompt, and refused; those of a tensor, too."""
+    found = split_prompts(prompts)
+    assert [one.tolist() if isinstance(one, np.ndarray | torch.Tensor) else one for one in found] == batch
+
+
+@pytest.mark.parametrize("generate", [LLM.generate, LLM.chat])
+@pytest.mark.parametrize(
+    "prompts",
+    [None, 5, 1.5, b"abc", bytearray(b"abc"), memoryview(b"abc"), np.array(5), np.int64(5), torch.tensor(5), object()],
+)
+def test_what_is_no_prompt_is_one_line(generate: Any, prompts: Any) -> None:
+    """`None` and integers ended in a TypeError from within, and bytes were taken for token ids."""
+    with pytest.raises(RequestError, match="must be") as caught:
+        generate(LLM.__new__(LLM), prompts)
+    assert "\n" not in str(caught.value)
+    assert caught.value.field == ("prompt" if generate is LLM.generate else "messages")
+
+
+@pytest.mark.parametrize("messages", [["Hi"], [[]], "Hi", [{"role": "user", "content": "Hi"}, "Hi"], [None]])
+def test_what_is_no_conversation_is_one_line(messages: Any) -> None:
+    with pytest.raises(RequestError, match="a conversation must be a list of") as caught:
+        LLM.__new__(LLM).chat(messages)
+    assert caught.value.field == "messages"
+
+
+def test_a_chat_with_a_lone_surrogate_is_one_line() -> None:
+    """The tokenizer raised `TextEncodeInput must be Union[...]`."""
+    llm = LLM.__new__(LLM)
+    tokenizer = SimpleNamespace(chat_template="", apply_chat_template=lambda messages, **_: messages[0]["content"])
+    llm.engine, llm._lock = SimpleNamespace(tokenizer=tokenizer, prompts=READER), Lock()  # type: ignore[assignment]
+    assert llm.chat_prompt([{"role": "user", "content": "ab"}]) == {"prompt": "ab", "prompt_token_ids": [0, 1]}
+    with pytest.raises(RequestError, match="the prompt has a lone surrogate at character 1"):
+        llm.chat_prompt([{"role": "user", "content": "a\ud800"}])
 
 
 def test_text_needs_a_tokenizer() -> None:

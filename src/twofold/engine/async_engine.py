@@ -6,8 +6,8 @@
     Answer.read ◄── Answer.push ◄── call_soon ◄──── LLMEngine.step
 
 The engine's thread never waits for a client: outputs that a client has not read yet are merged into one. If ranks are
-lost, new ones are started and the requests go on. A request is given up if its steps fail twice; no other request is
-affected.
+lost, new ones are started and the requests go on. A request is given up if its steps fail again and again; no other
+request is affected.
 """
 
 import asyncio
@@ -25,8 +25,8 @@ from itertools import count
 from typing import Any
 
 from twofold.engine.detokenizer import token_bytes
-from twofold.engine.drive import Prompt
 from twofold.engine.engine import LLMEngine
+from twofold.engine.prompts import Prompt
 from twofold.engine.stats import EngineSnapshot
 from twofold.errors import GIVEN_UP, EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
 from twofold.outputs import OutputKind, RequestOutput

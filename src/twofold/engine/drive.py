@@ -1,11 +1,12 @@
 """The offline loop: add requests, step the engine until nothing is left, and show the progress."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Self
 
 from tqdm import tqdm
 
+from twofold.engine.prompts import Prompt
 from twofold.errors import RequestError
 from twofold.interrupts import held_back
 from twofold.outputs import OutputKind, RequestOutput
@@ -13,8 +14,6 @@ from twofold.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
     from twofold.engine.engine import LLMEngine
-
-Prompt = str | Sequence[int] | dict[str, Any]
 
 
 class Drive:

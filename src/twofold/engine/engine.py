@@ -7,15 +7,15 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from twofold.config import RuntimeConfig
 from twofold.contract import Breakdown, RankReport, ScheduledBatch, StepResult
 from twofold.engine.block_pool import BlockPool
 from twofold.engine.output_processor import OutputProcessor
-from twofold.engine.prompts import PromptReader
+from twofold.engine.prompts import Prompt, PromptReader
 from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import Scheduler
 from twofold.engine.stats import EngineSnapshot, EngineStats, Progress
@@ -105,12 +105,12 @@ class LLMEngine:
     def add_request(
         self,
         request_id: str,
-        prompt: str | Sequence[int] | dict[str, Any],
+        prompt: Prompt,
         params: SamplingParams,
         *,
         output_kind: OutputKind = OutputKind.CUMULATIVE,
     ) -> None:
-        """Queues a prompt: text, token ids, or {"prompt": text} or {"prompt_token_ids": ids}.
+        """Queues a prompt: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
 
         Raises:
             RequestError: the prompt or its parameters cannot be served; nothing else is touched.
@@ -129,7 +129,7 @@ class LLMEngine:
                 self.scheduler.add(request)
             self.outputs.add(request_id, text, params, requests, output_kind)
 
-    def tokenize(self, prompt: str | Sequence[int] | dict[str, Any]) -> tuple[str | None, list[int]]:
+    def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """→ text if there was one, checked token ids; raises RequestError where the prompt cannot be served."""
         return self.prompts.read(prompt)
 
@@ -193,7 +193,7 @@ class LLMEngine:
     def rewind(self) -> list[RequestOutput]:
         """Ends the ranks and takes back the steps in flight; their requests wait again, and lose no token.
 
-        A request that was in a step that failed for the second time ends with an error: the outputs of those.
+        A request that is found to make every step fail ends with an error: its output.
         """
         self.executor.shutdown()
         self._in_flight.clear()

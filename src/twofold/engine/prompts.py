@@ -1,8 +1,8 @@
 """Checks what a user passes with a request: prompts, which become token ids, and sampling parameters."""
 
 import reprlib
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +14,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 FIELDS = ("prompt", "prompt_token_ids")
+BYTES = bytes | bytearray | memoryview  # sequences of integers that are no token ids
+
+
+class HasArray(Protocol):
+    """Token ids as a numpy array or a PyTorch tensor on any device: [T]"""
+
+    def __array__(self) -> NDArray[Any]: ...
+
+
+Prompt = str | Sequence[int] | HasArray | dict[str, Any]
 
 
 class PromptReader:
@@ -32,7 +42,7 @@ class PromptReader:
         self.tokenizer = tokenizer
         self.vocab_size, self.max_num_tokens, self.max_model_len = vocab_size, max_num_tokens, max_model_len
 
-    def read(self, prompt: str | Sequence[int] | dict[str, Any]) -> tuple[str | None, list[int]]:
+    def read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
         """→ text if there was one, checked token ids.
 
         Raises:
@@ -42,7 +52,7 @@ class PromptReader:
         if isinstance(prompt, dict):
             text, prompt = _fields(prompt)
         if isinstance(prompt, str):
-            text, token_ids = prompt, self._encode(prompt)
+            text, token_ids = prompt, self.encode(prompt)
         else:
             token_ids = self._checked(prompt)
         if not len(token_ids):
@@ -55,7 +65,8 @@ class PromptReader:
             )
         return text, token_ids
 
-    def _encode(self, text: str) -> list[int]:
+    def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
+        """→ the tokens of a text; raises RequestError where it has none."""
         if self.tokenizer is None:
             raise _wrong("the prompt is text, but skip_tokenizer_init is set; give prompt_token_ids")
         try:
@@ -64,15 +75,17 @@ class PromptReader:
             raise _wrong(
                 f"the prompt has a lone surrogate at character {error.start}, which is no character; remove it"
             ) from None
-        token_ids: list[int] = self.tokenizer.encode(text)
+        token_ids: list[int] = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return token_ids
 
     def _checked(self, prompt: Any) -> Any:
         """Token ids that the model has: [T]. All are checked at once, since a prompt may have a million."""
-        if not isinstance(prompt, Sequence | np.ndarray) or isinstance(prompt, bytes | bytearray | memoryview):
+        if (array := _as_array(prompt)) is not None:
+            if array.ndim != 1:
+                raise _wrong(f"a prompt must be one list of token ids, got an array of {array.ndim} dims")
+            prompt = array
+        elif not isinstance(prompt, Sequence) or isinstance(prompt, BYTES):
             raise _wrong(f"a prompt must be text or a list of token ids, got {type(prompt).__name__}")
-        if isinstance(prompt, np.ndarray) and prompt.ndim != 1:
-            raise _wrong(f"a prompt must be one list of token ids, got an array of {prompt.ndim} dims")
         if not len(prompt):
             return np.empty(0, np.int64)
         try:
@@ -90,6 +103,36 @@ class PromptReader:
                 f"token id {token_ids[outside[0]]} is out of range; the model has ids 0 to {self.vocab_size - 1}"
             )
         return token_ids
+
+
+def split_prompts(prompts: object) -> list[Any]:
+    """One prompt, or several, as `LLM.generate` takes them → a list of prompts that are not checked yet.
+
+    Raises:
+        RequestError: it is neither.
+    """
+    if isinstance(prompts, str | dict):
+        return [prompts]
+    if (array := _as_array(prompts)) is not None:
+        if array.ndim == 1 and array.dtype.kind in "biuf":
+            return [array]
+        prompts = array
+    if not isinstance(prompts, Iterable) or isinstance(prompts, BYTES) or (array is not None and not array.ndim):
+        given = type(prompts).__name__ if array is None else "an array of 0 dims"
+        raise _wrong(f"prompts must be text, token ids, or a list of such prompts, got {given}")
+    batch = list(prompts)
+    return [batch] if batch and all(isinstance(one, int | np.integer) for one in batch) else batch
+
+
+def _as_array(given: Any) -> NDArray[Any] | None:
+    """An array or tensor as a numpy array, or None for anything else; raises RequestError where numpy has no such."""
+    if isinstance(given, np.generic) or not hasattr(given, "__array__"):
+        return None
+    try:
+        return np.asarray(given.cpu() if hasattr(given, "cpu") else given)
+    except (TypeError, ValueError, RuntimeError):  # a tensor of bfloat16, or without data
+        dtype = getattr(given, "dtype", "unknown")
+        raise _wrong(f"a prompt must be text or a list of token ids, got {type(given).__name__} of {dtype}") from None
 
 
 def _fields(prompt: dict[str, Any]) -> tuple[str | None, Any]:

@@ -76,6 +76,7 @@ class Request:
         self.num_cached_tokens = 0  # found in the prefix cache when first scheduled
         self.num_preemptions = 0
         self.suspect_until = 0  # computed tokens at which a step with it failed; 0: none has, or it is past that point
+        self.failed_alone = False  # while it is a suspect: whether a step failed that had no other suspect
         self.block_ids: list[int] = []
         self.num_shared_blocks = 0  # the first of `block_ids`, those offered to the prefix cache or found there
         self.block_hashes: list[bytes] = []

@@ -10,15 +10,29 @@ they are appended. Ranks run steps in order, so a block may change hands, or be 
 that writes it is scheduled.
 
 When a step fails, the ranks and their caches are lost, but nothing that users sent or received: `restart` makes every
-request wait again, in its place. Those that were in the step are suspects until they are past the point at which it
-failed, and no step has two of them. A suspect whose step fails again is ended; only it is known to have failed twice.
+request wait again, in its place. A rank that somebody killed looks like one that a request killed. So the requests of
+the step become a group of suspects, and stay suspects until each is past the point at which it failed. A group runs
+together, since most failures are nobody's fault. If its step fails again, the group is halved, and the halves run one
+after the other. A suspect is ended when it has failed twice without another suspect:
+
+    step of a b c d fails    [a b c d]      groups of suspects; only the first group may run
+    it fails again           [a b] [c d]
+    a and b get past it      [c d]          a and b run on, beside c and d
+    step of a b c d fails    [a b] [c] [d]  a and b are suspects again, but first failed at this point
+    a and b get past it      [c] [d]
+    step of a b c fails      [a b] [c] [d]  the first time that c failed without d
+    a and b get past it      [c] [d]
+    step of a b c fails      [a b] [d]      the second time; c is ended
+
+While there are suspects, no other request enters. So a group of N in which one makes every step fail costs about
+3 + log2(N) restarts, and nothing that came later is drawn in.
 """
 
 from bisect import insort
 from collections import deque
 from collections.abc import Collection
 from dataclasses import dataclass
-from itertools import count, islice
+from itertools import count
 
 import numpy as np
 
@@ -60,6 +74,7 @@ class Scheduler:
         self._removed: list[int] = []  # state_idx of requests that the ranks still know
         self._computing: dict[bytes, Request] = {}  # hash of a full block -> running request that will compute it
         self._in_flight: deque[StepInFlight] = deque()
+        self._suspects: list[list[Request]] = []  # groups, each in order of arrival; only the first one may run
         self._numbers, self._step_ids = count(), count()
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # tokens looked up in the prefix cache
@@ -153,10 +168,8 @@ class Scheduler:
             budget -= num_new
 
         new: list[NewRequest] = []
-        for request in [] if blocked else list(islice(self._waiting, self.max_num_seqs)):
+        for request in [] if blocked else self._candidates():
             if not budget or len(self._running) == self.max_num_seqs:
-                break
-            if request.is_suspect and self._runs_suspect():
                 break
             if self._awaits_prefix(request):
                 continue
@@ -198,7 +211,7 @@ class Scheduler:
         self._in_flight.popleft()
         for request, num_computed in zip(step.requests, step.num_computed_tokens, strict=True):
             if num_computed >= request.suspect_until:
-                request.suspect_until = 0
+                request.suspect_until, request.failed_alone = 0, False
         for request in wanted:
             request.num_placeholders -= 1
         return wanted
@@ -213,11 +226,11 @@ class Scheduler:
     def restart(self, block_pool: BlockPool) -> list[Request]:
         """Start over with ranks that know nothing; every request waits again, in its place, for blocks of `block_pool`.
 
-        The steps in flight are dropped. Of their requests those that were suspects already finish with an error, and
-        are returned; the others become suspects.
+        The steps in flight are dropped, and their requests become suspects. Those that are to blame finish with an
+        error, and are returned.
         """
         failed = {  # the last step decides how far
-            request.number: (request, num_computed)
+            request: num_computed
             for step in self._in_flight
             for request, num_computed in zip(step.requests, step.num_computed_tokens, strict=True)
             if request.number in self._requests
@@ -233,11 +246,25 @@ class Scheduler:
         self._running.clear()
         for request in self._waiting:
             request.num_placeholders = 0
-        guilty = [request for request, _ in failed.values() if request.is_suspect]
-        for request, num_computed in failed.values():
-            request.suspect_until = num_computed
+        guilty = self._accuse(sorted(failed, key=_arrival))
+        for request, num_computed in failed.items():
+            request.suspect_until = max(request.suspect_until, num_computed)
         for request in guilty:
             self.finish(request, RequestStatus.FINISHED_ERROR)
+        return guilty
+
+    def _accuse(self, failed: list[Request]) -> list[Request]:
+        """Group the suspects anew after a step of these requests failed → those to blame: one or none."""
+        again = [request for request in failed if request.is_suspect]  # all of one group
+        others = [request for request in failed if not request.is_suspect]
+        absent = [[request for request in group if request not in again] for group in self._suspects]
+        half = len(again) // 2
+        self._suspects = [group for group in (others, again[:half], again[half:], *absent) if group]
+        if len(again) != 1:
+            return []
+        alone = again[0]
+        guilty = [alone] if alone.failed_alone else []
+        alone.failed_alone = True
         return guilty
 
     def _num_ready(self, request: Request) -> int:
@@ -275,10 +302,16 @@ class Scheduler:
         request.num_shared_blocks = 0
         request.block_ids = []
 
-    def _runs_suspect(self) -> bool:
-        """Whether a suspect runs, or has been aborted since and is in a step in flight."""
-        in_flight = (request for step in self._in_flight for request in step.requests)
-        return any(request.is_suspect for request in (*self._running, *in_flight))
+    def _candidates(self) -> list[Request]:
+        """Waiting requests that may enter the next step, in order of arrival: if there are suspects, one group only."""
+        in_flight = {request for step in self._in_flight for request in step.requests} if self._suspects else set()
+        while self._suspects:
+            group = self._suspects[0]  # one that was aborted counts until its last step is answered
+            group[:] = [r for r in group if r.is_suspect and (not r.finished or r in in_flight)]
+            if group:
+                return [request for request in group if request.status is RequestStatus.PREEMPTED]
+            del self._suspects[0]
+        return self._waiting[: self.max_num_seqs]
 
     def _awaits_prefix(self, request: Request) -> bool:
         """Whether the first block of a request's prompt that is not cached is being computed for another request."""
