@@ -1,5 +1,10 @@
 """Twofold answers long prompts fast: it splits each prompt's prefill over several ranks."""
 
+import sys
+
+if sys.argv[:1] == ["-m"] and "twofold.cli.main" in sys.orig_argv and not sys.flags.safe_path:
+    del sys.path[0]  # the working directory: a model that was downloaded there may come with a numpy.py
+
 from typing import TYPE_CHECKING
 
 from twofold.errors import (

@@ -7,10 +7,11 @@ import os
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
+from contextlib import suppress
 from io import TextIOWrapper
 from typing import NoReturn
 
-from twofold import EngineError, UserError, __version__
+from twofold import EngineError, UserError, __version__, streams
 from twofold.cli import bench, chat, explain, generate, models, serve
 
 COMMANDS = {"generate": generate, "serve": serve, "chat": chat, "explain": explain, "models": models, "bench": bench}
@@ -53,12 +54,31 @@ def make_parser() -> ArgumentParser:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Runs a command line → the exit code."""
+    _open_streams()
+    try:
+        code = _run(argv)
+    except OSError as error:
+        code = _fail(error, 1) if streams.flush_or_drop(sys.stdout) is None else _lose_output(error)
+    else:
+        if (lost := streams.flush_or_drop(sys.stdout)) is not None:
+            code = _lose_output(lost)
+    streams.flush_or_drop(sys.stderr)
+    return code
+
+
+def _open_streams() -> None:
+    streams.reserve_numbers()
+    sys.stdin = sys.stdin or os.fdopen(0, encoding="utf-8", closefd=False)
+    sys.stdout = sys.stdout or streams.failing_stream()
+    sys.stderr = sys.stderr or os.fdopen(2, "w", encoding="utf-8", closefd=False)
     if isinstance(sys.stdout, TextIOWrapper):  # in any locale, since answers can have any character
         sys.stdout.reconfigure(encoding="utf-8", errors="replace")
+
+
+def _run(argv: Sequence[str] | None) -> int:
     try:
         args = make_parser().parse_args(argv)
         code: int = args.run(args)
-        sys.stdout.flush()
         return code
     except SystemExit as stop:  # argparse: a wrong argument, or --help
         return int(stop.code or 0)
@@ -69,13 +89,16 @@ def main(argv: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         return 130
-    except BrokenPipeError:  # the reader has closed the pipe: the flush at exit must not fail, too
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        return 1
 
 
-def _fail(error: Exception, code: int) -> int:
-    print("error:", " ".join(str(error).split()), file=sys.stderr)
+def _lose_output(error: OSError) -> int:
+    """Ends a command whose output cannot be written. A reader that has closed its pipe wants to hear nothing of it."""
+    return 1 if isinstance(error, BrokenPipeError) else _fail(f"cannot write to stdout: {error.strerror}", 1)
+
+
+def _fail(error: Exception | str, code: int) -> int:
+    with suppress(OSError):
+        print("error:", " ".join(str(error).split()), file=sys.stderr)
     return code
 
 

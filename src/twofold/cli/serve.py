@@ -18,7 +18,7 @@ SERVER_HELP = {
     "host": "address to listen on; 0.0.0.0 is all addresses",
     "port": "port to listen on; 0 takes a free one",
     "api_key": "key that clients must send; may be given more than once (default: $TWOFOLD_API_KEY)",
-    "served_model_name": "name of the model for clients; may be given more than once (default: MODEL)",
+    "served_model_name": "name of the model for clients; may be given more than once (default: MODEL without path)",
     "max_waiting_requests": "prompts that may wait for their first token; more are refused with 429",
     "max_waiting_tokens": "tokens that waiting prompts may have (default: 4 x max_model_len, at least 1000000)",
     "max_body_bytes": "largest size of a request",

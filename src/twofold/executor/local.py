@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TypeVar
 
+from twofold import streams
 from twofold.channel import Channel, pack, wait
 from twofold.config import RuntimeConfig
 from twofold.contract import (
@@ -52,6 +53,7 @@ class LocalExecutor:
 
     def __init__(self, runtime: RuntimeConfig, start_timeout: float | None = None) -> None:
         self._start_timeout = start_timeout
+        streams.reserve_numbers()
         self._folder = tempfile.mkdtemp(prefix="twofold-")  # the collectives' store, shared weights, shared entries
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
@@ -70,7 +72,7 @@ class LocalExecutor:
     def _start(self, runtime: RuntimeConfig) -> None:
         ours, theirs = socket.socketpair()
         life_read, life_write = os.pipe()  # the write end closes when this process ends, and the rank sees it
-        environment = os.environ | {"OMP_NUM_THREADS": str(runtime.num_threads)}
+        environment = os.environ | _module_paths() | {"OMP_NUM_THREADS": str(runtime.num_threads)}
         with theirs, _no_interrupts():  # a rank that is started is known, and ended with the others
             self._channels.append(Channel(ours))
             self._lifelines.append(life_write)
@@ -218,6 +220,24 @@ def _no_interrupts() -> Iterator[None]:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _module_paths() -> dict[str, str]:
+    """Lets a rank import what this process can, but nothing from the working directory: a model that somebody has
+    downloaded there may come with a numpy.py. Only Twofold itself may lie there, so its folder comes last.
+    """
+    folders = [
+        folder for folder in map(str, sys.path) if os.pathsep not in folder and not _is_working_directory(folder)
+    ]
+    folders.append(str(Path(__file__).parents[2]))
+    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(folders)}
+
+
+def _is_working_directory(folder: str) -> bool:
+    try:
+        return os.path.samefile(folder or os.curdir, os.curdir)
+    except OSError:  # there is no such folder
+        return False
 
 
 def _is_stopped(pid: int) -> bool:

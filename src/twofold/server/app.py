@@ -19,6 +19,7 @@ from twofold.server.metrics import Metrics
 from twofold.server.middleware import ApiKey, BodyLimit
 from twofold.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
 from twofold.server.sse import ClientGoneError, EventStream, until_gone
+from twofold.server.strict_json import StrictRoute
 
 CLIENT_GONE = 499  # nginx's status for it; no client reads it
 
@@ -32,6 +33,8 @@ def make_app(
         version=twofold.__version__,
         description="OpenAI-compatible server of one model.",
         lifespan=None,
+        docs_url=None,  # its page and that of redoc would run scripts of another host
+        redoc_url=None,
     )
     errors.install(app)
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
@@ -50,14 +53,14 @@ def _name_models(app: FastAPI, names: Sequence[str]) -> None:
 
 
 class Routes:
-    """One method for each route. `model_names` are all names of the one model; the first is its own."""
+    """One method for each route. `model_names` are all names of the one model; answers have the first by default."""
 
     def __init__(self, engine: AsyncEngine, metrics: Metrics, model_names: Sequence[str]) -> None:
         self._engine, self._metrics, self._model_names = engine, metrics, model_names
         self._created = int(time.time())
 
     def router(self) -> APIRouter:
-        router = APIRouter()
+        router = APIRouter(route_class=StrictRoute)
         router.post("/v1/completions")(self.completions)
         router.post("/v1/chat/completions")(self.chat_completions)
         router.get("/v1/models")(self.models)

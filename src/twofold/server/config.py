@@ -2,6 +2,7 @@
 
 import socket
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from twofold.errors import ConfigError
 
@@ -38,6 +39,12 @@ class ServerConfig:
                 raise ConfigError(
                     "api_key must be printable ASCII without spaces around it, and not empty", field="api_key"
                 )
+
+
+def public_name(model: str) -> str:
+    """What clients call a model unless told otherwise: a directory or file by its own name, without its path."""
+    path = Path(model)
+    return path.resolve().name or model if path.exists() else model
 
 
 def bind(config: ServerConfig) -> socket.socket:

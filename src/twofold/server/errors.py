@@ -44,6 +44,8 @@ def describe(error: Exception, prompt: str = "prompt") -> APIError:
         return error
     if isinstance(error, RequestValidationError):
         return _invalid(error)
+    if isinstance(error, HTTPException) and isinstance(error.__cause__, APIError):
+        return error.__cause__  # FastAPI wraps what is raised while it reads a body
     if isinstance(error, HTTPException):
         message = UNREADABLE if error.status_code == 400 else str(error.detail)
         return APIError(error.status_code, message, headers=error.headers)
