@@ -17,6 +17,7 @@ from twofold.engine.engine import LLMEngine
 from twofold.launch import start_engine
 from twofold.server.app import make_app
 from twofold.server.config import ServerConfig
+from twofold.server.connections import AcceptErrors, IdleConnections
 from twofold.server.metrics import Metrics
 
 
@@ -57,6 +58,7 @@ def serve(config: ServerConfig, engine: LLMEngine, listener: socket.socket) -> i
         access_log=config.access_log,
         server_header=False,
         lifespan="off",
+        ws="none",
         timeout_graceful_shutdown=5,
     )
     server = _Server(settings, async_engine, config.drain_timeout)
@@ -74,9 +76,11 @@ class _Server(uvicorn.Server):
         self._engine, self._drain_timeout = engine, drain_timeout
         engine.on_death = self._give_up
         self._draining: Future[None] | None = None
+        self._idle_connections = IdleConnections(settings.timeout_keep_alive)
 
     async def run_until_drained(self, listener: socket.socket) -> int:
         self._loop = asyncio.get_running_loop()
+        self._loop.set_exception_handler(AcceptErrors())
         self._engine.start()
         try:
             host, port = listener.getsockname()[:2]
@@ -86,6 +90,11 @@ class _Server(uvicorn.Server):
             dead = self._engine.state is State.DEAD
             await self._engine.stop()
         return 1 if dead else 0
+
+    async def on_tick(self, counter: int) -> bool:
+        """Called ten times a second."""
+        self._idle_connections.close(self.server_state.connections)
+        return await super().on_tick(counter)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         if self._draining is not None:
