@@ -3,13 +3,14 @@
 import asyncio
 import errno
 import logging
+import os
 import resource
 import time
 from collections.abc import Collection
 from typing import Any
 
 REPORT_SECONDS = 60.0  # between two lines about connections that cannot be accepted
-SHARE = 0.75  # of all file descriptors that connections may have before idle ones are closed early
+SHARE = 0.75  # of the file descriptors free at the start: if connections have more, idle ones are closed early
 
 logger = logging.getLogger(__name__)
 
@@ -21,7 +22,7 @@ class IdleConnections:
     """
 
     def __init__(self, timeout: float) -> None:
-        self._timeout = timeout
+        self._timeout, self._num_open = timeout, len(os.listdir("/dev/fd"))
         self._since: dict[Any, float] = {}  # idle connection -> when it was first seen idle
 
     def close(self, connections: Collection[Any]) -> None:
@@ -30,7 +31,8 @@ class IdleConnections:
         idle = {
             one: self._since.get(one, now) for one in connections if one.cycle is None or one.cycle.response_complete
         }
-        num_excess = len(connections) - int(SHARE * resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+        num_free = resource.getrlimit(resource.RLIMIT_NOFILE)[0] - self._num_open
+        num_excess = len(connections) - int(SHARE * num_free)
         for place, (connection, since) in enumerate(sorted(idle.items(), key=lambda item: item[1])):
             if place < num_excess or now - since >= self._timeout:
                 connection.transport.close()
