@@ -114,11 +114,21 @@ class StepResult:
 
 
 @dataclass(frozen=True, slots=True)
+class SharedFiles:
+    """Descriptors of files in memory, of the same files on every rank. They have no name and end with the ranks."""
+
+    store: int  # in which the collectives find each other
+    weights: int  # CPU only
+    entries: int  # KV entries that travel; CPU only
+
+
+@dataclass(frozen=True, slots=True)
 class RankStart:
     """The first message to a rank."""
 
     rank: int
     runtime: RuntimeConfig
+    files: SharedFiles
 
 
 @dataclass(frozen=True, slots=True)

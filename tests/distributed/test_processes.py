@@ -101,7 +101,7 @@ def weight_maps(pid: int) -> list[tuple[str, int]]:
     maps = []
     for line in Path(f"/proc/{pid}/maps").read_text().splitlines():
         addresses, _, _, device, inode, *name = line.split(maxsplit=5)
-        if name and name[0].startswith("/") and "/weights" in name[0]:
+        if name and "twofold-weights" in name[0]:
             first, last = (int(address, 16) for address in addresses.split("-"))
             maps.append((f"{device} {inode}", last - first))
     return maps
@@ -109,13 +109,13 @@ def weight_maps(pid: int) -> list[tuple[str, int]]:
 
 @pytest.mark.parametrize("num_ranks", [2, 3])
 def test_ranks_share_the_memory_of_the_weights(llms: dict[int, LLM], model: PreTrainedModel, num_ranks: int) -> None:
-    """All of them map one file, as large as the weights; it has no name any more, so it goes with the last of them."""
+    """All of them map one file in memory, as large as the weights; it has no name, so it goes with the last of them."""
     maps = [weight_maps(pid) for pid in pids_of(llms[num_ranks])]
     size = sum(parameter.nbytes for parameter in model.parameters())
     assert all(sum(num_bytes for _, num_bytes in mine) >= size for mine in maps)
     assert len({file for mine in maps for file, _ in mine}) == 1
     for pid in pids_of(llms[num_ranks]):
-        names = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "/weights" in line]
+        names = [line for line in Path(f"/proc/{pid}/maps").read_text().splitlines() if "twofold-weights" in line]
         assert all(name.endswith("(deleted)") for name in names)
 
 
@@ -337,8 +337,8 @@ if __name__ == "__main__":
 
 
 def test_no_rank_outlives_its_engine(folder: Path, tmp_path: Path) -> None:
-    """A parent that is killed cleans nothing up: the ranks see for themselves, also when they wait for one another. Nor
-    do the files that they share stay behind.
+    """A parent that is killed cleans nothing up: the kernel ends the ranks, also those that wait for one another or are
+    stopped. In 1 of 5 tries the folder that they shared stayed behind; they share none any more.
     """
     with subprocess.Popen(
         [sys.executable, "-c", PARENT, str(folder)],
@@ -351,15 +351,12 @@ def test_no_rank_outlives_its_engine(folder: Path, tmp_path: Path) -> None:
         pids = [int(pid) for pid in parent.stdout.readline().split()]
         assert len(pids) == 2
         assert all(is_running(pid) for pid in pids)
-        assert list(tmp_path.glob("twofold-*"))
         os.kill(pids[1], signal.SIGSTOP)
         time.sleep(0.3)  # now the other one is in a collective, and reads no message
         parent.kill()
         try:
-            wait_until_gone(pids[:1])
-            os.kill(pids[1], signal.SIGCONT)
             wait_until_gone(pids)
-            assert not list(tmp_path.glob("twofold-*"))
+            assert not list(tmp_path.glob("twofold*"))
         finally:
             for pid in filter(is_running, pids):
                 os.kill(pid, signal.SIGKILL)

@@ -1,16 +1,17 @@
 """Ranks as processes of this machine, each behind a socket pair. They end when their engine does, however it ends."""
 
 import contextlib
+import fcntl
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import tempfile
 import time
+import weakref
 from collections.abc import Iterable, Iterator
-from dataclasses import replace
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TypeVar
 
@@ -27,13 +28,13 @@ from twofold.contract import (
     RankMessage,
     RankReport,
     RankStart,
+    SharedFiles,
     Step,
     StepResult,
 )
 from twofold.errors import ModelError, RankDiedError, RankFailedError
 from twofold.interrupts import let_through
 
-SHUTDOWN_SECONDS = 5.0
 LOOK_SECONDS = 0.5  # between looks at ranks that do not answer
 KILLED_SECONDS = 0.05  # after another rank notices a killed rank, until its end is visible here
 LOOKS_STOPPED = 4  # looks after which a rank that a signal stopped counts as dead
@@ -46,7 +47,9 @@ class LocalExecutor:
 
     Raises:
         ModelError: the model cannot be loaded.
-        RankDiedError, RankFailedError: a rank did not come up.
+        RankDiedError, RankFailedError: a rank did not come up, or could not be started.
+
+    The ranks end with `shutdown`, with the object, or with this process.
     """
 
     command = (sys.executable, "-m", "twofold.worker.worker")
@@ -54,36 +57,42 @@ class LocalExecutor:
     def __init__(self, runtime: RuntimeConfig, start_timeout: float | None = None) -> None:
         self._start_timeout = start_timeout
         streams.reserve_numbers()
-        self._folder = tempfile.mkdtemp(prefix="twofold-")  # the collectives' store, shared weights, shared entries
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._lifelines: list[int] = []
         self._looks_stopped = [0] * runtime.num_ranks
+        self._end = weakref.finalize(self, _end_ranks, os.getpid(), self._processes, self._channels, self._lifelines)
         try:
-            for _ in range(runtime.num_ranks):
-                self._start(runtime)
+            with _shared_files() as files:
+                for _ in range(runtime.num_ranks):
+                    self._start(runtime, files)
             for rank in range(runtime.num_ranks):
-                self._post(rank, pack(RankStart(rank, runtime)))
+                self._post(rank, pack(RankStart(rank, runtime, files)))
             self.reports = self._answers(RankReport, start_timeout)
+        except OSError as error:
+            self.shutdown()
+            raise RankDiedError(f"cannot start {runtime.num_ranks} ranks: {error}") from error
         except BaseException:
-            self._kill()  # ranks that still import PyTorch notice nothing else
+            self.shutdown()
             raise
 
-    def _start(self, runtime: RuntimeConfig) -> None:
-        ours, theirs = socket.socketpair()
-        life_read, life_write = os.pipe()  # the write end closes when this process ends, and the rank sees it
+    def _start(self, runtime: RuntimeConfig, files: SharedFiles) -> None:
         environment = os.environ | _module_paths() | {"OMP_NUM_THREADS": str(runtime.num_threads)}
-        with theirs, _no_interrupts():  # a rank that is started is known, and ended with the others
+        with _no_interrupts(), contextlib.ExitStack() as stack:  # a rank that is started is known, and ended
+            ours, theirs = socket.socketpair()
             self._channels.append(Channel(ours))
+            stack.enter_context(theirs)
+            life_read, life_write = os.pipe()
             self._lifelines.append(life_write)
+            stack.callback(os.close, life_read)
             process = subprocess.Popen(
-                [*self.command, str(theirs.fileno()), str(life_read), self._folder],
-                pass_fds=[theirs.fileno(), life_read],
+                [*self.command, str(theirs.fileno())],
+                pass_fds=[theirs.fileno(), life_read, *astuple(files)],
                 env=environment,
                 stdin=subprocess.DEVNULL,
             )
             self._processes.append(process)
-            os.close(life_read)
+            _tie(process.pid, life_read)
 
     @property
     def pids(self) -> list[int]:
@@ -104,6 +113,7 @@ class LocalExecutor:
         return self._answers(StepResult, timeout)
 
     def check(self) -> None:
+        self._check_open()
         self._look_at(range(len(self._processes)))
 
     def profile(self, start: bool) -> list[Breakdown | None]:
@@ -150,7 +160,7 @@ class LocalExecutor:
                 self._raise_dead(rank)
             if (failure := channel.find(Failure)) is not None:
                 self._raise_killed()
-                self._kill()
+                self.shutdown()
                 if failure.is_model_error:
                     raise ModelError(failure.message)
                 raise RankFailedError(f"rank {rank} failed: {failure.message}")
@@ -185,31 +195,63 @@ class LocalExecutor:
                 how = "stopped answering"
             else:
                 how = f"was killed by signal {-code}" if code < 0 else f"exited with {code}"
-        self._kill()
+        self.shutdown()  # the others may wait for that rank in a collective
         raise RankDiedError(f"rank {rank} {how}; all ranks were ended")
-
-    def _kill(self) -> None:
-        """Ends all ranks after one has failed: the others may wait for it in a collective."""
-        self.kill()
-        self.shutdown()
 
     def kill(self) -> None:
         for process in self._processes:
             process.kill()
 
     def shutdown(self) -> None:
-        for channel in self._channels:
-            channel.close()
-        for lifeline in self._lifelines:
-            os.close(lifeline)
-        self._channels, self._lifelines = [], []
-        for process in self._processes:
-            try:
-                process.wait(SHUTDOWN_SECONDS)
-            except subprocess.TimeoutExpired:
-                process.kill()
-                process.wait()
-        shutil.rmtree(self._folder, ignore_errors=True)
+        self._end()
+
+
+def _end_ranks(
+    pid: int, processes: list[subprocess.Popen[bytes]], channels: list[Channel], lifelines: list[int]
+) -> None:
+    """Ends the ranks that process `pid` has started, and waits for their end."""
+    if os.getpid() != pid:  # a fork of it: the ranks are not its own
+        return
+    for process in processes:
+        process.kill()
+    for channel in channels:
+        channel.close()
+    for lifeline in lifelines:
+        os.close(lifeline)
+    channels.clear()
+    lifelines.clear()
+    for process in processes:
+        process.wait()
+
+
+def _tie(pid: int, life_read: int) -> None:
+    """Has the kernel kill a rank when the other end of the pipe closes, as it does when the engine ends in any way.
+
+    The rank has nothing to do for it, so it cannot miss it: not while it imports PyTorch, and not while it waits in C++
+    with the interpreter's lock held. A rank whose engine ends before this call finds its channel closed.
+    """
+    if sys.platform == "linux":  # elsewhere an idle rank finds its channel closed, too
+        fcntl.fcntl(life_read, fcntl.F_SETSIG, signal.SIGKILL)
+        fcntl.fcntl(life_read, fcntl.F_SETOWN, pid)
+        fcntl.fcntl(life_read, fcntl.F_SETFL, os.O_ASYNC)
+
+
+@contextlib.contextmanager
+def _shared_files() -> Iterator[SharedFiles]:
+    """Files in memory for ranks that are started meanwhile. Nobody but them has these files then."""
+    with contextlib.ExitStack() as stack:
+        files = []
+        for name in ("store", "weights", "entries"):
+            files.append(_file_in_memory(f"twofold-{name}"))
+            stack.callback(os.close, files[-1])
+        yield SharedFiles(*files)
+
+
+def _file_in_memory(name: str) -> int:
+    if sys.platform == "linux":
+        return os.memfd_create(name)
+    with tempfile.TemporaryFile() as file:  # it has no name either
+        return os.dup(file.fileno())
 
 
 @contextlib.contextmanager

@@ -1,8 +1,7 @@
 """From a model's name to modules with weights on this rank's device, ready for a forward pass without a cache."""
 
-from collections.abc import Callable, Iterator
-from pathlib import Path
-from typing import Any
+import os
+from collections.abc import Iterator
 
 import torch
 from transformers import AutoModelForCausalLM, PretrainedConfig, PreTrainedModel
@@ -12,6 +11,8 @@ from twofold.config import EngineConfig, ModelSource
 from twofold.errors import ModelError
 from twofold.models.checkpoint import check_loaded, check_numbers, check_tied
 from twofold.models.support import refusal
+from twofold.parallel.mesh import Mesh
+from twofold.parallel.shared_memory import all_or_none, map_file, reserve
 
 
 def load_model(
@@ -101,32 +102,36 @@ def fix_rope(model: PreTrainedModel, max_model_len: int) -> None:
         module.rope_type = dict.fromkeys(kinds, "default") if isinstance(kinds, dict) else "default"
 
 
-def share_weights(model: PreTrainedModel, folder: Path, is_writer: bool, barrier: Callable[[], None]) -> None:
-    """Lets all ranks of one machine use the writer's weights: every rank maps one file in `folder`.
+def share_weights(model: PreTrainedModel, mesh: Mesh, file: int) -> None:
+    """Lets all ranks of one machine use the first one's weights: every rank maps `file`, a descriptor of the same file.
 
-    The other ranks' `model` comes from `empty_model`, so their own weights never took memory. The file loses its name
-    once every rank has mapped it; its memory is freed when the last rank ends.
+    The other ranks' `model` comes from `empty_model`, so their own weights never took memory.
+
+    Raises:
+        OSError: there is no room in memory. Every rank raises it, and the first one's model is as good as before.
     """
-    tensors = {id(t): t for t in [*model.parameters(), *_saved_buffers(model)]}.values()  # tied ones once, in order
-    path, offsets, total = folder / "weights", [], 0
-    for tensor in tensors:
-        offsets.append(total)
+    once = {id(t): t for t in [*model.parameters(), *_saved_buffers(model)]}  # tied tensors are one
+    tensors, total = [], 0  # tensors with their offsets
+    for tensor in once.values():
+        tensors.append((tensor, total))
         total += -(-tensor.nbytes // 64) * 64
-    storage: Any = None
-    if is_writer:
-        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=total)
-    barrier()
-    if not is_writer:
-        storage = torch.UntypedStorage.from_file(str(path), shared=True, nbytes=total)
-    for tensor, offset in zip(tensors, offsets, strict=True):
-        shared = torch.empty(0, dtype=tensor.dtype)
-        shared.set_(storage, offset // tensor.itemsize, tensor.shape, tensor.stride())
-        if is_writer:
-            shared.copy_(tensor)
-        tensor.data = shared
-    barrier()
-    if is_writer:
-        path.unlink()
+    with all_or_none(mesh):
+        if mesh.rank == 0:
+            os.ftruncate(file, total)
+            memory = map_file(file, total)
+            for tensor, offset in tensors:  # one by one, so that never more than one is there twice
+                reserve(file, offset, tensor.nbytes)
+                tensor.data = _like(tensor, memory, offset).copy_(tensor)
+    if mesh.rank != 0:
+        memory = map_file(file, total)
+        for tensor, offset in tensors:
+            tensor.data = _like(tensor, memory, offset)
+
+
+def _like(tensor: torch.Tensor, memory: torch.Tensor, offset: int) -> torch.Tensor:
+    """A tensor of the same shape at `offset` bytes of `memory`."""
+    shared = torch.empty(0, dtype=tensor.dtype)
+    return shared.set_(memory.untyped_storage(), offset // tensor.itemsize, tensor.shape, tensor.stride())
 
 
 def _saved_buffers(model: PreTrainedModel) -> Iterator[torch.Tensor]:

@@ -34,7 +34,7 @@ class SingleRank:
 
 
 class ProcessMesh:
-    """Ranks that are processes. `store` is a file that all of them can open."""
+    """Ranks that are processes. `store` is the path of a file that all of them can open."""
 
     def __init__(self, rank: int, size: int, store: str, device: torch.device) -> None:
         self.rank, self.size = rank, size

@@ -6,13 +6,17 @@ Every rank sends the same shape, so a rank without tokens takes part like the ot
 they travel.
 """
 
+import logging
 import time
-from typing import Any, Protocol
+from typing import Protocol
 
 import torch
 
 from twofold.kv.cache import write_entries
 from twofold.parallel.mesh import Mesh, ProcessMesh
+from twofold.parallel.shared_memory import share
+
+logger = logging.getLogger(__name__)
 
 
 class Transport(Protocol):
@@ -137,11 +141,14 @@ class SharedMemory(AllGather):
     Two buffers, used in turn, for the same reason as in `Push`. A collective of one number a rank is the barrier.
     """
 
-    def __init__(self, mesh: Mesh, device: torch.device, max_num_bytes: int, folder: str) -> None:
+    def __init__(self, mesh: Mesh, device: torch.device, max_num_bytes: int, file: int) -> None:
+        """`max_num_bytes` of entries from all ranks travel together; more go through the all-gather.
+
+        Raises:
+            OSError: there is no room in memory. Every rank raises it.
+        """
         super().__init__(mesh, device)
-        storage: Any = torch.UntypedStorage.from_file(f"{folder}/entries", shared=True, nbytes=2 * max_num_bytes)
-        memory = torch.empty(0, dtype=torch.uint8).set_(storage)
-        self._buffers, self._turn = memory.chunk(2), 0
+        self._buffers, self._turn = share(mesh, file, 2 * max_num_bytes).chunk(2), 0
         self._flag, self._flags = torch.zeros(1), torch.zeros(mesh.size)
 
     def _gather(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
@@ -169,17 +176,21 @@ def write_others(gathered: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Te
             write_entries(gathered[part], slots[part], kv_slots)
 
 
-def make_transport(name: str, mesh: Mesh, device: torch.device, max_num_bytes: int, folder: str) -> Transport:
+def make_transport(name: str, mesh: Mesh, device: torch.device, max_num_bytes: int, file: int) -> Transport:
     """The transport that the engine argument `exchange` names; "auto" pushes where GPUs reach each other's memory.
 
-    `max_num_bytes` of entries from all ranks travel together; `folder` is one that all ranks of the machine see.
+    `max_num_bytes` of entries from all ranks travel together; `file` is one that all ranks have a descriptor of.
     """
     if mesh.size == 1:
         return OneRank()
     if name == "all_gather" or not isinstance(mesh, ProcessMesh):
         return AllGather(mesh, device)
     if device.type == "cpu":
-        return SharedMemory(mesh, device, max_num_bytes, folder)
+        try:
+            return SharedMemory(mesh, device, max_num_bytes, file)
+        except OSError as error:
+            logger.warning("KV entries travel by all-gather, since ranks cannot share memory for them: %s", error)
+            return AllGather(mesh, device)
     peers = (peer for peer in range(mesh.size) if peer != device.index)
     if name == "push" or all(torch.cuda.can_device_access_peer(device, peer) for peer in peers):
         return Push(mesh, device, max_num_bytes)

@@ -6,16 +6,13 @@ real ones in a process of its own.
 
 import logging
 import os
-import shutil
 import signal
 import socket
 import sys
-import threading
 import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from pathlib import Path
 
 import numpy as np
 import torch
@@ -35,6 +32,7 @@ from twofold.contract import (
     Profiled,
     RankReport,
     RankStart,
+    SharedFiles,
     Step,
 )
 from twofold.errors import ModelError
@@ -44,6 +42,7 @@ from twofold.models.loader import empty_model, fix_rope, load_model, share_weigh
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.mesh import Mesh, make_mesh
 from twofold.parallel.plan import TokenLayout
+from twofold.parallel.shared_memory import free_bytes
 from twofold.parallel.transport import make_transport
 from twofold.worker.cuda_graphs import DECODE_ROUNDING, PREFILL_ROUNDING
 from twofold.worker.device import CPU, CUDA, Device
@@ -54,6 +53,8 @@ from twofold.worker.trial import TrialSteps
 
 CPU_CACHE_BYTES = 2 << 30  # a rank's cache on a CPU unless told otherwise; memory that is never written costs nothing
 POLL_SECONDS = 50e-6  # between looks at the GPU and at the engine
+
+logger = logging.getLogger(__name__)
 
 
 class Rank:
@@ -167,16 +168,15 @@ def max_exchange_bytes(runtime: RuntimeConfig, specs: Sequence[AttentionSpec]) -
     return most * runtime.dtype.itemsize
 
 
-def make_rank(start: RankStart, folder: str, device: Device) -> Rank:
-    """Makes the rank of this process. All ranks of the machine share `folder`."""
-    runtime, times = start.runtime, [time.perf_counter()]
-    mesh = make_mesh(start.rank, runtime.num_ranks, f"{folder}/store", device.torch_device)
+def make_rank(start: RankStart, device: Device) -> Rank:
+    """Makes the rank of this process."""
+    runtime, files, times = start.runtime, start.files, [time.perf_counter()]
+    mesh = make_mesh(start.rank, runtime.num_ranks, f"/proc/self/fd/{files.store}", device.torch_device)
     times.append(time.perf_counter())
-    model = DecoderModel(_load(runtime, mesh, device.torch_device, Path(folder)))
+    model = DecoderModel(_load(runtime, mesh, device.torch_device, files))
     times.append(time.perf_counter())
-    transport = make_transport(
-        runtime.engine.exchange, mesh, device.torch_device, max_exchange_bytes(runtime, model.specs), folder
-    )
+    max_num_bytes = max_exchange_bytes(runtime, model.specs)
+    transport = make_transport(runtime.engine.exchange, mesh, device.torch_device, max_num_bytes, files.entries)
     rank = Rank(runtime, model, mesh, Exchange(mesh, transport), make_backend(runtime.attention_backend), device)
     rank.seconds |= dict(zip(("ranks", "weights"), np.diff(times).tolist(), strict=True))
     return rank
@@ -189,16 +189,11 @@ def make_device(rank: int, runtime: RuntimeConfig) -> Device:
     return CPU()
 
 
-def _load(runtime: RuntimeConfig, mesh: Mesh, device: torch.device, folder: Path) -> transformers.PreTrainedModel:
+def _load(runtime: RuntimeConfig, mesh: Mesh, device: torch.device, files: SharedFiles) -> transformers.PreTrainedModel:
     config, source, model_config = runtime.engine, runtime.source, runtime.model_config
     arguments = (config, source, model_config, runtime.dtype, device, runtime.max_model_len)
     if device.type != "cpu" or mesh.size == 1:
         return load_model(*arguments)
-    flag = torch.zeros(1)
-
-    def barrier() -> None:
-        mesh.all_gather(torch.zeros(mesh.size), flag)
-
     # On a CPU all ranks use the first one's weights.
     if mesh.rank == 0:
         model = load_model(*arguments)
@@ -206,22 +201,31 @@ def _load(runtime: RuntimeConfig, mesh: Mesh, device: torch.device, folder: Path
         model = empty_model(model_config, runtime.dtype, device, config.trust_remote_code)
         model.requires_grad_(False)
         fix_rope(model, runtime.max_model_len)
-    share_weights(model, folder, mesh.rank == 0, barrier)
+    try:
+        share_weights(model, mesh, files.weights)
+    except OSError as error:
+        if mesh.rank == 0:
+            _check_room_for_all(model, mesh.size, error)
+            logger.warning("each rank loads weights of its own, since ranks cannot share memory for them: %s", error)
+            return model
+        return load_model(*arguments)
     return model
 
 
-def _end_with_the_engine(lifeline: int, folder: str) -> None:
-    """Waits until the engine's end of the pipe closes, however the engine ended."""
-    os.read(lifeline, 1)
-    shutil.rmtree(folder, ignore_errors=True)  # an engine that was killed could not
-    os._exit(1)
+def _check_room_for_all(model: transformers.PreTrainedModel, num_ranks: int, error: OSError) -> None:
+    """Raises a ModelError if the other ranks have no room for weights of their own either."""
+    needed = (num_ranks - 1) * sum(parameter.nbytes for parameter in model.parameters())
+    if needed > (free := free_bytes()):
+        raise ModelError(
+            f"{num_ranks} ranks cannot share the model's weights ({error}), nor have each its own: that takes {needed} "
+            f"more bytes of memory, and {free} are free; lower prefill_context_parallel_size"
+        )
 
 
 def main() -> None:
-    socket_fd, lifeline, folder = sys.argv[1:]
-    channel = Channel(socket.socket(fileno=int(socket_fd)))
+    """Runs a rank; the kernel ends it when the engine goes away."""
+    channel = Channel(socket.socket(fileno=int(sys.argv[1])))
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is for the engine
-    threading.Thread(target=_end_with_the_engine, args=(int(lifeline), folder), daemon=True).start()
     transformers.logging.set_verbosity_error()
     transformers.logging.disable_progress_bar()
     try:
@@ -230,7 +234,7 @@ def main() -> None:
         start: RankStart = channel.recv()
         if start.rank:  # all ranks would warn of the same: one is enough
             logging.getLogger("twofold").setLevel(logging.ERROR)
-        rank = make_rank(start, folder, make_device(start.rank, start.runtime))
+        rank = make_rank(start, make_device(start.rank, start.runtime))
         channel.send(rank.report())
         allocate: Allocate = channel.recv()
         channel.send(rank.allocate(allocate.num_blocks))
