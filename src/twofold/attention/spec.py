@@ -1,9 +1,9 @@
 """What one layer's attention computes in every step, and what is in its KV entries.
 
-A *KV entry* is all that a layer keeps of a token. Only a spec knows its parts:
+A *KV entry* is all that a layer keeps of a token. Only a spec knows its columns:
 
-    AttentionSpec   | keys of Hk heads: Hk * D | values of Hk heads: Hk * Dv |
-    LatentSpec      | latent: L                | RoPE part of the keys: R    |
+    AttentionSpec   | head 0: key D, value Dv | head 1: key D, value Dv | ... |      so some heads are one range of columns
+    LatentSpec      | latent: L | RoPE part of the keys: R |
 """
 
 from dataclasses import dataclass, field
@@ -36,16 +36,15 @@ class AttentionSpec:
 
         It is the same for all specs, so a compiled layer can pack without knowing its own spec.
         """
-        return torch.cat([key.flatten(1), value.flatten(1)], dim=-1)
+        return torch.cat([key, value], dim=-1).flatten(1)
 
     def unpack(self, entries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Views of entries [..., entry_width] as keys [..., Hk, D] and values [..., Hk, Dv]."""
-        heads = self.num_kv_heads
+        heads = entries.unflatten(-1, (self.num_kv_heads, -1))
         if self.values_in_keys:
-            keys = entries.unflatten(-1, (heads, self.qk_head_dim))
-            return keys, keys[..., : self.v_head_dim]
-        keys, values = entries.split([heads * self.qk_head_dim, heads * self.v_head_dim], dim=-1)
-        return keys.unflatten(-1, (heads, self.qk_head_dim)), values.unflatten(-1, (heads, self.v_head_dim))
+            return heads, heads[..., : self.v_head_dim]
+        keys, values = heads.split([self.qk_head_dim, self.v_head_dim], dim=-1)
+        return keys, values
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)
