@@ -120,6 +120,7 @@ class SharedFiles:
     store: int  # in which the collectives find each other
     weights: int  # CPU only
     entries: int  # KV entries that travel; CPU only
+    sums: int  # partial results that are added up; CPU only
 
 
 @dataclass(frozen=True, slots=True)

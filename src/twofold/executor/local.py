@@ -242,7 +242,7 @@ def _shared_files() -> Iterator[SharedFiles]:
     """Files in memory for ranks that are started meanwhile. Nobody but them has these files then."""
     with contextlib.ExitStack() as stack:
         files = []
-        for name in ("store", "weights", "entries"):
+        for name in ("store", "weights", "entries", "sums"):
             files.append(_file_in_memory(f"twofold-{name}"))
             stack.callback(os.close, files[-1])
         yield SharedFiles(*files)

@@ -1,0 +1,59 @@
+"""Sums over ranks, with threads as ranks: their bits, and the op that models call."""
+
+import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+from harness import ThreadMesh
+
+from twofold.parallel.mesh import SingleRank
+from twofold.parallel.sums import GatherSum, make_sum, summing
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("size", [2, 3, 4])
+def test_sum_is_rounded_once(size: int, dtype: torch.dtype) -> None:
+    """Each rank has the bits of a sum in float32 in the order of ranks, of tensors that are contiguous or not."""
+    xs = [torch.randn(3, 64, 5, generator=torch.Generator().manual_seed(rank)).to(dtype) for rank in range(size)]
+    expected = xs[0].float()
+    for x in xs[1:]:
+        expected = expected + x.float()
+    parts: list[Any] = [None] * size
+    barrier = threading.Barrier(size, timeout=60)
+
+    def run_rank(rank: int) -> tuple[torch.Tensor, torch.Tensor]:
+        with summing(GatherSum(ThreadMesh(rank, parts, barrier))):
+            strided = torch.ops.twofold.sum_over_ranks(xs[rank].transpose(0, 1))
+            return torch.ops.twofold.sum_over_ranks(xs[rank]), strided
+
+    with ThreadPoolExecutor(size) as pool:
+        for dense, strided in pool.map(run_rank, range(size)):
+            assert torch.equal(dense, expected.to(dtype))
+            assert torch.equal(strided, expected.to(dtype).transpose(0, 1))
+
+
+def test_one_rank_gets_a_new_tensor() -> None:
+    x = torch.randn(2, 3)
+    result = make_sum(SingleRank(), CPU, 0, -1)(x)
+    assert torch.equal(result, x)
+    assert result.data_ptr() != x.data_ptr()
+
+
+def test_compiled_modules_call_the_sum_of_the_context() -> None:
+    """A compiler sees one opaque op with the shape of its argument."""
+
+    def forward(x: torch.Tensor) -> torch.Tensor:
+        return torch.ops.twofold.sum_over_ranks(x * 2) + 1
+
+    x = torch.randn(4, 8)
+    with summing(lambda x: 3 * x):
+        compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
+        assert torch.equal(compiled(x), 3 * (x * 2) + 1)
