@@ -3,7 +3,9 @@
 A *slot* is a token's place: slot s lies in block s // block_size. The cache does not know what is in an entry.
 """
 
+import copy
 from collections.abc import Sequence
+from typing import Self
 
 import numpy as np
 import torch
@@ -31,6 +33,24 @@ class KVCache:
         self.slots = [next(layers[width]) for width in widths]  # each [num_slots, entry_width]
         # each [num_blocks, block_size, entry_width]
         self.blocks = [slots.view(num_blocks, block_size, -1) for slots in self.slots]
+
+    def part(self, rank: int, entry_widths: Sequence[int]) -> Self:
+        """The same memory as a rank sees it in steps by heads.
+
+        Of a layer with narrower `entry_widths` its blocks are only the columns of the rank's part, and `stacks` are
+        those with such layers.
+        """
+        part = copy.copy(self)
+        layers = zip(self.blocks, entry_widths, strict=True)
+        part.blocks = [
+            blocks if blocks.shape[-1] == width else blocks[..., rank * width : (rank + 1) * width]
+            for blocks, width in layers
+        ]
+        divided = {
+            whole.shape[-1] for whole, mine in zip(self.blocks, part.blocks, strict=True) if whole is not mine
+        }
+        part.stacks = [stack for stack in self.stacks if stack.shape[-1] in divided]
+        return part
 
 
 def bytes_per_block(entry_widths: Sequence[int], block_size: int, dtype: torch.dtype) -> int:

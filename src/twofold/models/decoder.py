@@ -15,6 +15,7 @@ from twofold.models.transforms.experts import FewTokenExperts
 from twofold.models.transforms.last_layer import CutLastLayer, LastLayer
 from twofold.models.transforms.latents import KeepLatents
 from twofold.models.transforms.packing import PackProjections
+from twofold.parallel.sums import Sum, summing
 
 
 class DecoderModel:
@@ -28,6 +29,7 @@ class DecoderModel:
         self.body: torch.nn.Module = model.base_model
         self.dtype: torch.dtype = model.dtype
         modules, specs = map(list, zip(*probe(model), strict=True))
+        self.attentions: list[torch.nn.Module] = modules
         self.specs: list[AttentionSpec] = specs
         for module, spec in zip(modules, specs, strict=True):
             module.twofold_v_head_dim = spec.v_head_dim
@@ -35,34 +37,41 @@ class DecoderModel:
         transform(KeepLatents(model, modules, self.specs), self.dtype)
         cut = CutLastLayer(model, self.layers, self.specs)
         self.last_layer: LastLayer | None = cut.last if transform(cut, self.dtype) else None
-        head = model.get_output_embeddings()
+        self.head: torch.nn.Module = model.get_output_embeddings()
         # Some families embed more ids than they can predict.
-        self.vocab_size: int = min(model.get_input_embeddings().num_embeddings, len(head.weight))
+        self.vocab_size: int = min(model.get_input_embeddings().num_embeddings, len(self.head.weight))
+        self.sum: Sum | None = None  # by heads: of the ranks' partial results
+        self.words: range | None = None  # of the vocabulary, that this rank's logits are of; None: all
         # The family's own code after the hidden states (scales, softcaps) runs on the ones given here.
         self._given = _Given()
         setattr(model, model.base_model_prefix, self._given)
         try:
             with torch.inference_mode():
-                self.logits(head.weight.new_zeros(1, head.weight.shape[1]))
+                weight = self.head.get_parameter("weight")
+                self.logits(weight.new_zeros(1, weight.shape[1]))
         except Exception as error:
             raise ModelError(f"{type(model).__name__} is not served: its head cannot run apart ({error})") from error
 
     def optimize(self, num_ranks: int, enforce_eager: bool) -> None:
-        """Applies the transforms for GPUs. Layers are compiled in place at their first call, unless `enforce_eager`."""
+        """Applies the transforms for GPUs."""
         changes: list[Transform] = [FewTokenExperts(self.body)]
         if not enforce_eager and self.layers is not None:
-            from twofold.models.transforms.compile import CompileLayers  # the compiler takes seconds to import
-
-            # With several ranks queries are projected separately, while keys and values travel.
-            changes += [PackProjections(self.layers, with_queries=num_ranks == 1), CompileLayers(self.layers)]
+            changes.append(PackProjections(self.layers, num_ranks))
         for change in changes:
             transform(change, self.dtype)
+
+    def compile(self) -> None:
+        """Compiles layers in place, at their first call."""
+        if self.layers is not None:
+            from twofold.models.transforms.compile import CompileLayers  # the compiler takes seconds to import
+
+            transform(CompileLayers(self.layers), self.dtype)
 
     def hidden_states(
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: ForwardContext, needs_all: bool
     ) -> torch.Tensor:
         """input_ids [N], position_ids [N] → [N, hidden_size], or [V', hidden_size] of each row's last token only."""
-        with forward_context(context):
+        with forward_context(context), summing(self.sum):
             if needs_all:
                 return self._run(input_ids, position_ids)
             if self.last_layer is None:
@@ -75,7 +84,7 @@ class DecoderModel:
         return hidden[0]
 
     def logits(self, hidden_states: torch.Tensor) -> torch.Tensor:
-        """hidden_states [S, hidden_size] → [S, vocab_size]."""
+        """hidden_states [S, hidden_size] → [S, vocab_size], or [S, len(self.words)]."""
         self._given.hidden_states = hidden_states[None]
         logits: torch.Tensor = self.model(
             input_ids=hidden_states.new_zeros(1, len(hidden_states), dtype=torch.long)

@@ -5,6 +5,7 @@ must depend on its id and position only. To check this, the model runs a second 
 and with other neighbours. The same runs show what each layer's attention computes.
 """
 
+import threading
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -169,7 +170,7 @@ def probe(model: PreTrainedModel) -> list[tuple[torch.nn.Module, AttentionSpec]]
     """
     name = type(model).__name__
     device = next(model.parameters()).device
-    ids, positions = example_ids(model, 8), torch.arange(8, device=device)
+    ids, positions = example_ids(model.base_model, 8), torch.arange(8, device=device)
     shuffled = torch.tensor([5, 0, 3, 7, 1, 2, 6, 4], device=device)  # place in the second run -> position
     kept = torch.tensor([2, 3, 5], device=device)  # positions of the tokens that are the same in both runs
     others = torch.where(torch.isin(positions, kept), ids, (ids + 3) % model.get_input_embeddings().num_embeddings)
@@ -177,8 +178,8 @@ def probe(model: PreTrainedModel) -> list[tuple[torch.nn.Module, AttentionSpec]]
     first, second = _Examiner(max_position), _Examiner(None)
     try:
         # Without positions, as the family numbers them itself; then with those that a rank gives.
-        hidden = run(model, first, ids, None, first.make_mask)
-        mixed = run(model, second, others[shuffled], shuffled, first.make_mask)
+        hidden = run(model.base_model, first, ids, None, first.make_mask)
+        mixed = run(model.base_model, second, others[shuffled], shuffled, first.make_mask)
     except ModelError as error:
         raise ModelError(f"{name} is not served: {error}") from None
     except Exception as error:
@@ -210,29 +211,33 @@ def probe(model: PreTrainedModel) -> list[tuple[torch.nn.Module, AttentionSpec]]
 
 @torch.inference_mode()
 def run(
-    model: PreTrainedModel,
+    body: torch.nn.Module,
     attention: Attention,
     input_ids: torch.Tensor,
     position_ids: torch.Tensor | None,
     make_mask: Callable[..., torch.Tensor | None] = lambda *_, **__: None,
 ) -> torch.Tensor:
     """Hidden states [T, hidden_size] of tokens [T], with these functions in the place of attention and its masks."""
-    AttentionInterface.register(PROBE_NAME, attention)
-    AttentionMaskInterface.register(PROBE_NAME, make_mask)
-    _use_attention(model, PROBE_NAME)
+    _stand_ins.attention, _stand_ins.make_mask = attention, make_mask
+    _use_attention(body, PROBE_NAME)
     positions = {} if position_ids is None else {"position_ids": position_ids[None]}
     try:
-        hidden_states: torch.Tensor = model.base_model(input_ids=input_ids[None], use_cache=False, **positions)[0][0]
+        hidden_states: torch.Tensor = body(input_ids=input_ids[None], use_cache=False, **positions)[0][0]
     finally:
-        _use_attention(model, ATTENTION_NAME)
+        _use_attention(body, ATTENTION_NAME)
     return hidden_states
 
 
-def example_ids(model: PreTrainedModel, num_tokens: int) -> torch.Tensor:
+_stand_ins = threading.local()  # of the run in this thread
+AttentionInterface.register(PROBE_NAME, lambda *args, **kwargs: _stand_ins.attention(*args, **kwargs))
+AttentionMaskInterface.register(PROBE_NAME, lambda *args, **kwargs: _stand_ins.make_mask(*args, **kwargs))
+
+
+def example_ids(body: torch.nn.Module, num_tokens: int) -> torch.Tensor:
     """Ids [T] of the model's vocabulary."""
-    ids = torch.arange(num_tokens, device=next(model.parameters()).device) * 5 + 5
-    vocab_size: int = model.get_input_embeddings().num_embeddings
-    return ids % vocab_size
+    embeddings = body.get_input_embeddings()  # type: ignore[operator]
+    ids = torch.arange(num_tokens, device=embeddings.weight.device) * 5 + 5
+    return ids % int(embeddings.num_embeddings)
 
 
 def largest_change(now: Sequence[torch.Tensor], then: Sequence[torch.Tensor]) -> float:
@@ -244,8 +249,8 @@ def largest_change(now: Sequence[torch.Tensor], then: Sequence[torch.Tensor]) ->
     return float(np.max(changes))  # unlike `max`, it returns NaN if there is one
 
 
-def _use_attention(model: PreTrainedModel, name: str) -> None:
-    for module in model.modules():
+def _use_attention(body: torch.nn.Module, name: str) -> None:
+    for module in body.modules():
         config = getattr(module, "config", None)
         if isinstance(config, PretrainedConfig):
             config._attn_implementation = name

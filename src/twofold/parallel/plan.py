@@ -9,7 +9,10 @@ policy says which rank computes which chunk. Causal attention makes late chunks 
 3 Herd of Models", section 3.3.2). A chunk is a *row* (virtual request) of an ordinary batch. A request of fewer tokens
 than there are chunks, a decode for example, is one row of one rank; these are dealt out by context length.
 
-PCP=2 example: a prompt of 8 tokens A...H and a decode X
+By heads (tensor parallelism), every rank computes its heads and columns of all tokens: a request is one row on every
+rank. It is still sampled by one of them, its owner.
+
+PCP=2 example by tokens: a prompt of 8 tokens A...H and a decode X
 
     tokens           A B | C D | E F | G H     X        4 chunks of the prompt; X is one row
     rank             0     1     1     0       0
@@ -17,6 +20,13 @@ PCP=2 example: a prompt of 8 tokens A...H and a decode X
     rows             [ AB  GH  X | CD  EF ]             row_ptr = [0, 3, 5]
     sampled          [ GH  X | _  _ ]                   the rows that end their request; -1 stands for padding
     owner            request 0 -> rank 0, request 1 -> rank 0
+
+The same by heads
+
+    gathered         [ A B C D E F G H X | A B C D E F G H X ]      rank 0's part of each KV entry, then rank 1's
+    rows             [ A-H  X | A-H  X ]                            row_ptr = [0, 2, 4]
+    sampled          [ A-H | X ]
+    owner            request 0 -> rank 0, request 1 -> rank 1
 """
 
 from collections.abc import Callable
@@ -50,10 +60,13 @@ POLICIES: dict[str, Callable[[int], IntArray]] = dict(
 
 
 class Layout(Protocol):
-    """How the ranks share a step: by tokens today. Sharing by heads would be another class."""
+    """How the ranks share a step: by tokens or by heads."""
 
     @property
     def num_ranks(self) -> int: ...
+
+    @property
+    def by_heads(self) -> bool: ...
 
     def rows(self, batch: ScheduledBatch) -> "Rows":
         """Assigns every scheduled token to one row of one rank."""
@@ -62,16 +75,19 @@ class Layout(Protocol):
         """Most keys that a rank's rows attend to if they have `num_tokens` tokens in all, and no token was computed
         before. Each row counts its own keys, also if two rows share a request."""
 
+    def max_decodes(self, num_requests: int) -> int:
+        """Most rows of a rank in a step of so many decodes."""
+
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """V rows of all ranks, sorted by rank, then request, then start."""
+    """V rows of all ranks, sorted by rank, then request, then start. By heads a token is in a row of every rank."""
 
     rank: IntArray  # [V]
     request_idx: IntArray  # [V] row -> request of the scheduled batch
     start: IntArray  # [V] tokens of the request before the row, on whichever rank
     length: IntArray  # [V] tokens that the row computes
-    owner: IntArray  # [R] request -> rank that computes its last scheduled token
+    owner: IntArray  # [R] request -> rank that samples it, one of those that compute its last scheduled token
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,6 +96,7 @@ class TokenLayout:
 
     num_ranks: int
     policy: str = "dual_chunk_swap"
+    by_heads = False
 
     def __post_init__(self) -> None:
         if self.policy not in POLICIES:
@@ -96,6 +113,9 @@ class TokenLayout:
         ends = np.arange(1, len(chunk_rank) + 1)  # of chunks, in chunks
         keys = int(np.bincount(chunk_rank, ends).max())  # of a request of C chunks, on the rank with the most
         return -(-num_tokens * self.num_ranks * keys // len(chunk_rank))
+
+    def max_decodes(self, num_requests: int) -> int:
+        return -(-num_requests // self.num_ranks)
 
     def rows(self, batch: ScheduledBatch) -> Rows:
         num_requests, num_ranks = len(batch), self.num_ranks
@@ -129,6 +149,30 @@ class TokenLayout:
 
 
 @dataclass(frozen=True, slots=True)
+class HeadLayout:
+    """By heads: each rank computes its heads and columns of every row. Requests are dealt out to be sampled."""
+
+    num_ranks: int
+    by_heads = True
+
+    def max_keys(self, num_tokens: int) -> int:
+        return num_tokens
+
+    def max_decodes(self, num_requests: int) -> int:
+        return num_requests
+
+    def rows(self, batch: ScheduledBatch) -> Rows:
+        requests, ranks = np.arange(len(batch)), np.arange(self.num_ranks)
+        return Rows(
+            rank=np.repeat(ranks, len(batch)),
+            request_idx=np.tile(requests, self.num_ranks),
+            start=np.tile(batch.num_computed_tokens, self.num_ranks),
+            length=np.tile(batch.num_scheduled_tokens, self.num_ranks),
+            owner=requests % self.num_ranks,
+        )
+
+
+@dataclass(frozen=True, slots=True)
 class Buckets:
     """Numbers of tokens that a rank's part of a step is padded to, ascending; longer parts are not padded."""
 
@@ -146,20 +190,22 @@ UNPADDED = Buckets()
 class StepPlan:
     """What every rank does in a step. V rows sorted by rank, then request, then start; R requests, P ranks.
 
-    T is the number of all ranks' tokens; tokens are in the order of rows. Each rank's part of the gathered KV entries
-    has N places.
+    T is the number of all ranks' tokens, by heads P times those of the batch; tokens are in the order of rows. Each
+    rank's part of the gathered KV entries has N places.
     """
+
+    by_heads: bool
 
     request_idx: IntArray  # [V] row -> request of the scheduled batch
     start: IntArray  # [V] tokens of the request before the row, on whichever rank
     length: IntArray  # [V] tokens that the row computes
     row_ptr: IntArray  # [P + 1] rank -> its first row
-    owner: IntArray  # [R] request -> rank that computes its last scheduled token, and samples the next
+    owner: IntArray  # [R] request -> rank that samples its next token
     num_tokens: IntArray  # [P] computed by each rank
     num_pairs: IntArray  # [P] (query, key) pairs attended by each rank
     num_padded_tokens: int  # N
     sampled_row: IntArray  # [P, S] a rank's sampled tokens -> row that each follows; -1 is padding
-    is_decode: bool  # every request is one row of one token, so no rank attends to another rank's new KV entries
+    is_decode: bool  # every request has one token
     needs_all_hidden_states: bool  # else only those of each row's last token are used
 
     @property
@@ -168,8 +214,9 @@ class StepPlan:
 
     @property
     def defer_exchange(self) -> bool:
-        """Whether KV entries may travel when the step ends, those of all layers together."""
-        return self.is_decode
+        """Whether KV entries may travel when the step ends, those of all layers together: no rank attends to another
+        rank's new ones."""
+        return self.is_decode or self.by_heads
 
     def rows_of(self, rank: int) -> slice:
         return slice(int(self.row_ptr[rank]), int(self.row_ptr[rank + 1]))
@@ -217,19 +264,20 @@ def plan_step(batch: ScheduledBatch, layout: Layout, buckets: Buckets = UNPADDED
     start, length = rows.start, rows.length
     row_ptr = np.searchsorted(rows.rank, np.arange(num_ranks + 1))
     num_tokens = _sum_by(rows.rank, length, num_ranks)
-    is_decode = len(length) == len(batch) and bool((length == 1).all())
+    is_decode = bool((batch.num_scheduled_tokens == 1).all())
 
-    # A request samples after its last scheduled token: in the row that ends there.
+    # A request samples after its last scheduled token: in its owner's row that ends there.
     assert int(batch.num_sampled_tokens.max(initial=0)) <= 1, "a step samples one token of a request"
     end = batch.num_computed_tokens + batch.num_scheduled_tokens
     is_sampled = (start + length == end[rows.request_idx]) & (batch.num_sampled_tokens[rows.request_idx] > 0)
-    sampled = np.flatnonzero(is_sampled)
+    sampled = np.flatnonzero(is_sampled & (rows.rank == rows.owner[rows.request_idx]))
     bounds = np.searchsorted(sampled, row_ptr)  # rank -> its first sampled row
     counts = np.diff(bounds)
     sampled_row = np.full((num_ranks, int(counts.max())), -1, np.int64)
     sampled_row[rows.rank[sampled], np.arange(len(sampled)) - np.repeat(bounds[:-1], counts)] = sampled
 
     return StepPlan(
+        by_heads=layout.by_heads,
         request_idx=rows.request_idx,
         start=start,
         length=length,

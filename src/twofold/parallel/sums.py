@@ -66,8 +66,8 @@ _current = threading.local()
 
 
 @contextmanager
-def summing(sum: Sum) -> Iterator[None]:
-    """Makes `sum` the one that a model's modules use, in this thread."""
+def summing(sum: Sum | None) -> Iterator[None]:
+    """Makes `sum` the one that a model's modules use, in this thread. By tokens there is none."""
     _current.sum = sum
     try:
         yield

@@ -54,7 +54,7 @@ def transform(change: Transform, dtype: torch.dtype) -> bool:
         is_applied = True
         change.apply()
         difference = change.verify()
-        if difference < (FLOAT32_TOLERANCE if dtype == torch.float32 else TOLERANCE):  # False for NaN
+        if is_same(difference, dtype):
             return True
         reason = f"results would change by {difference:.1e}"
     except Exception as error:  # a family may do anything with its modules
@@ -63,6 +63,11 @@ def transform(change: Transform, dtype: torch.dtype) -> bool:
         change.undo()
     logger.info("transform %r is not used: %s", change.name, reason)
     return False
+
+
+def is_same(change: float, dtype: torch.dtype) -> bool:
+    """Whether results of weights of `dtype` differ by rounding only. False for NaN."""
+    return change < (FLOAT32_TOLERANCE if dtype == torch.float32 else TOLERANCE)
 
 
 def sample_input(num_rows: int, width: int, like: torch.Tensor) -> torch.Tensor:

@@ -1,19 +1,23 @@
-"""Run the experts of few tokens with our own kernel on a GPU.
+"""Run the experts of few tokens with our own kernel on a GPU, and a share of every expert in steps by heads.
 
-For more tokens Transformers' grouped products are faster. Models reach both through Transformers'
-`ExpertsInterface`, as they reach attention: routing, gates and weights of experts stay theirs. Every rank holds all
-experts and routes its own tokens, so nothing is exchanged.
+For more tokens Transformers' grouped products are faster. Models reach all of them through Transformers'
+`ExpertsInterface`, as they reach attention: routing, gates and weights of experts stay theirs. By tokens every rank
+holds all experts and routes its own tokens, so nothing is exchanged. By heads every rank routes all tokens, and has some
+columns of every expert, so that no rank waits for another one's experts; outputs are summed.
 """
 
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from transformers.integrations.moe import ExpertsInterface, grouped_mm_experts_forward
 
 from twofold.models.probe import largest_change
 from twofold.models.transforms.base import Transform, sample_input
+from twofold.parallel.mesh import Mesh
 
 EXPERTS_NAME = "twofold"
+DIVIDED_EXPERTS_NAME = "twofold_divided"
 GROUPED_NAME = "grouped_mm"
 MAX_PAIRS = 256  # of a token and an expert; for more, sorting is faster
 TOP_K = 2  # experts of a token in the comparison
@@ -93,3 +97,79 @@ def experts_forward(
 
 
 ExpertsInterface.register(EXPERTS_NAME, experts_forward)
+
+
+def divide_experts(body: torch.nn.Module, mesh: Mesh) -> int:
+    """Gives each module of experts its rank's share of every expert, as views → how many modules have one.
+
+    All of them do or none, because they have one configuration.
+    """
+    experts: list[Any] = [module for module in body.modules() if hasattr(module, "is_concatenated")]
+    if not all(_divides(module, mesh.size) for module in experts):
+        return 0
+    for module in experts:
+        module.twofold_shares = _shares(module, mesh)
+        module.config._experts_implementation = DIVIDED_EXPERTS_NAME
+    return len(experts)
+
+
+def _divides(module: Any, num_ranks: int) -> bool:
+    width = module.down_proj.shape[1 if module.is_transposed else 2]
+    return width % num_ranks == 0 and not module.has_post_expert_norm
+
+
+def _shares(module: Any, mesh: Mesh) -> dict[str, Any]:
+    """A rank's views of the weights: `up`, each [E, f, H] (gate and up are two), and `down` [E, H, f]; their biases."""
+    name = "gate_up_proj" if module.has_gate else "up_proj"
+    num_parts = 2 if module.has_gate and module.is_concatenated else 1  # else gate and up take turns
+
+    def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
+        """tensor [E, num_parts * F, ...]"""
+        return [part.chunk(mesh.size, dim=1)[mesh.rank] for part in tensor.chunk(num_parts, dim=1)]
+
+    up, down = getattr(module, name), module.down_proj
+    if module.is_transposed:
+        up, down = up.mT, down.mT
+    shares = {"up": parts(up), "down": down.chunk(mesh.size, dim=2)[mesh.rank], "up_bias": None, "down_bias": None}
+    if module.has_bias:
+        shares["up_bias"] = torch.cat(parts(getattr(module, f"{name}_bias")), dim=1)
+        shares["down_bias"] = module.down_proj_bias if mesh.rank == 0 else None  # summed, so added once
+    return shares
+
+
+def divided_experts_forward(
+    self: Any, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
+) -> torch.Tensor:
+    """The function that `ExpertsInterface` knows as "twofold_divided"; arguments as of `experts_forward`."""
+    shares = self.twofold_shares
+    expert_ids, (num_tokens, top_k) = top_k_index.reshape(-1), top_k_index.shape
+    few = hidden_states.is_cuda and len(expert_ids) <= MAX_PAIRS
+    if few:
+        x, order = hidden_states, None
+    else:
+        expert_ids, order = expert_ids.sort()
+        counts = torch.zeros(len(shares["down"]), dtype=torch.int32, device=expert_ids.device)
+        ends = counts.index_add(0, expert_ids, counts.new_ones(len(expert_ids))).cumsum(0, dtype=torch.int32)
+        x = hidden_states[order // top_k]
+
+    def linear(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        if few:
+            product: torch.Tensor = torch.ops.twofold.expert_linear(x, weight, expert_ids, len(weight), False)
+            return product
+        return F.grouped_mm(x, weight.mT, offs=ends)
+
+    x = torch.cat([linear(x, weight) for weight in shares["up"]], dim=-1)
+    if shares["up_bias"] is not None:
+        x = x + shares["up_bias"][expert_ids]
+    x = linear(self._apply_gate(x) if self.has_gate else self.act_fn(x), shares["down"])
+    if shares["down_bias"] is not None:
+        x = x + shares["down_bias"][expert_ids]
+    if order is not None:
+        x = torch.empty_like(x).index_copy_(0, order, x)
+    weighted = x * top_k_weights.reshape(-1, 1)
+    summed = weighted.view(num_tokens, -1, weighted.shape[-1]).sum(dim=1).to(hidden_states.dtype)
+    total: torch.Tensor = torch.ops.twofold.sum_over_ranks(summed)
+    return total
+
+
+ExpertsInterface.register(DIVIDED_EXPERTS_NAME, divided_experts_forward)

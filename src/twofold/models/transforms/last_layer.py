@@ -150,14 +150,14 @@ class CutLastLayer(Transform):
     def _steps(self) -> Iterator[tuple[torch.Tensor, torch.Tensor, torch.Tensor]]:
         """Ids [T] and positions [T] of several prompts, and which tokens are their last ones [V]."""
         for lens in PROMPT_LENS:
-            ids = example_ids(self.model, sum(lens))
+            ids = example_ids(self.model.base_model, sum(lens))
             positions = torch.cat([torch.arange(length, device=ids.device) for length in lens])
             yield ids, positions, torch.tensor(lens, device=ids.device).cumsum(0) - 1
 
     def _whole(self, ids: torch.Tensor, positions: torch.Tensor, last_token_idx: torch.Tensor) -> list[torch.Tensor]:
         """The last layer's keys and values of all tokens, queries and hidden states of the last ones."""
         recorder = Recorder(self.specs)
-        hidden = run(self.model, recorder, ids, positions)
+        hidden = run(self.model.base_model, recorder, ids, positions)
         queries, keys, values = recorder.tokens[-3:]
         return [keys, values, queries[last_token_idx], hidden[last_token_idx]]
 
@@ -165,6 +165,6 @@ class CutLastLayer(Transform):
         """The same of a forward pass that is cut."""
         recorder = Recorder(self.specs, last_token_idx)
         with self.last.of_last_tokens(recorder):
-            hidden = run(self.model, recorder, ids, positions)
+            hidden = run(self.model.base_model, recorder, ids, positions)
         queries, keys, values = recorder.tokens[-3:]
         return [keys, values, queries, hidden]

@@ -55,8 +55,8 @@ class KeepLatents(Transform):
 
     def _record(self, before: Recorder | None) -> tuple[Recorder, torch.Tensor]:
         recorder = Recorder(self.specs, answers=None if before is None else before.values)
-        ids = example_ids(self.model, NUM_TOKENS)
-        return recorder, run(self.model, recorder, ids, torch.arange(NUM_TOKENS, device=ids.device))
+        ids = example_ids(self.model.base_model, NUM_TOKENS)
+        return recorder, run(self.model.base_model, recorder, ids, torch.arange(NUM_TOKENS, device=ids.device))
 
 
 def _return_latents(kv_nope: torch.Tensor, k_rot: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -17,17 +17,32 @@ NUM_TOKENS = 2  # of the input that each projection is compared with
 
 
 class Part(torch.nn.Module):
-    """Stands in for a Linear. Its weight is part of a larger one: outputs `start` to `start + out_features`."""
+    """Stands in for a Linear. Its weight is part of a larger one, whose outputs are laid out rank after rank:
 
-    def __init__(self, packed: Linear, start: int, out_features: int) -> None:
+        | q of rank 0 | k of rank 0 | v of rank 0 | q of rank 1 | ... |
+
+    So both layouts need one product: by tokens the whole weight's, by heads that of a rank's rows.
+    """
+
+    def __init__(self, packed: Linear, start: int, size: int, num_parts: int) -> None:
+        """Outputs `start` to `start + size` in each of `num_parts` parts of the packed ones."""
         super().__init__()
-        self.packed, self.start = packed, start
-        self.in_features, self.out_features = packed.in_features, out_features
+        self.packed, self.start, self.size, self.num_parts = packed, start, size, num_parts
+        self.in_features, self.out_features = packed.in_features, size * num_parts
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., in_features] → [..., out_features], a view."""
+        """x [..., in_features] → [..., out_features]; a view if there is one part."""
         product: torch.Tensor = self.packed(x)
-        return product.narrow(-1, self.start, self.out_features)
+        return product.unflatten(-1, (self.num_parts, -1)).narrow(-1, self.start, self.size).flatten(-2)
+
+    def of_rank(self, rank: int) -> "Part":
+        """What a rank computes by heads: its part alone. The weight is a view."""
+        size = self.packed.out_features // self.num_parts
+        packed = Linear(self.in_features, size, bias=self.packed.bias is not None, device="meta")
+        for field, whole in self.packed.named_parameters():
+            view = whole.narrow(0, rank * size, size)
+            setattr(packed, field, torch.nn.Parameter(view, requires_grad=False))
+        return Part(packed, self.start, self.size, 1)
 
 
 class PackProjections(Transform):
@@ -35,8 +50,9 @@ class PackProjections(Transform):
 
     name = "packed projections"
 
-    def __init__(self, model: torch.nn.Module, with_queries: bool) -> None:
-        self.model, self.with_queries = model, with_queries
+    def __init__(self, model: torch.nn.Module, num_ranks: int) -> None:
+        """With several ranks queries are projected separately, while keys and values travel."""
+        self.model, self.num_ranks, self.with_queries = model, num_ranks, num_ranks == 1
 
     def find(self) -> str | None:
         self.siblings: list[tuple[torch.nn.Module, list[str]]] = []  # module, the names of its projections of one input
@@ -56,7 +72,7 @@ class PackProjections(Transform):
 
     def apply(self) -> None:
         for module, names in self.siblings:
-            _pack(module, names)
+            _pack(module, names, self.num_ranks)
 
     def verify(self) -> float:
         return largest_change(self._products(), self._expected)
@@ -75,23 +91,27 @@ class PackProjections(Transform):
         ]
 
 
-def _pack(module: torch.nn.Module, names: list[str]) -> None:
-    parts: list[Linear] = [module.get_submodule(name) for name in names]  # type: ignore[misc]
-    out_features = sum(part.out_features for part in parts)
-    packed = Linear(parts[0].in_features, out_features, bias=parts[0].bias is not None, device="meta")
+def _pack(module: torch.nn.Module, names: list[str], num_ranks: int) -> None:
+    linears: list[Linear] = [module.get_submodule(name) for name in names]  # type: ignore[misc]
+    out_features = sum(linear.out_features for linear in linears)
+    divides = all(linear.out_features % num_ranks == 0 for linear in linears)
+    num_parts = num_ranks if divides else 1
+    packed = Linear(linears[0].in_features, out_features, bias=linears[0].bias is not None, device="meta")
     for field in dict(packed.named_parameters()):
-        joined = torch.cat([part.get_parameter(field) for part in parts])
-        setattr(packed, field, torch.nn.Parameter(joined, requires_grad=False))
+        # [rank, outputs of the rank, ...] of each, side by side
+        parts = [linear.get_parameter(field).unflatten(0, (num_parts, -1)) for linear in linears]
+        setattr(packed, field, torch.nn.Parameter(torch.cat(parts, dim=1).flatten(0, 1), requires_grad=False))
     start = 0
-    for name, part in zip(names, parts, strict=True):
-        setattr(module, name, Part(packed, start, part.out_features))
-        start += part.out_features
+    for name, linear in zip(names, linears, strict=True):
+        size = linear.out_features // num_parts
+        setattr(module, name, Part(packed, start, size, num_parts))
+        start += size
 
 
 def _unpacked(part: Part) -> Linear:
-    """A separate Linear again; its weight is a view of the packed one."""
+    """A separate Linear again."""
     linear = Linear(part.in_features, part.out_features, bias=part.packed.bias is not None, device="meta")
     for field, packed in part.packed.named_parameters():
-        view = packed.narrow(0, part.start, part.out_features)
-        setattr(linear, field, torch.nn.Parameter(view, requires_grad=False))
+        own = packed.unflatten(0, (part.num_parts, -1)).narrow(1, part.start, part.size).flatten(0, 1)
+        setattr(linear, field, torch.nn.Parameter(own, requires_grad=False))
     return linear

@@ -1,0 +1,238 @@
+"""A model by heads (tensor parallelism): the same modules once more, their weights views of the whole ones.
+
+    module          of rank r, by heads                                               after it
+    column-wise     rows r of its weight: some heads of q, k, v; some of gate, up     nothing: outputs stay divided
+    row-wise        columns r of its weight: o, down                                  the sum over ranks
+    experts         both, of every expert                                             the sum over ranks
+    head            rows r: some words of the vocabulary                              see `worker/sampler.py`
+
+Transformers' plans (`base_model_tp_plan`) say which projections are which. What does not divide, and what a plan
+gathers between its two halves, is computed whole on every rank, which needs no sum. Names prove nothing: queries, keys,
+values, hidden states and logits of both ways are compared when a model is loaded.
+"""
+
+import copy
+import re
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch.nn import Linear, Parameter
+
+from twofold.attention.spec import AttentionSpec, LatentSpec
+from twofold.errors import ModelError
+from twofold.models.decoder import DecoderModel
+from twofold.models.probe import Recorder, example_ids, largest_change, run
+from twofold.models.transforms.base import is_same, sample_input
+from twofold.models.transforms.experts import divide_experts
+from twofold.models.transforms.last_layer import LastLayer
+from twofold.models.transforms.packing import Part
+from twofold.parallel.mesh import Mesh
+from twofold.parallel.sums import Sum, summing
+
+NUM_TOKENS = 8  # of the forward passes that are compared
+STYLES = {"colwise", "rowwise"}
+WHOLE = {"replicated_with_grad_allreduce", "mla_kv_a_proj"}  # computed on every rank, also in the plan's own meaning
+# Of attention that a plan leaves out: some families' plans are for training only.
+ATTENTION_PLAN = {name: "colwise" for name in ("q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj")} | {
+    "o_proj": "rowwise"
+}
+COUNTS = re.compile(r"(num|n)_(attention_|key_value_|kv_)?heads?")  # attributes with a number of heads
+
+
+class SummedLinear(torch.nn.Module):
+    """A row-wise Linear: its inputs are divided over the ranks, so products are summed. The bias is added once."""
+
+    def __init__(self, weight: torch.Tensor, bias: torch.Tensor | None) -> None:
+        super().__init__()
+        self.weight = Parameter(weight, requires_grad=False)
+        self.bias = bias
+        self.out_features, self.in_features = weight.shape
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] → [..., out_features], the same on every rank."""
+        total: torch.Tensor = torch.ops.twofold.sum_over_ranks(torch.nn.functional.linear(x, self.weight))
+        return total if self.bias is None else total + self.bias
+
+
+@dataclass(slots=True)
+class _Group:
+    """Projections of one parent module that are divided together or not at all."""
+
+    parent: torch.nn.Module
+    styles: dict[str, str]  # name of a child -> its style
+
+
+def divide(whole: DecoderModel, mesh: Mesh, total: Sum) -> DecoderModel:
+    """The part of `whole` that this rank computes in steps by heads. All ranks call it together.
+
+    Raises:
+        ModelError: the model has no plan, nothing of it divides, or results would differ; the same on every rank.
+    """
+    part = _copy(whole)
+    part.sum = total
+    layers = [spec.num_heads % mesh.size == spec.num_kv_heads % mesh.size == 0 for spec in part.specs]
+    attentions = {id(module): layer for layer, module in enumerate(part.attentions)}
+    divided_layers: set[int] = set()
+    num_divided = 0
+    for group in _groups(part):
+        layer = attentions.get(id(group.parent))
+        if _divides(group, mesh.size) and (layer is None or layers[layer]):
+            for name, style in group.styles.items():
+                _divide_child(group.parent, name, style, mesh)
+            num_divided += 1
+            if layer is not None:
+                divided_layers.add(layer)
+    for layer in divided_layers:
+        part.specs[layer] = _divide_attention(part.attentions[layer], part.specs[layer], mesh)
+    num_divided += divide_experts(part.body, mesh)
+    if not num_divided:
+        raise ModelError("no projection of it is known to divide")
+    _verify(whole, part, mesh)
+    _divide_head(whole, part, mesh)
+    return part
+
+
+def _copy(whole: DecoderModel) -> DecoderModel:
+    """The same modules with the same weights: only what is no tensor is copied."""
+    models = (whole.model, whole.body)
+    shared = {id(t): t for model in models for t in (*model.parameters(), *model.buffers())}
+    return copy.deepcopy(whole, shared)
+
+
+def _groups(part: DecoderModel) -> list[_Group]:
+    plan: dict[str, str] = getattr(part.body, "_tp_plan", None) or {}
+    attentions = {id(module) for module in part.attentions}
+    groups = []
+    for name, parent in part.body.named_modules():
+        if isinstance(parent, LastLayer | Part):
+            continue
+        prefix = re.sub(r"\.\d+(?=\.|$)", ".*", _without_stand_in(part, name))
+        children = [child for child, module in parent.named_children() if isinstance(module, Linear | Part)]
+        styles = {child: plan[key] for child in children if (key := f"{prefix}.{child}") in plan}
+        if not styles and id(parent) in attentions:
+            styles = {child: ATTENTION_PLAN[child] for child in children if child in ATTENTION_PLAN}
+        styles = {child: style for child, style in styles.items() if style not in WHOLE}
+        if styles:
+            groups.append(_Group(parent, styles))
+    return groups
+
+
+def _without_stand_in(part: DecoderModel, name: str) -> str:
+    """A module's name as it is without `LastLayer`."""
+    if part.last_layer is None:
+        return name
+    stand_in = next(path for path, module in part.body.named_modules() if module is part.last_layer)
+    inside = f"{stand_in}.layer"
+    return stand_in + name.removeprefix(inside) if name.startswith(inside) else name
+
+
+def _divides(group: _Group, num_ranks: int) -> bool:
+    if not set(group.styles.values()) <= STYLES or "rowwise" not in group.styles.values():
+        return False
+    for name, style in group.styles.items():
+        module: Any = group.parent.get_submodule(name)
+        if type(module) not in ((Linear, Part) if style == "colwise" else (Linear,)):
+            return False  # a subclass may compute something else
+        if type(module) is Part and module.num_parts != num_ranks:
+            return False
+        if (module.out_features if style == "colwise" else module.in_features) % num_ranks:
+            return False
+    return True
+
+
+def _divide_child(parent: torch.nn.Module, name: str, style: str, mesh: Mesh) -> None:
+    module: Any = parent.get_submodule(name)
+    if isinstance(module, Part):
+        setattr(parent, name, module.of_rank(mesh.rank))
+    elif style == "colwise":
+        for field, tensor in module.named_parameters():
+            setattr(module, field, _part(tensor, 0, mesh))
+        module.out_features = len(module.weight)
+    else:
+        setattr(parent, name, SummedLinear(_part(module.weight, 1, mesh), module.bias))
+
+
+def _part(tensor: torch.Tensor, dim: int, mesh: Mesh) -> Parameter:
+    """A view."""
+    size = tensor.shape[dim] // mesh.size
+    return Parameter(tensor.narrow(dim, mesh.rank * size, size), requires_grad=False)
+
+
+def _divide_attention(module: torch.nn.Module, spec: AttentionSpec, mesh: Mesh) -> AttentionSpec:
+    """The spec of this rank's heads; the module's own counts of heads become those of the rank."""
+    for name, value in list(vars(module).items()):
+        if COUNTS.fullmatch(name) and value in (spec.num_heads, spec.num_kv_heads):
+            setattr(module, name, value // mesh.size)
+    if spec.sinks is not None:
+        own = [name for name, tensor in module.named_parameters(recurse=False) if len(tensor) == spec.num_heads]
+        for name in own:
+            setattr(module, name, _part(module.get_parameter(name), 0, mesh))
+    changes: dict[str, Any] = {
+        "num_heads": spec.num_heads // mesh.size,
+        "num_kv_heads": spec.num_kv_heads // mesh.size,
+        "sinks": None if spec.sinks is None else _part(spec.sinks, 0, mesh),
+    }
+    if isinstance(spec, LatentSpec):
+        changes["weight"] = _part(spec.weight, 0, mesh)
+    return replace(spec, **changes)
+
+
+def _verify(whole: DecoderModel, part: DecoderModel, mesh: Mesh) -> None:
+    ids = example_ids(whole.body, NUM_TOKENS)
+    positions = torch.arange(NUM_TOKENS, device=ids.device)
+    expected = Recorder(whole.specs)
+    hidden = run(whole.body, expected, ids, positions)
+
+    def mine(tensors: list[torch.Tensor], counts: list[int]) -> list[torch.Tensor]:
+        """Of each layer [T, H, D] those heads that this rank has."""
+        return [
+            x if x.shape[1] == count else x[:, mesh.rank * count : (mesh.rank + 1) * count]
+            for x, count in zip(tensors, counts, strict=True)
+        ]
+
+    heads, kv_heads = ([getattr(spec, name) for spec in part.specs] for name in ("num_heads", "num_kv_heads"))
+    values = mine(expected.values, kv_heads)
+    found = Recorder(part.specs, answers=values)
+    try:
+        with summing(part.sum):
+            hidden_by_heads = run(part.body, found, ids, positions)
+        pairs = [
+            (found.queries, mine(expected.queries, heads)),
+            (found.keys, mine(expected.keys, kv_heads)),
+            (found.values, values),
+            ([hidden_by_heads], [hidden]),
+        ]
+        change = max(largest_change(now, then) for now, then in pairs)
+    except Exception as error:
+        raise ModelError(f"it fails by heads ({error})") from error
+    # Ranks must agree, and a rank's rounding is its own.
+    changes = torch.empty(mesh.size, device=ids.device)
+    mesh.all_gather(changes, torch.tensor([change], device=ids.device))
+    if not is_same(float(changes.max()), whole.dtype):
+        raise ModelError(f"results would change by {float(changes.max()):.1e}")
+
+
+def _divide_head(whole: DecoderModel, part: DecoderModel, mesh: Mesh) -> None:
+    """Divides the words of the vocabulary, if the head is a Linear and what follows it needs no other words."""
+    head = part.head
+    if type(head) is not Linear:
+        return
+    num_words, parameters = len(head.weight), dict(head.named_parameters())
+    size = -(-num_words // mesh.size)
+    words = range(min(mesh.rank * size, num_words), min((mesh.rank + 1) * size, num_words))
+    hidden = sample_input(NUM_TOKENS, head.weight.shape[1], like=head.weight)
+    expected = whole.logits(hidden)
+    try:
+        for field, tensor in parameters.items():
+            setattr(head, field, Parameter(tensor[words.start : words.stop], requires_grad=False))
+        change = largest_change([part.logits(hidden)], [expected[:, words.start : words.stop]]) if words else 0.0
+    except Exception:
+        change = float("nan")
+    changes = torch.empty(mesh.size, device=hidden.device)
+    mesh.all_gather(changes, torch.tensor([change], device=hidden.device))
+    if is_same(float(changes.max()), whole.dtype) and expected.shape[1] == num_words:
+        part.words = words
+        return
+    for field, tensor in parameters.items():
+        setattr(head, field, tensor)
