@@ -184,7 +184,8 @@ def _draw_filtered(scaled: torch.Tensor, batch: SamplingBatch, row_idx: NDArray[
     mass = torch.cumsum(weights, dim=-1, dtype=torch.float64)
     num_kept = _to(top_k, scaled)[:, None]
     if (min_p > 0).any():
-        num_kept = num_kept.minimum((weights >= _to(min_p, scaled)[:, None]).sum(dim=-1, keepdim=True))
+        likely = weights >= _to(min_p, scaled)[:, None]
+        num_kept = num_kept.minimum(likely.sum(dim=-1, keepdim=True)).clamp_(min=1)  # NaN is not likely
     if (top_p < 1).any():  # a token stays while the mass before it falls short of top_p
         enough = mass.gather(-1, num_kept - 1) * _to(top_p, scaled)[:, None]
         num_kept = num_kept.minimum(torch.searchsorted(mass, enough) + 1)
