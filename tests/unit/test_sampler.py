@@ -262,9 +262,16 @@ def test_a_greedy_batch_only_takes_the_maximum(monkeypatch: pytest.MonkeyPatch) 
     assert torch.equal(token_ids, logits.argmax(-1))
 
 
-def test_broken_logits_still_give_a_token() -> None:
-    """Guards the vocabulary's bounds: NaN logits must not become an id that the next step's lookup trips over."""
-    logits = torch.full((3, 20), torch.nan)
-    params = [SamplingParams(temperature=0), SamplingParams(), SamplingParams(top_k=4, top_p=0.5)]
-    token_ids, _ = sample(logits, build(params))
-    assert ((token_ids >= 0) & (token_ids < 20)).all()
+@pytest.mark.parametrize("broken", [torch.nan, -torch.inf, torch.inf])
+def test_broken_logits_still_give_a_token(broken: float) -> None:
+    """Guards the vocabulary's bounds: NaN logits must not become an id that the next step's lookup trips over.
+
+    With min-p and top-p together, a row without a most likely token kept none, and the index of the last kept one was
+    -1. That was an error in the rank, not a bad token in one answer.
+    """
+    logits = torch.full((5, 20), broken)
+    filters = [{}, {"top_k": 4, "top_p": 0.5}, {"min_p": 0.1, "top_p": 0.5}, {"min_p": 0.1, "top_k": 4, "top_p": 0.5}]
+    params = [SamplingParams(temperature=0), *(SamplingParams(**values) for values in filters)]
+    for rows in (slice(0, 5), slice(3, 4), slice(4, 5)):
+        token_ids, _ = sample(logits[rows], build(params[rows]))
+        assert ((token_ids >= 0) & (token_ids < 20)).all()

@@ -7,14 +7,28 @@ A model calls the opaque op `torch.ops.twofold.sum_over_ranks`; `summing` says w
 makes in another order than the others would let ranks disagree about a token.
 """
 
+import logging
+import os
+import platform
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Protocol
 
 import torch
 
-from twofold.parallel.mesh import Mesh
+from twofold.parallel.mesh import Mesh, ProcessMesh
+from twofold.parallel.shared_memory import share
+
+CACHE_LINE = 64  # bytes
+NUM_LOOKS = 100  # at a peer's flag, some microseconds, before others may have this core
+YIELD_SECONDS = 2e-3  # that a rank looks again at once; then it sleeps between looks
+SLEEP_SECONDS = 50e-6
+NUM_SHAPES = 256  # whose views of the shared memory are kept
+
+logger = logging.getLogger(__name__)
 
 
 class Sum(Protocol):
@@ -53,13 +67,79 @@ def add_in_order(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
     return total.to(parts[0].dtype)
 
 
+class SharedMemorySum:
+    """CPU ranks of one machine write their parts into memory that all of them map, and each adds all parts up.
+
+        x ──copy──► my part of the buffer, my flag = number of this sum, wait for all flags, parts ──add──► sum
+
+    A flag has a cache line of its own, and only its rank writes it. There are two buffers, used in turn: a rank that
+    writes sum n + 2 has seen all flags of sum n + 1, which its peers set after they had read all parts of sum n.
+
+    Nothing here orders memory but the processor. x86 does: it keeps a core's stores in order, its loads in order, and
+    loads before later stores, so whoever sees a flag sees the part, and whoever sets one has read what it read before.
+    """
+
+    def __init__(self, mesh: Mesh, max_num_bytes: int, file: int) -> None:
+        """`max_num_bytes` of a rank's x have room; larger ones are gathered. `file` is new.
+
+        Raises:
+            OSError: there is no room in memory. Every rank raises it.
+        """
+        self._gather = GatherSum(mesh)
+        self._rank, self._size = mesh.rank, mesh.size
+        part_bytes = -(-max_num_bytes // CACHE_LINE) * CACHE_LINE
+        memory = share(mesh, file, mesh.size * (CACHE_LINE + 2 * part_bytes))
+        flags, parts = memory.split([mesh.size * CACHE_LINE, 2 * mesh.size * part_bytes])
+        self._flags = memoryview(flags.numpy()).cast("Q")  # looks cost a tenth of a tensor's
+        self._parts = parts.view(2, mesh.size, part_bytes)
+        self._max_num_bytes, self._num_sums = max_num_bytes, 0
+        self._others = [rank * (CACHE_LINE // 8) for rank in range(mesh.size) if rank != mesh.rank]
+        self._views = lru_cache(NUM_SHAPES)(self._make_views)
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        if x.nbytes > self._max_num_bytes:
+            return self._gather(x)
+        self._num_sums += 1
+        parts = self._views(self._num_sums % 2, x.shape, x.dtype)
+        parts[self._rank].copy_(x)
+        self._flags[self._rank * (CACHE_LINE // 8)] = self._num_sums
+        for flag in self._others:
+            self._wait(flag)
+        return add_in_order(parts)
+
+    def _make_views(self, turn: int, shape: torch.Size, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
+        """Every rank's part [*shape] of a buffer."""
+        num_bytes = shape.numel() * dtype.itemsize
+        return tuple(part[:num_bytes].view(dtype).view(shape) for part in self._parts[turn])
+
+    def _wait(self, flag: int) -> None:
+        """Waits until a rank has written its part. If that rank was lost, the engine ends this one."""
+        flags, number = self._flags, self._num_sums
+        for _ in range(NUM_LOOKS):
+            if flags[flag] >= number:
+                return
+        sleepless = time.monotonic() + YIELD_SECONDS
+        while flags[flag] < number:
+            if time.monotonic() < sleepless:
+                os.sched_yield()
+            else:
+                time.sleep(SLEEP_SECONDS)
+
+
 def make_sum(mesh: Mesh, device: torch.device, max_num_bytes: int, file: int) -> Sum:
     """The fastest sum for these ranks.
 
     `max_num_bytes` of a rank's x have room in memory that ranks share; larger ones go through a collective. `file` is a
     new file that all ranks have a descriptor of.
     """
-    return OneRank() if mesh.size == 1 else GatherSum(mesh)
+    if mesh.size == 1:
+        return OneRank()
+    if device.type == "cpu" and isinstance(mesh, ProcessMesh) and platform.machine() in ("x86_64", "AMD64"):
+        try:
+            return SharedMemorySum(mesh, max_num_bytes, file)
+        except OSError as error:
+            logger.warning("sums are gathered, since ranks cannot share memory for them: %s", error)
+    return GatherSum(mesh)
 
 
 _current = threading.local()

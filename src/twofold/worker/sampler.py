@@ -1,4 +1,4 @@
-"""From logits to token ids, for the rows that a rank owns.
+"""From logits to token ids, for the rows that a rank owns, or for all rows where a rank has a part of the vocabulary.
 
 Each token's randomness is one number, a hash of (request seed, position, token), so a draw does not depend on the
 batch, the rank or earlier draws. The number becomes Gumbel noise on the token's logit, and the largest sum wins.
@@ -7,6 +7,10 @@ choice. With a cumulative distribution, rounding would move every boundary, and 
 
 With the vocabulary in descending order every filter keeps a prefix of it, so top-k, top-p and min-p are three bounds on
 a count.
+
+Ranks that divide the vocabulary exchange candidates: `best_of_part` on each, an all-gather, then `choose` on each.
+P=2, V=6 example: rank 0 has ids [0 1 2], rank 1 [3 4 5]. A greedy row's candidates are 2 tokens, one of each rank. With
+top_k=2 they are 4; the 2 best of all 6 tokens are among them. Either way the token is that of `sample` on all logits.
 """
 
 from collections.abc import Sequence
@@ -20,6 +24,7 @@ from numpy.typing import NDArray
 from twofold.contract import TokenLogprobs
 from twofold.sampling_params import SamplingParams
 
+MAX_CANDIDATES = 128  # of a row on one rank; with a larger top-k, ranks gather all logits
 _GOLDEN = np.uint64(0x9E3779B97F4A7C15)
 
 
@@ -75,6 +80,16 @@ class SamplingBatch:
     def __len__(self) -> int:
         return len(self.temperature)
 
+    @property
+    def drawn(self) -> NDArray[np.bool_]:
+        """Which rows [S] are not greedy."""
+        return self.temperature > 0
+
+    @property
+    def filtered(self) -> NDArray[np.bool_]:
+        """Which rows [S] are drawn from the head of their order."""
+        return self.drawn & ((self.top_k > 0) | (self.top_p < 1) | (self.min_p > 0))
+
 
 @dataclass(frozen=True, slots=True)
 class LogprobTensors:
@@ -100,18 +115,67 @@ def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, Lo
     of the raw logits. Among equal logits the lower id comes first. `logits` is left as it is.
     """
     scores = _adjust(logits, batch)
-    drawn = batch.temperature > 0
+    drawn, filtered = batch.drawn, batch.filtered
     token_ids = logits.new_empty(len(batch), dtype=torch.int64) if drawn.all() else scores.argmax(dim=-1)
-    filtered = (batch.top_k > 0) | (batch.top_p < 1) | (batch.min_p > 0)
-    for rows, way in ((drawn & ~filtered, _draw), (drawn & filtered, _draw_filtered)):
+    for rows, way in ((drawn & ~filtered, _draw), (filtered, _draw_filtered)):
         if rows.any():
-            row_idx = np.flatnonzero(rows)
-            idx = _to(row_idx, logits)
-            scaled = scores[idx].float() / _to(batch.temperature[row_idx], logits)[:, None]
+            row_idx, idx, scaled = _scale(scores, batch, rows)
             token_ids[idx] = way(scaled, batch, row_idx)
     if batch.num_logprobs is None:
         return token_ids, None
     return token_ids, compute_logprobs(logits, token_ids, batch.num_logprobs)
+
+
+def needs_all_logits(batch: SamplingBatch) -> bool:
+    """Whether ranks with parts of the vocabulary must gather all logits for `sample`, because candidates do not tell.
+
+    Top-p and min-p without top-k may keep any number of tokens. Log-probabilities are of all logits.
+    """
+    top_k = batch.top_k[batch.filtered]
+    return batch.num_logprobs is not None or bool(((top_k == 0) | (top_k > MAX_CANDIDATES)).any())
+
+
+def best_of_part(logits: torch.Tensor, first_id: int, batch: SamplingBatch) -> torch.Tensor:
+    """A rank's candidates for all rows, from `logits` [S, C] of the C >= 1 token ids from `first_id`.
+
+    Returns int32 [2, S, K]: scores, as the bits of float32, and token ids. They are one tensor, for one exchange.
+    K is the largest top-k of `batch`, or 1. A row with filters has its part's K best tokens in order, before noise.
+    Another row has the winner of its part. What is left holds -inf and `first_id`.
+    """
+    assert not needs_all_logits(batch)
+    part = _adjust(logits, batch, first_id)
+    drawn, filtered = batch.drawn, batch.filtered
+    max_num_best = int(batch.top_k[filtered].max(initial=1))
+    candidates = logits.new_zeros((2, len(batch), max_num_best), dtype=torch.int32)
+    scores, ids = candidates[0].view(torch.float32), candidates[1]
+    if max_num_best > 1:
+        scores.fill_(-torch.inf)
+    if not drawn.all():
+        scores[:, 0], ids[:, 0] = part.max(dim=-1)
+    if (drawn & ~filtered).any():
+        row_idx, idx, scaled = _scale(part, batch, drawn & ~filtered)
+        scores[idx, 0], winners = _add_noise(scaled, batch, row_idx, first_id).max(dim=-1)
+        ids[idx, 0] = winners.int()
+    if filtered.any():
+        _, idx, scaled = _scale(part, batch, filtered)
+        best, order = _sort(scaled, max_num_best)
+        scores[idx, : best.shape[-1]], ids[idx, : best.shape[-1]] = best, order.int()
+    ids += first_id
+    return candidates
+
+
+def choose(candidates: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
+    """Next tokens, int64 [S], from the `candidates` [P, 2, S, K] of all ranks, in the order of their parts."""
+    scores, ids = candidates[:, 0].view(torch.float32), candidates[:, 1].long()  # each [P, S, K]
+    token_ids = ids[..., 0].gather(0, scores[..., 0].argmax(dim=0, keepdim=True))[0]
+    if batch.filtered.any():
+        row_idx = np.flatnonzero(batch.filtered)
+        idx = _to(row_idx, scores)
+        # [P, S, K] -> [D, P * K]: equal scores stay in the order of their ids.
+        scores, ids = (x[:, idx].transpose(0, 1).flatten(1) for x in (scores, ids))
+        best, order = _sort(scores, candidates.shape[-1])
+        token_ids[idx] = _draw_sorted(best, ids.gather(-1, order), batch, row_idx)
+    return token_ids
 
 
 def compute_logprobs(logits: torch.Tensor, token_ids: torch.Tensor, num_logprobs: int) -> LogprobTensors:
@@ -161,36 +225,63 @@ def _mix(x: NDArray[np.uint64]) -> NDArray[np.uint64]:
     return x ^ (x >> np.uint64(31))
 
 
+def _scale(
+    scores: torch.Tensor, batch: SamplingBatch, rows: NDArray[np.bool_]
+) -> tuple[NDArray[np.int64], torch.Tensor, torch.Tensor]:
+    """Indices [D] of `rows`, on the CPU and beside `scores` [S, V], and their scores over temperature [D, V]."""
+    row_idx = np.flatnonzero(rows)
+    idx = _to(row_idx, scores)
+    return row_idx, idx, scores[idx].float() / _to(batch.temperature[row_idx], scores)[:, None]
+
+
+def _add_noise(
+    scaled: torch.Tensor, batch: SamplingBatch, row_idx: NDArray[np.int64], first_id: int = 0
+) -> torch.Tensor:
+    """`scaled` [D, V] of the V token ids from `first_id`, plus their noise."""
+    ids = torch.arange(first_id, first_id + scaled.shape[-1], device=scaled.device)
+    return scaled + gumbel(row_keys(batch.seeds[row_idx], batch.positions[row_idx]), ids)
+
+
 def _draw(scaled: torch.Tensor, batch: SamplingBatch, row_idx: NDArray[np.int64]) -> torch.Tensor:
     """A token of each row [D] from all of `scaled` [D, V]; needs no order, so none is made."""
-    keys = row_keys(batch.seeds[row_idx], batch.positions[row_idx])
-    token_ids: torch.Tensor = (scaled + gumbel(keys, torch.arange(scaled.shape[-1], device=scaled.device))).argmax(-1)
-    return token_ids
+    return _add_noise(scaled, batch, row_idx).argmax(dim=-1)
 
 
 def _draw_filtered(scaled: torch.Tensor, batch: SamplingBatch, row_idx: NDArray[np.int64]) -> torch.Tensor:
     """A token of each row [D] from what min-p, top-k and top-p leave of `scaled` [D, V]."""
-    vocab_size = scaled.shape[-1]
-    top_k, top_p, min_p = batch.top_k[row_idx], batch.top_p[row_idx], batch.min_p[row_idx]
-    top_k = np.where(top_k > 0, np.minimum(top_k, vocab_size), vocab_size).astype(np.int64)
-    width = int(top_k.max())
-    if width < vocab_size:
-        ids = _sort_keys(scaled).topk(width, dim=-1).indices
-        scaled = scaled.gather(-1, ids)
-    else:
-        scaled, ids = scaled.sort(dim=-1, descending=True, stable=True)
+    top_k = batch.top_k[row_idx]
+    best, ids = _sort(scaled, int(top_k.max()) if top_k.all() else scaled.shape[-1])
+    return _draw_sorted(best, ids, batch, row_idx)
 
-    weights = (scaled - scaled[:, :1]).exp()  # the most likely token weighs 1
+
+def _draw_sorted(
+    best: torch.Tensor, ids: torch.Tensor, batch: SamplingBatch, row_idx: NDArray[np.int64]
+) -> torch.Tensor:
+    """As `_draw_filtered`, from the `best` [D, W] of the scaled logits in descending order, and their `ids` [D, W]."""
+    width = best.shape[-1]
+    top_k, top_p, min_p = batch.top_k[row_idx], batch.top_p[row_idx], batch.min_p[row_idx]
+    top_k = np.where(top_k > 0, np.minimum(top_k, width), width).astype(np.int64)
+    weights = (best - best[:, :1]).exp()  # the most likely token weighs 1
     mass = torch.cumsum(weights, dim=-1, dtype=torch.float64)
-    num_kept = _to(top_k, scaled)[:, None]
+    num_kept = _to(top_k, best)[:, None]
     if (min_p > 0).any():
-        num_kept = num_kept.minimum((weights >= _to(min_p, scaled)[:, None]).sum(dim=-1, keepdim=True))
+        likely = weights >= _to(min_p, best)[:, None]
+        num_kept = num_kept.minimum(likely.sum(dim=-1, keepdim=True)).clamp_(min=1)  # NaN is not likely
     if (top_p < 1).any():  # a token stays while the mass before it falls short of top_p
-        enough = mass.gather(-1, num_kept - 1) * _to(top_p, scaled)[:, None]
+        enough = mass.gather(-1, num_kept - 1) * _to(top_p, best)[:, None]
         num_kept = num_kept.minimum(torch.searchsorted(mass, enough) + 1)
-    scores = scaled + gumbel(row_keys(batch.seeds[row_idx], batch.positions[row_idx]), ids)
-    scores.masked_fill_(torch.arange(width, device=scaled.device) >= num_kept, -torch.inf)
+    scores = best + gumbel(row_keys(batch.seeds[row_idx], batch.positions[row_idx]), ids)
+    scores.masked_fill_(torch.arange(width, device=best.device) >= num_kept, -torch.inf)
     return ids.gather(-1, scores.argmax(dim=-1, keepdim=True))[:, 0]
+
+
+def _sort(x: torch.Tensor, width: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """The `width` largest values of `x` float32 [N, V] in descending order, equal ones by index, and their indices."""
+    if width < x.shape[-1]:
+        order = _sort_keys(x).topk(width, dim=-1).indices
+        return x.gather(-1, order), order
+    values, order = x.sort(dim=-1, descending=True, stable=True)
+    return values, order
 
 
 def _sort_keys(x: torch.Tensor) -> torch.Tensor:
@@ -203,10 +294,13 @@ def _sort_keys(x: torch.Tensor) -> torch.Tensor:
     return (ascending.long() << 32) - torch.arange(x.shape[-1], device=x.device)
 
 
-def _adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
-    """`logits` after penalties and without forbidden tokens: itself if no row has any, else a float32 copy."""
-    vocab_size = logits.shape[-1]
-    forbidden = [(row, i) for row, ids in enumerate(batch.forbidden_token_ids) for i in ids if i < vocab_size]
+def _adjust(logits: torch.Tensor, batch: SamplingBatch, first_id: int = 0) -> torch.Tensor:
+    """`logits` [S, V] of the V token ids from `first_id`, after penalties and without forbidden tokens.
+
+    It is `logits` itself if nothing changes, else a float32 copy.
+    """
+    part = range(first_id, first_id + logits.shape[-1])
+    forbidden = [(row, i - first_id) for row, ids in enumerate(batch.forbidden_token_ids) for i in ids if i in part]
     repeats = batch.repetition_penalty != 1
     penalised = np.flatnonzero(repeats | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0))
     if not forbidden and not penalised.size:
@@ -215,7 +309,7 @@ def _adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
     if penalised.size:
         idx = _to(penalised, logits)
         x = scores[idx]  # [P, V]
-        rows, ids, ones = _flatten([batch.output_token_ids[row] for row in penalised.tolist()], x)
+        rows, ids, ones = _flatten([batch.output_token_ids[row] for row in penalised.tolist()], x, first_id)
         counts = torch.zeros_like(x).index_put_((rows, ids), ones, accumulate=True)
         used = counts > 0
         repetition, presence, frequency = (
@@ -225,7 +319,7 @@ def _adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
         if repeats.any():
             nothing = np.empty(0, np.int32)
             prompts = [batch.prompt_token_ids[row] if repeats[row] else nothing for row in penalised.tolist()]
-            rows, ids, ones = _flatten(prompts, x)
+            rows, ids, ones = _flatten(prompts, x, first_id)
             seen = used.index_put((rows, ids), ones.bool())
             x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
         scores[idx] = x - frequency * counts - presence * used
@@ -236,14 +330,14 @@ def _adjust(logits: torch.Tensor, batch: SamplingBatch) -> torch.Tensor:
 
 
 def _flatten(
-    token_ids: Sequence[NDArray[np.int32]], like: torch.Tensor
+    token_ids: Sequence[NDArray[np.int32]], like: torch.Tensor, first_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Rows, ids and ones [sum of lengths] of all `token_ids` within the vocabulary of `like` [P, V]."""
+    """Rows, columns and ones, all of one length, for those `token_ids` that `like` [P, V] has from `first_id` on."""
     rows = np.repeat(np.arange(len(token_ids)), [len(ids) for ids in token_ids])
-    ids = np.concatenate(token_ids).astype(np.int64)
-    inside = (ids >= 0) & (ids < like.shape[-1])
+    columns = np.concatenate(token_ids).astype(np.int64) - first_id
+    inside = (columns >= 0) & (columns < like.shape[-1])
     row_tensor = _to(rows[inside], like)
-    return row_tensor, _to(ids[inside], like), like.new_ones(row_tensor.shape)
+    return row_tensor, _to(columns[inside], like), like.new_ones(row_tensor.shape)
 
 
 def _to(array: NDArray[np.generic], like: torch.Tensor) -> torch.Tensor:
