@@ -40,7 +40,7 @@ def take_steps(
     """One rank's part of all steps; `lag` makes it slow. → its caches."""
     cache = make_cache(device)
     for step, (num_entries, defer_exchange) in enumerate(STEPS):
-        exchange.begin(ExchangePlan(slots_of(step, size * num_entries).to(device), defer_exchange))
+        exchange.begin(ExchangePlan(slots_of(step, size * num_entries).to(device), defer_exchange, False))
         for layer, slots in enumerate(cache.slots):
             exchange.publish(entries_of(step, rank, layer, num_entries).to(device), slots)
             if rank == step % size:  # ranks are not equally fast

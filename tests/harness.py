@@ -7,6 +7,7 @@ import copy
 import queue
 import threading
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
 from typing import Any
@@ -17,11 +18,13 @@ from transformers import PretrainedConfig, PreTrainedModel
 
 from twofold.attention.backends import make_backend
 from twofold.config import EngineConfig, ModelSource, RuntimeConfig
-from twofold.contract import Breakdown, Profile, Step, StepResult
+from twofold.contract import Allocate, Breakdown, Profile, RankReport, Step, StepResult
 from twofold.engine.engine import LLMEngine
 from twofold.models.decoder import DecoderModel
 from twofold.outputs import RequestOutput
 from twofold.parallel.exchange import Exchange
+from twofold.parallel.sums import GatherSum
+from twofold.parallel.sums import OneRank as OneRankSum
 from twofold.parallel.transport import AllGather, OneRank
 from twofold.sampling_params import SamplingParams
 from twofold.worker.model_runner import ModelRunner
@@ -107,13 +110,18 @@ class ThreadExecutor:
         parts: list[Any] = [None] * size
         self.meshes = [ThreadMesh(rank, parts, self.barrier) for rank in range(size)]
         self.channels = [ThreadChannel() for _ in range(size)]
-        self.ranks = []
-        for mesh, channel in zip(self.meshes, self.channels, strict=True):
+
+        def start(mesh: ThreadMesh, channel: ThreadChannel) -> tuple[Rank, RankReport]:
             device = LaggingDevice(channel.engine_waits)
             transport = AllGather(mesh, device.torch_device) if size > 1 else OneRank()
             body = DecoderModel(copy.deepcopy(model, memo=dict(weights)))
-            self.ranks.append(Rank(runtime, body, mesh, Exchange(mesh, transport), make_backend("sdpa"), device))
-        self.reports = [replace(rank.report(), num_blocks=num_blocks) for rank in self.ranks]
+            total = GatherSum(mesh) if size > 1 else OneRankSum()
+            rank = Rank(runtime, body, mesh, Exchange(mesh, transport), total, make_backend("sdpa"), device)
+            return rank, replace(rank.report(), num_blocks=num_blocks)
+
+        with ThreadPoolExecutor(size) as threads:
+            started = list(threads.map(start, self.meshes, self.channels))
+        self.ranks, self.reports = map(list, zip(*started, strict=True))
         self.steps: list[Step] = []
         self.results: list[list[StepResult]] = []  # of each step, by rank
 
@@ -125,15 +133,16 @@ class ThreadExecutor:
     def runners(self) -> list[ModelRunner]:
         return [rank.runner for rank in self.ranks]
 
-    def allocate(self, num_blocks: int) -> None:
-        for rank in self.ranks:
-            rank.allocate(num_blocks)
+    def allocate(self, num_blocks: int, step_costs: str | None) -> str | None:
+        with ThreadPoolExecutor(len(self.ranks)) as threads:
+            answers = list(threads.map(lambda rank: rank.allocate(Allocate(num_blocks, step_costs)), self.ranks))
         self._threads = [
             threading.Thread(target=self._serve, args=(rank, channel), daemon=True)
             for rank, channel in zip(self.ranks, self.channels, strict=True)
         ]
         for thread in self._threads:
             thread.start()
+        return answers[0].step_costs
 
     def _serve(self, rank: Rank, channel: ThreadChannel) -> None:
         try:

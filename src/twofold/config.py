@@ -15,6 +15,7 @@ DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn")
 EXCHANGES = ("auto", "all_gather", "push")
 PARTITION_POLICIES = ("dual_chunk_swap", "contiguous")
+STEP_LAYOUTS = ("auto", "tokens", "heads")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,6 +32,8 @@ class EngineConfig:
     trust_remote_code: bool = False
     prefill_context_parallel_size: int = 1
     partition_policy: str = "dual_chunk_swap"
+    step_layout: str = "auto"  # by tokens (context parallel) or by heads (tensor parallel); "auto": step by step
+    step_costs: str | None = None  # JSON, as an engine's log says them: for "auto"; None: measured at the start
     device: str = "auto"
     dtype: str = "auto"
     load_format: str = "auto"
@@ -55,6 +58,7 @@ class EngineConfig:
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         _check_choice("partition_policy", self.partition_policy, PARTITION_POLICIES)
+        _check_choice("step_layout", self.step_layout, STEP_LAYOUTS)
         _check_choice("device", self.device, DEVICES)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)

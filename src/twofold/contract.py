@@ -142,6 +142,7 @@ class RankReport:
     bytes_per_block: int
     vocab_size: int
     num_parameters: int
+    only_by_tokens: str | None = None  # why no step can run by heads; None if steps can
     seconds: dict[str, float] = field(default_factory=dict)  # start-up phase -> its time
 
 
@@ -150,6 +151,7 @@ class Allocate:
     """Asks for the KV cache, the same on every rank."""
 
     num_blocks: int
+    step_costs: str | None = None  # JSON of `StepCosts`; None: measure them
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,6 +159,7 @@ class Allocated:
     """The answer to `Allocate`: from now on the rank takes steps."""
 
     seconds: dict[str, float]  # start-up phase -> its time
+    step_costs: str | None = None  # JSON, the same from every rank; None where no step runs by heads
 
 
 @dataclass(frozen=True, slots=True)

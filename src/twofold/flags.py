@@ -13,6 +13,7 @@ from twofold.config import (
     EXCHANGES,
     LOAD_FORMATS,
     PARTITION_POLICIES,
+    STEP_LAYOUTS,
     EngineConfig,
 )
 
@@ -25,6 +26,9 @@ ENGINE_HELP = {
     "model": "directory, hub name, .gguf file, or demo (SmolLM2-135M-Instruct)",
     "prefill_context_parallel_size": "ranks that share the prefill of each prompt",
     "partition_policy": f"which rank computes which part of a prompt: {_one_of(PARTITION_POLICIES)}",
+    "step_layout": "how ranks share a step: by tokens (context parallel), by heads (tensor parallel), or as costs "
+    f"less: {_one_of(STEP_LAYOUTS)}",
+    "step_costs": "JSON of an earlier run's log, by which auto chooses (default: measured at the start)",
     "dtype": f"type of weights and KV cache: {_one_of(DTYPES)}",
     "device": _one_of(DEVICES),
     "max_model_len": "tokens of prompt and answer together (default: the positions that the model has)",

@@ -10,6 +10,7 @@ from twofold.config import EngineConfig, ModelSource, RuntimeConfig
 from twofold.errors import ConfigError, ModelError
 from twofold.models.source import check_weights, load_config, load_tokenizer, resolve
 from twofold.models.support import model_class, refusal
+from twofold.parallel.costs import StepCosts
 
 RANKS_PER_CORE = 4  # more ranks would only wait for each other
 
@@ -21,6 +22,8 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
         ConfigError: an argument does not fit the model or the machine.
         ModelError: the model or its tokenizer is missing, broken or not served.
     """
+    if config.step_costs is not None:
+        StepCosts.from_json(config.step_costs)
     source = resolve(config)
     model_config = load_config(source, config.trust_remote_code)
     if reason := refusal(model_config, config.trust_remote_code):

@@ -60,7 +60,7 @@ def replay_steps(
     entries = [entries_of(0, rank, layer, GRAPH_ENTRIES).to(device) for layer in range(len(WIDTHS))]
 
     def step_once() -> None:
-        exchange.begin(ExchangePlan(slots, defer_exchange))
+        exchange.begin(ExchangePlan(slots, defer_exchange, False))
         for mine, cache_slots in zip(entries, cache.slots, strict=True):
             exchange.publish(mine, cache_slots)
             exchange.complete()

@@ -2,7 +2,7 @@
 
 A *KV entry* is all that a layer keeps of a token. Only a spec knows its columns:
 
-    AttentionSpec   | head 0: key D, value Dv | head 1: key D, value Dv | ... |      so some heads are one range of columns
+    AttentionSpec   | head 0: key D, value Dv | head 1: key D, value Dv | ... |   some heads are one range of columns
     LatentSpec      | latent: L | RoPE part of the keys: R |
 """
 

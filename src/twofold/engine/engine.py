@@ -49,6 +49,7 @@ class LLMEngine:
     ) -> None:
         self.runtime, self.tokenizer = runtime, tokenizer
         self._make_executor: MakeExecutor | None = make_executor
+        self.step_costs = runtime.engine.step_costs  # JSON; measured by the first ranks if it was not given
         start = time.monotonic()
         executor = make_executor(None)
         self._start_timeout = runtime.engine.step_timeout + START_SLACK * (time.monotonic() - start)
@@ -71,7 +72,7 @@ class LLMEngine:
         self.executor = executor
         try:
             num_blocks = self._num_blocks(self.runtime)
-            executor.allocate(num_blocks)
+            self.step_costs = executor.allocate(num_blocks, self.step_costs)
         except BaseException:
             executor.shutdown()
             raise

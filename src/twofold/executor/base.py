@@ -10,8 +10,11 @@ class Executor(Protocol):
 
     reports: list[RankReport]  # in the order of ranks
 
-    def allocate(self, num_blocks: int) -> None:
-        """Gives every rank a cache of this many blocks; after it the ranks take steps."""
+    def allocate(self, num_blocks: int, step_costs: str | None) -> str | None:
+        """Gives every rank a cache of this many blocks; after it the ranks take steps.
+
+        `step_costs` are those that ranks before these measured → the costs that these go by; None where they need none.
+        """
 
     def submit(self, step: Step) -> None:
         """Sends a step to every rank and returns at once."""

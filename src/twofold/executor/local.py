@@ -99,12 +99,13 @@ class LocalExecutor:
         """Process ids, in the order of ranks."""
         return [process.pid for process in self._processes]
 
-    def allocate(self, num_blocks: int) -> None:
-        self._send(Allocate(num_blocks))
+    def allocate(self, num_blocks: int, step_costs: str | None) -> str | None:
+        self._send(Allocate(num_blocks, step_costs))
         answers = self._answers(Allocated, self._start_timeout)
         self.reports = [
             replace(report, seconds=answer.seconds) for report, answer in zip(self.reports, answers, strict=True)
         ]
+        return answers[0].step_costs
 
     def submit(self, step: Step) -> None:
         self._send(step)

@@ -46,9 +46,7 @@ class KVCache:
             blocks if blocks.shape[-1] == width else blocks[..., rank * width : (rank + 1) * width]
             for blocks, width in layers
         ]
-        divided = {
-            whole.shape[-1] for whole, mine in zip(self.blocks, part.blocks, strict=True) if whole is not mine
-        }
+        divided = {whole.shape[-1] for whole, mine in zip(self.blocks, part.blocks, strict=True) if whole is not mine}
         part.stacks = [stack for stack in self.stacks if stack.shape[-1] in divided]
         return part
 

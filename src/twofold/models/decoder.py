@@ -40,6 +40,7 @@ class DecoderModel:
         self.head: torch.nn.Module = model.get_output_embeddings()
         # Some families embed more ids than they can predict.
         self.vocab_size: int = min(model.get_input_embeddings().num_embeddings, len(self.head.weight))
+        self.num_words = len(self.head.weight)
         self.sum: Sum | None = None  # by heads: of the ranks' partial results
         self.words: range | None = None  # of the vocabulary, that this rank's logits are of; None: all
         # The family's own code after the hidden states (scales, softcaps) runs on the ones given here.

@@ -34,7 +34,7 @@ NUM_TOKENS = 8  # of the forward passes that are compared
 STYLES = {"colwise", "rowwise"}
 WHOLE = {"replicated_with_grad_allreduce", "mla_kv_a_proj"}  # computed on every rank, also in the plan's own meaning
 # Of attention that a plan leaves out: some families' plans are for training only.
-ATTENTION_PLAN = {name: "colwise" for name in ("q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj")} | {
+ATTENTION_PLAN = dict.fromkeys(("q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj"), "colwise") | {
     "o_proj": "rowwise"
 }
 COUNTS = re.compile(r"(num|n)_(attention_|key_value_|kv_)?heads?")  # attributes with a number of heads
@@ -220,13 +220,15 @@ def _divide_head(whole: DecoderModel, part: DecoderModel, mesh: Mesh) -> None:
         return
     num_words, parameters = len(head.weight), dict(head.named_parameters())
     size = -(-num_words // mesh.size)
-    words = range(min(mesh.rank * size, num_words), min((mesh.rank + 1) * size, num_words))
+    if size * (mesh.size - 1) >= num_words:
+        return
+    words = range(mesh.rank * size, min((mesh.rank + 1) * size, num_words))
     hidden = sample_input(NUM_TOKENS, head.weight.shape[1], like=head.weight)
     expected = whole.logits(hidden)
     try:
         for field, tensor in parameters.items():
             setattr(head, field, Parameter(tensor[words.start : words.stop], requires_grad=False))
-        change = largest_change([part.logits(hidden)], [expected[:, words.start : words.stop]]) if words else 0.0
+        change = largest_change([part.logits(hidden)], [expected[:, words.start : words.stop]])
     except Exception:
         change = float("nan")
     changes = torch.empty(mesh.size, device=hidden.device)

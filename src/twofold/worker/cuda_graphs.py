@@ -8,6 +8,7 @@ them has.
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
@@ -20,6 +21,7 @@ Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan,
 
 DECODE_ROUNDING = 8
 PREFILL_ROUNDING = ((2048, 128), (4096, 256), (8192, 512))  # up to the first number of tokens, multiples of the second
+HEADS_PREFILL = (32, 64, *range(128, 1024, 128), *range(1024, 2049, 256))  # by heads; longer steps run by tokens
 PREFILL_ROWS = 8  # of a rank, including the row of padding
 PREFILL_DECODE_LEN = 8192  # longest request with a one-token row that a prefill graph accepts: it is attended unsplit
 
@@ -36,12 +38,14 @@ class CaptureLimits:
     max_copied_tokens: int | None  # in blocks that attention copies for its rows; None if it copies none
 
     def buckets(self) -> Buckets:
-        most = -(-self.max_num_seqs // self.layout.num_ranks) + DECODE_ROUNDING
+        most = self.layout.max_decodes(self.max_num_seqs) + DECODE_ROUNDING
         decode = [size for size in (1, 2, 4) if size < most] + list(range(DECODE_ROUNDING, most, DECODE_ROUNDING))
         prefill: list[int] = []
         for end, rounding in PREFILL_ROUNDING:
             start = prefill[-1] if prefill else 0
             prefill += range(start + rounding, min(end, self.max_num_tokens) + 1, rounding)
+        if self.layout.by_heads:
+            prefill = list(HEADS_PREFILL)
         if self.max_copied_tokens is not None:
             limit = self.max_copied_tokens
             prefill = [size for size in prefill if self.max_row_blocks(size) * self.block_size <= limit]
@@ -66,12 +70,20 @@ class _Graph:
 class CUDAGraphs:
     """Captures graphs of `forward`, and replays the one that fits."""
 
-    def __init__(self, forward: Forward, limits: CaptureLimits, exchange: Exchange, device: torch.device) -> None:
+    def __init__(
+        self,
+        forward: Forward,
+        limits: CaptureLimits,
+        exchange: Exchange,
+        device: torch.device,
+        pool: Any,
+    ) -> None:
+        """`pool`: of memory, that graphs share which never run at the same time."""
         self._forward, self._limits, self._exchange, self._device = forward, limits, exchange, device
         self.buckets = limits.buckets()
         self._graphs: dict[tuple[int, bool], _Graph] = {}
         self._block_tables: dict[bool, torch.Tensor] = {}  # is_decode -> the largest one; graphs use its first rows
-        self._pool = torch.cuda.graph_pool_handle()
+        self._pool = pool
 
     def capture(self, num_tokens: int, is_decode: bool) -> None:
         """Captures the graph of one shape; all ranks capture the same ones in the same order, the largest
@@ -107,7 +119,8 @@ class CUDAGraphs:
             metadata=metadata,
             hidden_states=torch.empty(0),
         )
-        plan = ExchangePlan(graph.slots, defer_exchange=is_decode)
+        by_heads = limits.layout.by_heads
+        plan = ExchangePlan(graph.slots, defer_exchange=is_decode or by_heads, by_heads=by_heads)
         for _ in range(2):  # kernels are compiled and chosen outside of the capture
             self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode)
         torch.cuda.synchronize()

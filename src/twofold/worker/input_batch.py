@@ -28,7 +28,7 @@ class InputBatch:
     row_request_idx: IntArray  # [V] my row -> request of the step
     row_state_idx: IntArray  # [V] my row -> request state
     row_start: IntArray  # [V] my row -> position of its first token
-    sampled_idx: torch.Tensor  # [S] my sampled token -> place of its hidden state
+    sampled_idx: torch.Tensor  # [S] my sampled token -> place of its hidden state; by heads [P * max S] of all
     sampled_request_idx: IntArray  # [S] my sampled token -> request of the step
     all_sampled_request_idx: IntArray  # [P * max S] gathered sampled token -> request of the step, -1 is padding
     all_sampled_state_idx: torch.Tensor  # [P * max S] gathered sampled token -> request state
@@ -81,11 +81,12 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
     all_seq_lens = np.concatenate([seq_lens, padding_lens])
     num_row_blocks = 0 if plan.is_decode else int((-(-all_seq_lens[num_decode_rows:] // block_size)).sum())
 
-    # Sampled tokens.
+    # Sampled tokens. By heads every rank has all rows, in the same order, and so each sampled token's hidden state.
     my_sampled = plan.sampled_row[rank][plan.sampled_row[rank] >= 0]
     all_sampled_row = plan.sampled_row.ravel()
     is_sampled = all_sampled_row >= 0
-    last_token = query_start[1:][my_sampled - rows.start] - 1
+    here = all_sampled_row % len(length) if plan.by_heads else my_sampled - rows.start
+    last_token = query_start[1:][here] - 1
 
     on_device = to_device(
         {
@@ -94,7 +95,7 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
             "newest": newest,
             "newest_state": my_state[newest],
             "slots": slots,
-            "sampled": last_token if plan.needs_all_hidden_states else my_sampled - rows.start,
+            "sampled": last_token if plan.needs_all_hidden_states else here,
             # Padding writes its token to the state that no request has.
             "all_sampled_state": np.where(is_sampled, row_state[all_sampled_row], states.max_num_seqs),
             "query_start": np.concatenate([query_start, padding_start]).astype(np.int32),
@@ -121,7 +122,7 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
             num_row_blocks=num_row_blocks,
             num_decode_rows=num_decode_rows,
         ),
-        exchange=ExchangePlan(on_device["slots"], plan.defer_exchange),
+        exchange=ExchangePlan(on_device["slots"], plan.defer_exchange, plan.by_heads),
         input_ids=input_ids,
         position_ids=on_device["position_ids"],
         row_request_idx=plan.request_idx[rows],

@@ -1,9 +1,12 @@
 """One rank's steps: plan, prepare, forward, sample. `launch` enqueues a step, `collect` waits for its tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from twofold.attention.backends.base import AttentionBackend
@@ -11,18 +14,26 @@ from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import piece_tokens
 from twofold.attention.op import ForwardContext
 from twofold.attention.spec import LatentSpec
-from twofold.contract import PromptTokenLogprobs, Step, StepResult
+from twofold.contract import PromptTokenLogprobs, ScheduledBatch, Step, StepResult
 from twofold.kv.cache import KVCache
 from twofold.models.decoder import DecoderModel
 from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.mesh import Mesh
-from twofold.parallel.plan import UNPADDED, Layout, plan_step
+from twofold.parallel.plan import UNPADDED, HeadLayout, Layout, TokenLayout, plan_step
 from twofold.sampling_params import SamplingParams
 from twofold.worker.cuda_graphs import CaptureLimits, CUDAGraphs
 from twofold.worker.device import Device, Event
 from twofold.worker.input_batch import InputBatch, prepare
 from twofold.worker.request_states import RequestStates, counts_tokens
-from twofold.worker.sampler import LogprobTensors, SamplingBatch, compute_logprobs, sample
+from twofold.worker.sampler import (
+    LogprobTensors,
+    SamplingBatch,
+    best_of_part,
+    choose,
+    compute_logprobs,
+    needs_all_logits,
+    sample,
+)
 
 MAX_PROMPT_LOGPROBS = 512  # positions with logits over the vocabulary in memory at once
 
@@ -41,6 +52,16 @@ class LaunchedStep:
     done: Event
 
 
+@dataclass(slots=True)
+class Way:
+    """All that steps of one layout need, and steps of the other have another one of."""
+
+    layout: Layout
+    model: DecoderModel
+    cache: KVCache | None = None  # set before the first step; by heads it shows this rank's part of the entries
+    graphs: CUDAGraphs | None = None
+
+
 class ModelRunner:
     """Runs steps on one rank. Every rank runs the same steps in the same order."""
 
@@ -52,14 +73,29 @@ class ModelRunner:
         exchange: Exchange,
         backend: AttentionBackend,
         device: Device,
-        layout: Layout,
+        layout: TokenLayout,
         eos_token_ids: frozenset[int],
     ) -> None:
-        self.model, self.states, self.layout = model, states, layout
+        self.states, self.eos_token_ids = states, eos_token_ids
         self.mesh, self.exchange, self.backend, self.device = mesh, exchange, backend, device
-        self.eos_token_ids = eos_token_ids
-        self.cache: KVCache  # set before the first step
-        self.graphs: CUDAGraphs | None = None
+        self.by_tokens = Way(layout, model)
+        self.by_heads: Way | None = None  # where steps may run so
+        self.runs_by_heads: Callable[[ScheduledBatch], bool] = lambda batch: False  # the same on every rank
+
+    @property
+    def ways(self) -> list[Way]:
+        return [way for way in (self.by_tokens, self.by_heads) if way is not None]
+
+    def add_heads(self, model: DecoderModel) -> None:
+        """Steps may run by heads from now on, with the rank's part `model`."""
+        self.by_heads = Way(HeadLayout(self.mesh.size), model)
+
+    def set_cache(self, cache: KVCache) -> None:
+        """Steps use this cache from now on."""
+        self.cache = cache
+        for way in self.ways:
+            widths = [spec.entry_width for spec in way.model.specs]
+            way.cache = cache.part(self.mesh.rank, widths) if way.layout.by_heads else cache
 
     @torch.inference_mode()
     def launch(self, step: Step) -> LaunchedStep:
@@ -67,13 +103,15 @@ class ModelRunner:
         traffic = self.exchange.transport
         bytes_before, seconds_before = traffic.num_bytes, traffic.num_seconds
         self.states.apply(step)
-        buckets = UNPADDED if self.graphs is None else self.graphs.buckets
-        plan = plan_step(step.batch, self.layout, buckets)
+        way = self.by_tokens
+        if self.by_heads is not None and self.runs_by_heads(step.batch):
+            way = self.by_heads
+        plan = plan_step(step.batch, way.layout, UNPADDED if way.graphs is None else way.graphs.buckets)
         batch = prepare(step.batch, plan, self.states, self.mesh.rank, self.cache.block_size)
-        hidden_states = self._forward(batch)
-        tokens, logprobs = self._sample(step, batch, hidden_states)
-        prompt_logprobs = self._prompt_logprobs(step, batch, hidden_states)
-        all_token_ids = self._share_tokens(batch, tokens)
+        hidden_states = self._forward(way, batch)
+        all_token_ids, logprobs = self._sample(way, step, batch, hidden_states)
+        self.states.last_sampled[batch.all_sampled_state_idx] = all_token_ids
+        prompt_logprobs = self._prompt_logprobs(way, step, batch, hidden_states)
         # All results are copied now: a copy that is enqueued after the next step would wait for that step.
         return LaunchedStep(
             step,
@@ -120,67 +158,107 @@ class ModelRunner:
 
         With `only_largest` one for each kind of step: for measuring what memory they take.
         """
-        self.graphs = None
-        specs, dtype = self.model.specs, self.cache.blocks[0].dtype
-        kinds = [
-            is_decode
-            for is_decode in (False, True)
-            if all(self.backend.can_capture(spec, dtype, is_decode) for spec in specs)
-        ]
-        copied = [piece_tokens(spec, dtype.itemsize) for spec in specs if isinstance(spec, LatentSpec)]
-        limits = CaptureLimits(
-            layout=self.layout,
-            max_num_tokens=num_tokens,
-            max_num_seqs=self.states.max_num_seqs,
-            max_num_blocks=self.states.block_tables.shape[1],
-            block_size=self.cache.block_size,
-            max_copied_tokens=min(copied) if copied else None,
-        )
-        graphs = CUDAGraphs(self._forward_eager, limits, self.exchange, self.device.torch_device)
-        with torch.inference_mode():
-            for is_decode in kinds:
-                # The largest first: the smaller ones fit into its memory.
-                sizes = sorted(graphs.buckets.decode if is_decode else graphs.buckets.prefill, reverse=True)
-                for size in sizes[:1] if only_largest else sizes:
-                    graphs.capture(size, is_decode)
-        self.graphs = graphs
+        pool = torch.cuda.graph_pool_handle()
+        for way in self.ways:
+            way.graphs = None
+            specs, dtype = way.model.specs, self.cache.blocks[0].dtype
+            kinds = [
+                is_decode
+                for is_decode in (False, True)
+                if all(self.backend.can_capture(spec, dtype, is_decode) for spec in specs)
+            ]
+            copied = [piece_tokens(spec, dtype.itemsize) for spec in specs if isinstance(spec, LatentSpec)]
+            limits = CaptureLimits(
+                layout=way.layout,
+                max_num_tokens=num_tokens,
+                max_num_seqs=self.states.max_num_seqs,
+                max_num_blocks=self.states.block_tables.shape[1],
+                block_size=self.cache.block_size,
+                max_copied_tokens=min(copied) if copied else None,
+            )
+            forward = partial(self._forward_eager, way)
+            graphs = CUDAGraphs(forward, limits, self.exchange, self.device.torch_device, pool)
+            with torch.inference_mode():
+                for is_decode in kinds:
+                    # The largest first: the smaller ones fit into its memory.
+                    sizes = sorted(graphs.buckets.decode if is_decode else graphs.buckets.prefill, reverse=True)
+                    for size in sizes[:1] if only_largest else sizes:
+                        graphs.capture(size, is_decode)
+            way.graphs = graphs
 
-    def _forward(self, batch: InputBatch) -> torch.Tensor:
+    def _forward(self, way: Way, batch: InputBatch) -> torch.Tensor:
         """→ hidden states [N, hidden_size], or of each row's last token [V', hidden_size] if the plan needs no others.
 
         A rank without tokens runs padding and joins the exchange.
         """
-        if self.graphs is not None and (hidden_states := self.graphs.replay(batch)) is not None:
+        if way.graphs is not None and (hidden_states := way.graphs.replay(batch)) is not None:
             return hidden_states
         return self._forward_eager(
-            batch.input_ids, batch.position_ids, batch.metadata, batch.exchange, batch.plan.needs_all_hidden_states
+            way, batch.input_ids, batch.position_ids, batch.metadata, batch.exchange, batch.plan.needs_all_hidden_states
         )
 
     def _forward_eager(
         self,
+        way: Way,
         input_ids: torch.Tensor,
         position_ids: torch.Tensor,
         metadata: AttentionMetadata,
         plan: ExchangePlan,
         needs_all_hidden_states: bool,
     ) -> torch.Tensor:
-        context = ForwardContext(self.model.specs, self.cache, self.exchange, self.backend, metadata)
+        assert way.cache is not None, "steps need a cache"
+        context = ForwardContext(way.model.specs, way.cache, self.exchange, self.backend, metadata)
         self.exchange.begin(plan)
-        hidden_states = self.model.hidden_states(input_ids, position_ids, context, needs_all_hidden_states)
-        self.exchange.end(self.cache.stacks)
+        hidden_states = way.model.hidden_states(input_ids, position_ids, context, needs_all_hidden_states)
+        self.exchange.end(way.cache.stacks)
         return hidden_states
 
     def _sample(
-        self, step: Step, batch: InputBatch, hidden_states: torch.Tensor
+        self, way: Way, step: Step, batch: InputBatch, hidden_states: torch.Tensor
     ) -> tuple[torch.Tensor, LogprobTensors | None]:
-        """Samples the tokens that this rank owns → token ids [S], on the device."""
-        if not len(batch.sampled_request_idx):
-            return torch.empty(0, dtype=torch.long, device=self.device.torch_device), None
-        logits = self.model.logits(hidden_states[batch.sampled_idx])
-        return sample(logits, self._sampling_batch(step, batch))
+        """→ token ids of all ranks [P * max S], and log-probabilities of those that this rank owns; on the device.
 
-    def _sampling_batch(self, step: Step, batch: InputBatch) -> SamplingBatch:
-        states, scheduled, requests = self.states, step.batch, batch.sampled_request_idx
+        A token is sampled by its owner alone, or chosen by every rank from the same candidates.
+        """
+        everyones, mine = batch.all_sampled_request_idx, batch.sampled_request_idx
+        all_token_ids = torch.zeros(len(everyones), dtype=torch.long, device=self.device.torch_device)
+        if not len(everyones):
+            return all_token_ids, None
+        hidden_states, words = hidden_states[batch.sampled_idx], way.model.words
+        width = len(everyones) // self.mesh.size
+        start = self.mesh.rank * width
+        if batch.plan.by_heads:
+            sampling = self._sampling_batch(step, np.where(everyones >= 0, everyones, everyones.max()))
+            if words is not None and not needs_all_logits(sampling):
+                candidates = best_of_part(way.model.logits(hidden_states), words.start, sampling)
+                return choose(self._gather(candidates), sampling), None
+            logits = self._logits(way, hidden_states)[start : start + len(mine)]
+        elif len(mine):
+            logits = way.model.logits(hidden_states)
+        my_token_ids, logprobs = all_token_ids[start : start + width], None
+        if len(mine):
+            my_token_ids[: len(mine)], logprobs = sample(logits, self._sampling_batch(step, mine))
+        self.mesh.all_gather(all_token_ids, my_token_ids)
+        return all_token_ids, logprobs
+
+    def _logits(self, way: Way, hidden_states: torch.Tensor) -> torch.Tensor:
+        """hidden_states [S, hidden_size] → [S, vocab_size]. Where ranks have parts of the vocabulary, all call it."""
+        logits = way.model.logits(hidden_states)
+        if way.model.words is None:
+            return logits
+        size = -(-way.model.num_words // self.mesh.size)
+        parts = self._gather(F.pad(logits, (0, size - logits.shape[1])))
+        return parts.transpose(0, 1).flatten(1)[:, : way.model.num_words]
+
+    def _gather(self, mine: torch.Tensor) -> torch.Tensor:
+        """[N, ...] of every rank → [P, N, ...]."""
+        gathered = mine.new_empty(self.mesh.size * len(mine), *mine.shape[1:])
+        self.mesh.all_gather(gathered, mine)
+        return gathered.view(self.mesh.size, *mine.shape)
+
+    def _sampling_batch(self, step: Step, requests: NDArray[np.int64]) -> SamplingBatch:
+        """What the step's `requests` [S] ask for."""
+        states, scheduled = self.states, step.batch
         state_idx = scheduled.state_idx[requests]
         params = [p for p in (states.params[i] for i in state_idx) if p is not None]
         positions = (scheduled.num_computed_tokens + scheduled.num_scheduled_tokens)[requests]
@@ -205,9 +283,12 @@ class ModelRunner:
         return eos + tuple(params.stop_token_ids or ())
 
     def _prompt_logprobs(
-        self, step: Step, batch: InputBatch, hidden_states: torch.Tensor
+        self, way: Way, step: Step, batch: InputBatch, hidden_states: torch.Tensor
     ) -> list[tuple[int, int, LogprobTensors]]:
-        """For each of my rows of a request that asks: log-probabilities of the prompt tokens after its tokens."""
+        """For each of my rows of a request that asks: log-probabilities of the prompt tokens after its tokens.
+
+        By heads all ranks have all rows, make logits together, and a request's owner keeps them.
+        """
         states, bounds = self.states, batch.metadata.query_start_np
         wanted = []
         for row in np.flatnonzero(step.batch.prompt_logprobs[batch.row_request_idx]).tolist():
@@ -219,23 +300,11 @@ class ModelRunner:
             for first in range(0, count, MAX_PROMPT_LOGPROBS):
                 size = min(MAX_PROMPT_LOGPROBS, count - first)
                 begin, position = int(bounds[row]) + first, start + first + 1
+                logits = self._logits(way, hidden_states[begin : begin + size])
+                if batch.plan.by_heads and batch.plan.owner[batch.row_request_idx[row]] != self.mesh.rank:
+                    continue
                 targets = torch.from_numpy(states.token_ids[i, position : position + size].astype(np.int64))
-                tensors = compute_logprobs(
-                    self.model.logits(hidden_states[begin : begin + size]),
-                    targets.to(self.device.torch_device),
-                    params.prompt_logprobs,
-                )
+                targets = targets.to(self.device.torch_device)
+                tensors = compute_logprobs(logits, targets, params.prompt_logprobs)
                 wanted.append((int(states.numbers[i]), position, tensors))
         return wanted
-
-    def _share_tokens(self, batch: InputBatch, tokens: torch.Tensor) -> torch.Tensor:
-        """Sends the sampled tokens from their owners to all ranks → [P * max S]. No rank samples them again."""
-        num_gathered = len(batch.all_sampled_request_idx)
-        gathered = torch.zeros(num_gathered, dtype=torch.long, device=self.device.torch_device)
-        if num_gathered:
-            width = num_gathered // self.mesh.size
-            mine = gathered[self.mesh.rank * width : (self.mesh.rank + 1) * width]
-            mine[: len(tokens)] = tokens
-            self.mesh.all_gather(gathered, mine)
-            self.states.last_sampled[batch.all_sampled_state_idx] = gathered
-        return gathered

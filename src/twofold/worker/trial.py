@@ -1,12 +1,13 @@
-"""Steps of a GPU rank before it has requests: they show what memory is left for the cache, and what to capture.
+"""Steps of a rank before it has requests: what memory is left for the cache, what to capture, what each layout costs.
 
 The largest step that the scheduler may send is run, sampled in the costliest way, and the largest CUDA graphs are
 captured. What both leave of the GPU is the cache's. All ranks run the same trial steps, since they exchange entries.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -15,11 +16,17 @@ from twofold.attention.mla import max_attention_bytes
 from twofold.attention.spec import LatentSpec
 from twofold.config import RuntimeConfig
 from twofold.contract import NewRequest, ScheduledBatch, Step
+from twofold.parallel.costs import StepCosts
 from twofold.sampling_params import SamplingParams
 from twofold.worker.cuda_graphs import PREFILL_ROUNDING
 from twofold.worker.model_runner import ModelRunner
 
 MIN_TOKENS_TO_CAPTURE, MAX_TOKENS_TO_CAPTURE = PREFILL_ROUNDING[0][0], PREFILL_ROUNDING[-1][0]  # of a rank
+
+# Numbers of tokens whose steps are timed in both layouts; between them costs are interpolated.
+GPU_SIZES = {"decode": (1, 4, 16, 64, 256), "prefill": (16, 64, 256, 512, 1024, 2048)}
+CPU_SIZES = {"decode": (1, 8, 32), "prefill": (16, 64, 256)}
+NUM_TIMED = 3  # steps, of which the fastest counts
 
 
 class TrialSteps:
@@ -37,7 +44,7 @@ class TrialSteps:
         peak = int(torch.cuda.max_memory_allocated() * 1.05)
         # Nothing was cached before that step; expanding a long prefix takes more.
         num_tokens = -(-runtime.max_num_batched_tokens // self.runner.mesh.size)
-        latents = (spec for spec in self.runner.model.specs if isinstance(spec, LatentSpec))
+        latents = (spec for spec in self.runner.by_tokens.model.specs if isinstance(spec, LatentSpec))
         peak += max((max_attention_bytes(spec, num_tokens) for spec in latents), default=0)
         if not runtime.engine.enforce_eager:
             self.num_tokens_to_capture = self._find_num_tokens_to_capture()
@@ -69,6 +76,31 @@ class TrialSteps:
         new = self._new_requests(lengths[:1], params[:1])
         self._run(Step(-1, (), new, {}, ScheduledBatch.of([lengths[0] - 1], [1])))
 
+    def measure_costs(self) -> StepCosts:
+        """Milliseconds of steps in either layout; of the slowest rank, so the same on every rank."""
+        sizes = GPU_SIZES if self.runner.device.torch_device.type == "cuda" else CPU_SIZES
+        most = {
+            "decode": self.runtime.engine.max_num_seqs,
+            "prefill": min(self.runtime.max_num_batched_tokens, self.runtime.max_model_len - 1),
+        }
+        kinds = {kind: [size for size in sizes[kind] if size <= limit] or [1] for kind, limit in most.items()}
+        chooses, seconds = self.runner.runs_by_heads, []
+        try:
+            for by_heads in (False, True):
+                self.runner.runs_by_heads = partial(_always, by_heads)
+                seconds += [self._seconds_of_decodes(size) for size in kinds["decode"]]
+                seconds += [self._seconds_of(size, NUM_TIMED) for size in kinds["prefill"]]
+        finally:
+            self.runner.runs_by_heads = chooses
+        mine = torch.tensor(seconds, dtype=torch.float64, device=self.runner.device.torch_device)
+        everyones = mine.new_empty(self.runner.mesh.size * len(mine))
+        self.runner.mesh.all_gather(everyones, mine)
+        slowest = everyones.view(-1, len(mine)).amax(dim=0).mul(1e3).tolist()
+        tokens, heads = ([round(ms, 3) for ms in part] for part in np.array(slowest).reshape(2, -1).tolist())
+        points = list(zip(kinds["decode"] + kinds["prefill"], tokens, heads, strict=True))
+        num_decode = len(kinds["decode"])
+        return StepCosts(decode=tuple(points[:num_decode]), prefill=tuple(points[num_decode:]))
+
     def _find_num_tokens_to_capture(self) -> int:
         """The number of tokens a rank below which launching a step takes longer than running it: launches take the same
         time for few tokens as for many."""
@@ -81,18 +113,29 @@ class TrialSteps:
         self.runner.mesh.all_gather(everyones, mine)  # graphs have collectives in them: all ranks capture the same
         return int(min(max(float(everyones.max()), MIN_TOKENS_TO_CAPTURE), MAX_TOKENS_TO_CAPTURE))
 
-    def _seconds_of(self, num_tokens: int) -> float:
-        """Time of a prefill of so many tokens over all ranks; of the second one, when all kernels are compiled."""
+    def _seconds_of_decodes(self, num_requests: int) -> float:
+        """Time of a step of so many decodes."""
+        new = self._new_requests([2] * num_requests, [SamplingParams(temperature=0)] * num_requests)
+        step = Step(-1, (), new, {}, ScheduledBatch.of([1] * num_requests, [1] * num_requests))
+        return self._least_seconds(lambda: self._run(step), NUM_TIMED)
+
+    def _seconds_of(self, num_tokens: int, num_timed: int = 1) -> float:
+        """Time of a prefill of so many tokens over all ranks."""
         longest = self.runtime.max_model_len - 1
         full, rest = divmod(num_tokens, longest)
         lengths = ([longest] * full + [rest] * (rest > 0))[: self.runtime.engine.max_num_seqs]
-        seconds = 0.0
-        for _ in range(2):
-            torch.cuda.synchronize()
+        params = [SamplingParams(temperature=0)] * len(lengths)
+        return self._least_seconds(lambda: self._run_prefill(lengths, params), num_timed)
+
+    def _least_seconds(self, run: Callable[[], None], num_timed: int) -> float:
+        """The least time of a few runs, after one in which kernels are compiled."""
+        least = float("inf")
+        for number in range(num_timed + 1):
             start = time.perf_counter()
-            self._run_prefill(lengths, [SamplingParams(temperature=0)] * len(lengths))
-            seconds = time.perf_counter() - start
-        return seconds
+            run()
+            if number:
+                least = min(least, time.perf_counter() - start)
+        return least
 
     def _measure_graphs(self) -> int:
         """Bytes that CUDA graphs will take: they share memory, as much as the largest one needs."""
@@ -102,9 +145,11 @@ class TrialSteps:
         torch.cuda.empty_cache()
         pool = torch.cuda.memory_reserved() - reserved_before
         taken = free_before - torch.cuda.mem_get_info()[0]
-        graphs, self.runner.graphs = self.runner.graphs, None
-        assert graphs is not None
-        num_graphs = len(graphs.buckets.decode) + len(graphs.buckets.prefill)
+        num_graphs = 0
+        for way in self.runner.ways:
+            assert way.graphs is not None
+            num_graphs += len(way.graphs.buckets.decode) + len(way.graphs.buckets.prefill)
+            way.graphs = None
         return int(pool * 1.05) + max(0, taken - pool) * num_graphs // 2
 
     def _run_prefill(self, lengths: Sequence[int], params: Sequence[SamplingParams]) -> None:
@@ -119,7 +164,11 @@ class TrialSteps:
         )
 
     def _run(self, step: Step) -> None:
-        """Runs a step, and forgets its requests."""
+        """Runs a step to its end, and forgets its requests."""
         self.runner.collect(self.runner.launch(step))
         removed = tuple(new.state_idx for new in step.new)
         self.runner.states.apply(Step(-1, removed, (), {}, step.batch))
+
+
+def _always(by_heads: bool, batch: ScheduledBatch) -> bool:
+    return by_heads

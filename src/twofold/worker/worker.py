@@ -38,13 +38,16 @@ from twofold.contract import (
 from twofold.errors import ModelError
 from twofold.kv.cache import KVCache, bytes_per_block
 from twofold.models.decoder import DecoderModel
+from twofold.models.heads import divide
 from twofold.models.loader import empty_model, fix_rope, load_model, share_weights
+from twofold.parallel.costs import StepCosts
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.mesh import Mesh, make_mesh
 from twofold.parallel.plan import TokenLayout
 from twofold.parallel.shared_memory import free_bytes
+from twofold.parallel.sums import Sum, make_sum
 from twofold.parallel.transport import make_transport
-from twofold.worker.cuda_graphs import DECODE_ROUNDING, PREFILL_ROUNDING
+from twofold.worker.cuda_graphs import DECODE_ROUNDING, HEADS_PREFILL, PREFILL_ROUNDING
 from twofold.worker.device import CPU, CUDA, Device
 from twofold.worker.model_runner import LaunchedStep, ModelRunner
 from twofold.worker.profile import StepProfiler
@@ -66,10 +69,12 @@ class Rank:
         model: DecoderModel,
         mesh: Mesh,
         exchange: Exchange,
+        total: Sum,
         backend: AttentionBackend,
         device: Device,
     ) -> None:
         self.runtime, self.model, self.mesh, self.device = runtime, model, mesh, device
+        self._sum = total
         self.seconds: dict[str, float] = {}  # start-up phase -> its time
         self._entry_widths = [spec.entry_width for spec in model.specs]
         engine = runtime.engine
@@ -82,9 +87,15 @@ class Rank:
         """Measures how many blocks fit into memory; on CUDA by running the largest step that the scheduler may send."""
         runtime = self.runtime
         block_bytes = bytes_per_block(self._entry_widths, runtime.block_size, runtime.dtype)
-        if self.device.torch_device.type == "cuda":
+        is_cuda = self.device.torch_device.type == "cuda"
+        if is_cuda:
+            self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
+        only_by_tokens = self._divide()
+        if is_cuda:
             with self.phase("compile and profile"):
-                self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
+                if not runtime.engine.enforce_eager:
+                    for way in self.runner.ways:
+                        way.model.compile()
                 self._make_cache(1)  # the null block, which trial steps write to
                 room = default = self._trial.measure_room()
         else:
@@ -98,17 +109,40 @@ class Rank:
             bytes_per_block=block_bytes,
             vocab_size=self.model.vocab_size,
             num_parameters=sum(parameter.numel() for parameter in self.model.body.parameters()),
+            only_by_tokens=only_by_tokens,
             seconds=self.seconds,
         )
 
-    def allocate(self, num_blocks: int) -> Allocated:
-        """Makes the cache, and captures the CUDA graphs, which refer to its memory."""
+    def _divide(self) -> str | None:
+        """Makes this rank's part of the model, for steps by heads → the reason if none runs so."""
+        layout = self.runtime.engine.step_layout
+        if layout == "tokens" or self.mesh.size == 1:
+            return "step_layout is tokens" if layout == "tokens" else "there is one rank"
+        try:
+            with self.phase("heads"):
+                self.runner.add_heads(divide(self.model, self.mesh, self._sum))
+        except ModelError as error:
+            if layout == "heads":
+                raise ModelError(f"steps cannot run by heads: {error}; use step_layout='auto'", field="model") from None
+            return str(error)
+        if layout == "heads":
+            self.runner.runs_by_heads = lambda batch: True
+        return None
+
+    def allocate(self, message: Allocate) -> Allocated:
+        """Makes the cache, captures the CUDA graphs, which refer to its memory, and times both layouts."""
         with self.phase("cache"):
-            self._make_cache(num_blocks)
+            self._make_cache(message.num_blocks)
         if self._trial.num_tokens_to_capture:
             with self.phase("graphs"):
                 self.runner.capture_graphs(self._trial.num_tokens_to_capture)
-        return Allocated(self.seconds)
+        step_costs = message.step_costs
+        if self.runner.by_heads is not None and self.runtime.engine.step_layout == "auto":
+            if step_costs is None:
+                with self.phase("costs"):
+                    step_costs = self._trial.measure_costs().to_json()
+            self.runner.runs_by_heads = StepCosts.from_json(step_costs).by_heads
+        return Allocated(self.seconds, step_costs)
 
     def serve(self, channel: RankChannel) -> None:
         """Steps until the engine goes away (EOFError); the next is launched while one is in flight."""
@@ -154,7 +188,7 @@ class Rank:
 
     def _make_cache(self, num_blocks: int) -> None:
         runtime, device = self.runtime, self.device.torch_device
-        self.runner.cache = KVCache(self._entry_widths, num_blocks, runtime.block_size, runtime.dtype, device)
+        self.runner.set_cache(KVCache(self._entry_widths, num_blocks, runtime.block_size, runtime.dtype, device))
 
 
 def max_exchange_bytes(runtime: RuntimeConfig, specs: Sequence[AttentionSpec]) -> int:
@@ -177,7 +211,10 @@ def make_rank(start: RankStart, device: Device) -> Rank:
     times.append(time.perf_counter())
     max_num_bytes = max_exchange_bytes(runtime, model.specs)
     transport = make_transport(runtime.engine.exchange, mesh, device.torch_device, max_num_bytes, files.entries)
-    rank = Rank(runtime, model, mesh, Exchange(mesh, transport), make_backend(runtime.attention_backend), device)
+    sum_bytes = HEADS_PREFILL[-1] * model.head.get_parameter("weight").shape[1] * runtime.dtype.itemsize
+    total = make_sum(mesh, device.torch_device, sum_bytes, files.sums)
+    backend = make_backend(runtime.attention_backend)
+    rank = Rank(runtime, model, mesh, Exchange(mesh, transport), total, backend, device)
     rank.seconds |= dict(zip(("ranks", "weights"), np.diff(times).tolist(), strict=True))
     return rank
 
@@ -237,7 +274,7 @@ def main() -> None:
         rank = make_rank(start, make_device(start.rank, start.runtime))
         channel.send(rank.report())
         allocate: Allocate = channel.recv()
-        channel.send(rank.allocate(allocate.num_blocks))
+        channel.send(rank.allocate(allocate))
         rank.serve(channel)
     except (EOFError, ConnectionError):
         pass  # the engine closed the channel: the rank is no longer needed

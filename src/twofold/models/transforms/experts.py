@@ -2,8 +2,8 @@
 
 For more tokens Transformers' grouped products are faster. Models reach all of them through Transformers'
 `ExpertsInterface`, as they reach attention: routing, gates and weights of experts stay theirs. By tokens every rank
-holds all experts and routes its own tokens, so nothing is exchanged. By heads every rank routes all tokens, and has some
-columns of every expert, so that no rank waits for another one's experts; outputs are summed.
+holds all experts and routes its own tokens, so nothing is exchanged. By heads every rank routes all tokens, and has
+some columns of every expert, so that no rank waits for another one's experts; outputs are summed.
 """
 
 from typing import Any

@@ -33,7 +33,8 @@ class Part(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] → [..., out_features]; a view if there is one part."""
         product: torch.Tensor = self.packed(x)
-        return product.unflatten(-1, (self.num_parts, -1)).narrow(-1, self.start, self.size).flatten(-2)
+        parts: torch.Tensor = product.unflatten(-1, (self.num_parts, -1))
+        return parts.narrow(-1, self.start, self.size).flatten(-2)
 
     def of_rank(self, rank: int) -> "Part":
         """What a rank computes by heads: its part alone. The weight is a view."""
