@@ -47,6 +47,11 @@ SERVED = {
 }  # fmt: skip
 # All tokens of these go through the last layer: the list of layers is not found, or code around the layers needs them.
 WHOLE = {"diffllama", "dory", "gpt2", "gpt_bigcode", "hrm_text", "longcat_flash"}
+# Steps of these run by tokens only: they have no plan, an unusual one, or more than heads in what it divides.
+BY_TOKENS = {
+    "afmoe", "beam", "biogpt", "bitnet", "ctrl", "dbrx", "diffllama", "dory", "gpt2", "gpt_bigcode", "hrm_text",
+    "jetmoe", "lfm2", "modernbert-decoder", "moshi", "opt", "persimmon", "phi3",
+}  # fmt: skip
 # What is not served, and a part of the reason that is given; versions may come that can be.
 REFUSED = {
     **dict.fromkeys(
@@ -134,7 +139,8 @@ REFUSED_VARIANTS: dict[str, tuple[str, dict[str, Any], str]] = {
 }
 
 PROMPT_LENS = (1, 2, 3, 5, 37, 70)
-STEP_TOKENS = {1: 4096, 2: 40, 3: 4096}  # ranks -> max_num_batched_tokens: with two ranks prompts come in chunks
+# Ranks, max_num_batched_tokens (with two ranks prompts come in chunks), layout.
+WAYS = ((1, 4096, "tokens"), (2, 40, "mixed"), (3, 4096, "tokens"))
 NUM_NEW_TOKENS = 4
 
 
@@ -144,15 +150,19 @@ def make_prompts() -> list[list[int]]:
 
 
 def compare(config: PretrainedConfig) -> None:
-    """Prompt log-probabilities and greedy tokens on one, two and three ranks are those of Transformers."""
+    """Prompt log-probabilities and greedy tokens on one, two and three ranks are those of Transformers, whatever the
+    layout of a step."""
     model = tiny_model(config)
     prompts = make_prompts()
     expected = [reference_logprobs(model, prompt) for prompt in prompts]
     assert np.concatenate(expected).std() > 0.03, "the model says the same of all tokens: it could not be told apart"
     continuations = [reference_continuation(model, prompt, NUM_NEW_TOKENS) for prompt in prompts]
-    for num_ranks, max_num_batched_tokens in STEP_TOKENS.items():
-        engine = make_engine(model, num_ranks, max_num_batched_tokens=max_num_batched_tokens)
+    for num_ranks, max_num_batched_tokens, layout in WAYS:
+        engine = make_engine(model, num_ranks, max_num_batched_tokens=max_num_batched_tokens, step_layout=layout)
         try:
+            if layout == "mixed":
+                reason = engine.reports[0].only_by_tokens
+                assert (reason is not None) == (config.model_type in BY_TOKENS), f"by heads: {reason}"
             found = prompt_logprobs(engine, prompts)
             params = SamplingParams(temperature=0, max_tokens=NUM_NEW_TOKENS)
             outputs = generate(engine, prompts, params)

@@ -26,7 +26,10 @@ MAX_TOKENS = 12
 
 @pytest.fixture(scope="module")
 def model() -> PreTrainedModel:
-    return tiny_model(tiny_config("llama"))
+    config = tiny_config("llama")
+    # Up to four ranks divide them.
+    config.update({"num_attention_heads": 24, "num_key_value_heads": 12, "head_dim": 8, "intermediate_size": 96})
+    return tiny_model(config)
 
 
 def random_prompt(length: int, seed: int = 0) -> list[int]:
@@ -200,7 +203,7 @@ def test_every_rank_calls_the_same_collectives(model: PreTrainedModel, num_ranks
 
     Guards: an empty rank that skips a collective, and collectives that follow from a rank's own rows.
     """
-    engine = make_engine(model, num_ranks, max_num_batched_tokens=30)
+    engine = make_engine(model, num_ranks, max_num_batched_tokens=30, step_layout="tokens")
     generate(engine, [prompt for prompt, _ in PLAIN], [one for _, one in PLAIN])
     generate(engine, [random_prompt(1)], params())  # all ranks but one are empty, all the time
     executor = executor_of(engine)
@@ -220,7 +223,7 @@ def test_every_rank_calls_the_same_collectives(model: PreTrainedModel, num_ranks
 @pytest.mark.parametrize("num_ranks", RANKS)
 def test_a_token_is_sampled_once_by_its_owner(model: PreTrainedModel, num_ranks: int, policy: str) -> None:
     """Invariant 6. If all ranks sampled, last-bit differences would let them go on with different tokens."""
-    engine = make_engine(model, num_ranks, max_num_batched_tokens=30, partition_policy=policy)
+    engine = make_engine(model, num_ranks, max_num_batched_tokens=30, partition_policy=policy, step_layout="tokens")
     generate(engine, [prompt for prompt, _ in PLAIN], [one for _, one in PLAIN])
     executor = executor_of(engine)
     sampling_ranks = set()
