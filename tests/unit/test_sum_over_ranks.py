@@ -13,7 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import ThreadMesh
 
 from twofold.parallel.mesh import SingleRank
-from twofold.parallel.sums import GatherSum, make_sum, summing
+from twofold.parallel.sums import GatherSum, agree, make_sum, summing
 
 CPU = torch.device("cpu")
 
@@ -57,3 +57,15 @@ def test_compiled_modules_call_the_sum_of_the_context() -> None:
     with summing(lambda x: 3 * x):
         compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), 3 * (x * 2) + 1)
+
+
+def test_ranks_agree_on_the_fastest_way() -> None:
+    """Ranks measure different times. If each chose by its own, they would wait for each other in different kernels."""
+    times = [torch.tensor([[1.0, 2.0], [3.0, 9.0]]), torch.tensor([[4.0, 2.5], [3.0, torch.inf]])]
+    parts: list[Any] = [None] * 2
+    barrier = threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as pool:
+        chosen = pool.map(
+            lambda rank: agree(ThreadMesh(rank, parts, barrier), [64, 128], ["a", "b"], times[rank]), range(2)
+        )
+        assert list(chosen) == [((64, "b"), (128, "a"))] * 2
