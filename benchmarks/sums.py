@@ -45,15 +45,8 @@ def run_cpu(mesh: ProcessMesh, folder: str, repeats: int) -> list[dict[str, Any]
             for name, way in ways.items():
                 with summing(way):
                     times = slowest(mesh, partial(time_launches, torch.ops.twofold.sum_over_ranks, x), repeats)
-                rows.append(
-                    {
-                        "way": name,
-                        "dtype": str(dtype),
-                        "shape": shape,
-                        "us": median(times),
-                        "best_us": round(min(times), 2),
-                    }
-                )
+                us, best_us = median(times), round(min(times), 2)
+                rows.append({"way": name, "dtype": str(dtype), "shape": shape, "us": us, "best_us": best_us})
     return rows
 
 

@@ -115,6 +115,7 @@ class SharedMemorySum:
             self._wait(flag)
         return add_in_order(parts)
 
+    @torch.inference_mode(False)  # a view from inside may not be written to outside
     def _make_views(self, turn: int, shape: torch.Size, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """Every rank's part [*shape] of a buffer."""
         num_bytes = shape.numel() * dtype.itemsize
@@ -203,6 +204,7 @@ class SymmetricSum:
         torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._group_name)  # for any number of ranks
         return mine.clone()
 
+    @torch.inference_mode(False)  # a view from inside may not be written to outside
     def _make_view(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
         """My buffer as a tensor."""
         return self._buffer[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
