@@ -38,7 +38,8 @@ def take_sums(way: Sum, rank: int, device: torch.device, lag: Callable[[], None]
         for number in range(NUM_SUMS):
             if lags.random() < 0.2:
                 lag()
-            results.append(torch.ops.twofold.sum_over_ranks(part_of(number, rank).to(device)))
+            with torch.inference_mode(number // 50 % 2 == 0):
+                results.append(torch.ops.twofold.sum_over_ranks(part_of(number, rank).to(device)))
     return [result.cpu() for result in results]
 
 

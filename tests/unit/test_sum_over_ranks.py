@@ -1,7 +1,9 @@
 """Sums over ranks, with threads as ranks: their bits, and the op that models call."""
 
+import os
 import sys
 import threading
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -13,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import ThreadMesh
 
 from twofold.parallel.mesh import SingleRank
-from twofold.parallel.sums import GatherSum, make_sum, summing
+from twofold.parallel.sums import GatherSum, SharedMemorySum, agree, make_sum, summing
 
 CPU = torch.device("cpu")
 
@@ -57,3 +59,34 @@ def test_compiled_modules_call_the_sum_of_the_context() -> None:
     with summing(lambda x: 3 * x):
         compiled = torch.compile(forward, fullgraph=True, backend="aot_eager")
         assert torch.equal(compiled(x), 3 * (x * 2) + 1)
+
+
+def test_ranks_agree_on_the_fastest_way() -> None:
+    """Ranks measure different times. If each chose by its own, they would wait for each other in different kernels."""
+    times = [torch.tensor([[1.0, 2.0], [3.0, 9.0]]), torch.tensor([[4.0, 2.5], [3.0, torch.inf]])]
+    parts: list[Any] = [None] * 2
+    barrier = threading.Barrier(2, timeout=60)
+    with ThreadPoolExecutor(2) as pool:
+        chosen = pool.map(
+            lambda rank: agree(ThreadMesh(rank, parts, barrier), [64, 128], ["a", "b"], times[rank]), range(2)
+        )
+        assert list(chosen) == [((64, "b"), (128, "a"))] * 2
+
+
+def test_waiting_for_a_lost_rank_leaves_the_cores_to_others() -> None:
+    """A rank spins while it waits for its peers' parts. If a peer is lost, it waits until the engine ends it."""
+    parts: list[Any] = [None] * 2
+    barrier = threading.Barrier(2, timeout=60)
+    file = os.memfd_create("sums")
+    x = torch.randn(3, 8)
+    with ThreadPoolExecutor(2) as pool:
+        first, second = pool.map(lambda rank: SharedMemorySum(ThreadMesh(rank, parts, barrier), 256, file), range(2))
+        waiting = pool.submit(first, x)
+        busy = time.process_time()
+        time.sleep(0.5)
+        busy = time.process_time() - busy
+        assert not waiting.done()
+        assert busy < 0.2
+        assert torch.equal(second(x), x + x)
+        assert torch.equal(waiting.result(), x + x)
+    os.close(file)

@@ -7,17 +7,20 @@ A model calls the opaque op `torch.ops.twofold.sum_over_ranks`; `summing` says w
 makes in another order than the others would let ranks disagree about a token.
 """
 
+import itertools
 import logging
 import os
 import platform
+import statistics
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
+import torch.distributed as dist
 
 from twofold.parallel.mesh import Mesh, ProcessMesh
 from twofold.parallel.shared_memory import share
@@ -27,6 +30,11 @@ NUM_LOOKS = 100  # at a peer's flag, some microseconds, before others may have t
 YIELD_SECONDS = 2e-3  # that a rank looks again at once; then it sleeps between looks
 SLEEP_SECONDS = 50e-6
 NUM_SHAPES = 256  # whose views of the shared memory are kept
+PUSH_BYTES = 1 << 20  # of a rank's x that our own kernel has room for
+LEAST_TIMED_BYTES = 4 << 10
+NUM_TIMED_CALLS, NUM_TIMED_REPLAYS = 16, 10  # of one way and size when ranks start
+
+Choices = tuple[tuple[int, str], ...]  # (bytes of x, the way to sum up to so many), ascending
 
 logger = logging.getLogger(__name__)
 
@@ -42,7 +50,7 @@ class OneRank:
     """For one rank, whose part is the sum."""
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        return x.clone()
+        return x.clone(memory_format=torch.contiguous_format)
 
 
 class GatherSum:
@@ -107,6 +115,7 @@ class SharedMemorySum:
             self._wait(flag)
         return add_in_order(parts)
 
+    @torch.inference_mode(False)  # a view from inside may not be written to outside
     def _make_views(self, turn: int, shape: torch.Size, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
         """Every rank's part [*shape] of a buffer."""
         num_bytes = shape.numel() * dtype.itemsize
@@ -126,6 +135,126 @@ class SharedMemorySum:
                 time.sleep(SLEEP_SECONDS)
 
 
+class AllReduce:
+    """PyTorch's collective: NCCL's all-reduce on GPUs. NCCL adds each number up once, and hands the result on."""
+
+    def __init__(self, mesh: ProcessMesh) -> None:
+        self._group = mesh.group
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        total = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(total, group=self._group)
+        return total
+
+
+class SymmetricSum:
+    """GPUs that reach each other's memory: for each size the way that was fastest when the ranks started.
+
+        push        our kernel pushes x into every peer's buffer; each rank adds up all parts (`fused_sum.py`)
+        one_shot    x is copied into my buffer; each rank reads all buffers, and adds them up
+        two_shot    the same for a share of x; then each rank reads the shares of all ranks
+        nccl        NCCL's all-reduce, also for all that the buffers have no room for
+
+    All work is on the current stream. One buffer is enough for PyTorch's kernels (one_shot, two_shot): they begin and
+    end with a barrier, so whatever follows on my stream may write my buffer. Which graph it is in does not matter.
+    """
+
+    def __init__(
+        self, mesh: ProcessMesh, device: torch.device, max_num_bytes: int, choices: Choices | None = None
+    ) -> None:
+        """`choices` that an earlier start has measured, the same on all ranks; they are measured if there are none."""
+        import torch.distributed._symmetric_memory as symmetric_memory
+
+        from twofold.parallel.fused_sum import PushSum
+
+        self._size, self._group_name = mesh.size, mesh.group.group_name
+        self._max_num_bytes = -(-max_num_bytes // 16) * 16
+        self._buffer = symmetric_memory.empty(self._max_num_bytes, dtype=torch.uint8, device=device)
+        self._handle = symmetric_memory.rendezvous(self._buffer, mesh.group)
+        self._push = PushSum(mesh, device, min(self._max_num_bytes, PUSH_BYTES))
+        self._view = lru_cache(NUM_SHAPES)(self._make_view)
+        self._ways: dict[str, Sum] = {
+            "push": self._push, "one_shot": self._one_shot, "two_shot": self._two_shot, "nccl": AllReduce(mesh),
+        }  # fmt: skip
+        self.choices = self._measure(mesh, device) if choices is None else choices
+
+    def __call__(self, x: torch.Tensor) -> torch.Tensor:
+        way = next((way for num_bytes, way in self.choices if x.nbytes <= num_bytes), "nccl")
+        return self._ways[way if self._can(way, x) else "nccl"](x)
+
+    def _can(self, way: str, x: torch.Tensor) -> bool:
+        if way == "push":
+            return self._push.fits(x)
+        is_kind = x.dtype in (torch.float32, torch.bfloat16) and x.nbytes % 16 == 0
+        return way == "nccl" or (is_kind and x.nbytes <= self._max_num_bytes)
+
+    def _one_shot(self, x: torch.Tensor) -> torch.Tensor:
+        # one_shot_all_reduce_copy would save this copy. But its threads do not wait for each other between the copy
+        # and the barrier, so a peer may read what is not there yet.
+        mine = self._view(x.shape, x.dtype).copy_(x)
+        total: torch.Tensor = torch.ops.symm_mem.one_shot_all_reduce(mine, "sum", self._group_name)
+        return total
+
+    def _two_shot(self, x: torch.Tensor) -> torch.Tensor:
+        mine = self._view(x.shape, x.dtype).copy_(x)
+        if self._size in (2, 4, 8):
+            total = torch.empty_like(mine)
+            torch.ops.symm_mem.two_shot_all_reduce_out(mine, "sum", self._group_name, total)
+            return total
+        torch.ops.symm_mem.two_shot_all_reduce_(mine, "sum", self._group_name)  # for any number of ranks
+        return mine.clone()
+
+    @torch.inference_mode(False)  # a view from inside may not be written to outside
+    def _make_view(self, shape: torch.Size, dtype: torch.dtype) -> torch.Tensor:
+        """My buffer as a tensor."""
+        return self._buffer[: shape.numel() * dtype.itemsize].view(dtype).view(shape)
+
+    def _measure(self, mesh: Mesh, device: torch.device) -> Choices:
+        """Times all ways at sizes that double, in CUDA graphs; the slowest rank counts."""
+        sizes = [LEAST_TIMED_BYTES]
+        while sizes[-1] < self._max_num_bytes:
+            sizes.append(min(2 * sizes[-1], self._max_num_bytes))
+        ways = list(self._ways)
+        times = torch.full((len(sizes), len(ways)), torch.inf, device=device)
+        for i, num_bytes in enumerate(sizes):
+            x = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device)
+            for j, way in enumerate(ways):
+                if self._can(way, x):
+                    times[i, j] = time_in_graph(self._ways[way], x)
+        torch.cuda.empty_cache()
+        choices = agree(mesh, sizes, ways, times)
+        logger.info("sums over ranks, up to so many bytes: %s", choices)
+        return choices
+
+
+def agree(mesh: Mesh, sizes: list[int], ways: list[str], times: torch.Tensor) -> Choices:
+    """This rank's `times` [sizes, ways] → what all ranks choose; the slowest rank's time counts."""
+    everyone = times.new_empty(mesh.size * len(sizes), len(ways))
+    mesh.all_gather(everyone, times)
+    fastest = everyone.view(mesh.size, len(sizes), len(ways)).amax(0).argmin(1).tolist()
+    return tuple((num_bytes, ways[best]) for num_bytes, best in zip(sizes, fastest, strict=True))
+
+
+def time_in_graph(way: Sum, x: torch.Tensor, num_calls: int = NUM_TIMED_CALLS) -> float:
+    """Median microseconds of a call, when calls are replayed from a CUDA graph. All ranks call it together."""
+    for _ in range(2):  # kernels are compiled outside of the capture
+        way(x)
+    torch.cuda.synchronize()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph, capture_error_mode="thread_local"):
+        for _ in range(num_calls):
+            way(x)
+    graph.replay()
+    events: list[Any] = [torch.cuda.Event(enable_timing=True) for _ in range(NUM_TIMED_REPLAYS + 1)]
+    events[0].record()
+    for event in events[1:]:
+        graph.replay()
+        event.record()
+    torch.cuda.synchronize()
+    times: list[float] = [start.elapsed_time(end) for start, end in itertools.pairwise(events)]
+    return statistics.median(times) / num_calls * 1e3
+
+
 def make_sum(mesh: Mesh, device: torch.device, max_num_bytes: int, file: int) -> Sum:
     """The fastest sum for these ranks.
 
@@ -134,7 +263,14 @@ def make_sum(mesh: Mesh, device: torch.device, max_num_bytes: int, file: int) ->
     """
     if mesh.size == 1:
         return OneRank()
-    if device.type == "cpu" and isinstance(mesh, ProcessMesh) and platform.machine() in ("x86_64", "AMD64"):
+    if not isinstance(mesh, ProcessMesh):
+        return GatherSum(mesh)
+    if device.type == "cuda":
+        pairs = itertools.permutations(range(mesh.size), 2)
+        if mesh.size <= torch.cuda.device_count() and all(torch.cuda.can_device_access_peer(*pair) for pair in pairs):
+            return SymmetricSum(mesh, device, max_num_bytes)
+        return AllReduce(mesh)
+    if platform.machine() in ("x86_64", "AMD64"):  # see `SharedMemorySum`
         try:
             return SharedMemorySum(mesh, max_num_bytes, file)
         except OSError as error:
