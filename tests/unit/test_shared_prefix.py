@@ -17,8 +17,11 @@ from twofold.attention.combine import apply_sinks
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.shared_prefix import SharedPrefix, largest_shared_prefix
 from twofold.attention.spec import AttentionSpec
+from twofold.contract import NewRequest, ScheduledBatch, Step
+from twofold.parallel.plan import TokenLayout, plan_step
 from twofold.sampling_params import SamplingParams
-from twofold.worker.input_batch import find_shared_prefix
+from twofold.worker.input_batch import find_shared_prefix, prepare
+from twofold.worker.request_states import RequestStates
 
 BLOCK_SIZE = 4
 SPECS = {
@@ -59,6 +62,13 @@ def make_decodes(tables: np.ndarray, seq_lens: np.ndarray, num_padding: int = 0)
         num_row_blocks=0,
         num_decode_rows=num_rows,
     )
+
+
+def find(metadata: AttentionMetadata) -> SharedPrefix | None:
+    """On the only rank."""
+    decodes = ScheduledBatch.of(metadata.seq_lens_np - 1, np.ones_like(metadata.seq_lens_np))
+    plan = plan_step(decodes, TokenLayout(1))
+    return find_shared_prefix(metadata, plan, metadata.block_tables_np, 0, BLOCK_SIZE)
 
 
 # --- Which rows, and how much ----------------------------------------------------------------------------------------
@@ -165,7 +175,7 @@ def test_the_same_as_unshared(name: str, others: int) -> None:
         for num_shared in (0, 1, 2, 5):
             tables, seq_lens = make_family(num_rows, num_shared, others)
             metadata = make_decodes(tables, seq_lens, num_padding=2)
-            shared = find_shared_prefix(metadata, BLOCK_SIZE)
+            shared = find(metadata)
             assert (shared is not None) == (num_rows > 1 and num_shared > 0)
             query = torch.randn(len(tables) + 2, spec.num_heads, spec.qk_head_dim)
             expected = attend(query, kv_cache, spec, metadata)
@@ -177,7 +187,7 @@ def test_the_same_as_unshared(name: str, others: int) -> None:
 def test_a_prefix_is_read_once() -> None:
     tables, seq_lens = make_family(8, 5, others=2)
     metadata = make_decodes(tables, seq_lens)
-    shared = find_shared_prefix(metadata, BLOCK_SIZE)
+    shared = find(metadata)
     spec, counted = SPECS["grouped"], Counted()
     kv_cache, query = torch.randn(200, BLOCK_SIZE, spec.entry_width), torch.randn(10, 6, 16)
     metadata = replace(metadata, shared_prefix=shared)
@@ -193,7 +203,7 @@ def test_repeats_of_the_first_row_change_nothing() -> None:
     """A graph is captured for a number of rows, and fewer may share a prefix."""
     tables, seq_lens = make_family(5, 3, others=2)
     metadata = make_decodes(tables, seq_lens)
-    shared = find_shared_prefix(metadata, BLOCK_SIZE)
+    shared = find(metadata)
     assert isinstance(shared, SharedPrefix)
     spec = SPECS["grouped"]
     kv_cache, query = torch.randn(200, BLOCK_SIZE, spec.entry_width), torch.randn(7, 6, 16)
@@ -204,7 +214,38 @@ def test_repeats_of_the_first_row_change_nothing() -> None:
 
 def test_short_prefixes_are_not_worth_it() -> None:
     tables, seq_lens = make_family(8, 5)
-    assert find_shared_prefix(make_decodes(tables, seq_lens), BLOCK_SIZE) is None
+    assert find(make_decodes(tables, seq_lens)) is None
+
+
+@pytest.mark.usefixtures("_always")
+@pytest.mark.parametrize("num_ranks", [1, 2, 4, 12])
+def test_all_ranks_share_if_one_does(num_ranks: int) -> None:
+    """They replay the same CUDA graph: its collectives may be tied to memory of the peers' graph.
+
+    Twelve ranks have a row each or none: nothing to share.
+    """
+    tables, seq_lens = make_family(5, 3, others=3)
+    states = RequestStates(8, 256, BLOCK_SIZE, torch.device("cpu"))
+    new = tuple(
+        NewRequest(i, i, np.zeros(n, np.int32), int(n), blocks.tolist(), SamplingParams(), 0)
+        for i, (n, blocks) in enumerate(zip(seq_lens, tables, strict=True))
+    )
+    batch = ScheduledBatch.of(seq_lens - 1, np.ones_like(seq_lens))
+    states.apply(Step(0, (), new, {}, batch))
+    plan = plan_step(batch, TokenLayout(num_ranks))
+    torch.manual_seed(0)
+    spec = SPECS["grouped"]
+    kv_cache = torch.randn(200, BLOCK_SIZE, spec.entry_width)
+    shared_rows = 0
+    for rank in range(num_ranks):
+        metadata = prepare(batch, plan, states, rank, BLOCK_SIZE).metadata
+        assert (metadata.shared_prefix is None) == (num_ranks == 12)
+        if metadata.shared_prefix is not None and metadata.shared_prefix.prefix.max_seq_len:
+            shared_rows += len(metadata.shared_prefix.rows)
+        query = torch.randn(len(metadata.seq_lens), spec.num_heads, spec.qk_head_dim)
+        expected = attend(query, kv_cache, spec, replace(metadata, shared_prefix=None))
+        torch.testing.assert_close(attend(query, kv_cache, spec, metadata), expected, rtol=0, atol=1e-5)
+    assert shared_rows == (0 if num_ranks == 12 else 5)
 
 
 # --- The engine ------------------------------------------------------------------------------------------------------

@@ -31,7 +31,7 @@ class SharedPrefix:
     """What rows of a step of decodes have in common, of the step's V' rows."""
 
     rows: torch.Tensor  # [M] int64, those that share the prefix; repeats of the first may follow
-    prefix: AttentionMetadata  # one row of one token, the last of the prefix
+    prefix: AttentionMetadata  # one row of one token, the last of the prefix; of length 0 where no row shares it
     suffixes: AttentionMetadata  # the step's rows; those of `rows` without the prefix
 
 
@@ -65,6 +65,11 @@ def largest_shared_prefix(
     return (np.sort(order[first[best] : end[best] + 1]), num_blocks) if num_blocks > 0 else nothing
 
 
+def padded_num_rows(num_rows: int) -> int:
+    """A GPU's kernels are compiled for each number of rows that share a prefix, so there are few: the powers of 2."""
+    return 1 << (num_rows - 1).bit_length()
+
+
 def can_share(spec: AttentionSpec) -> bool:
     """Whether queries at any position attend to all of a prefix."""
     return spec.sliding_window is None
@@ -79,7 +84,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `backend.attend` gives; a prefix that rows share is read once."""
     shared = metadata.shared_prefix
-    if shared is None or not can_share(spec):
+    if shared is None or not shared.prefix.max_seq_len or not can_share(spec):
         return backend.attend(query, kv_cache, spec, metadata)
     num_kv_heads, num_rows = spec.num_kv_heads, len(shared.rows)
     heads = query.unflatten(1, (num_kv_heads, -1)).transpose(0, 1)  # [Hk, V', G, D]
@@ -99,5 +104,10 @@ def merge_rows(
 
     rows [M], which may repeat the first one; other [Hk, M, G, Dv], other_lse [Hk, M, G].
     """
+    if out.is_cuda:
+        from twofold.attention import kernels  # Triton is on GPU machines only
+
+        kernels.merge_rows(out, lse, rows, other, other_lse)
+        return
     mine = out[rows], lse[rows]
     out[rows], lse[rows] = merge(*mine, other.transpose(0, 1).flatten(1, 2), other_lse.transpose(0, 1).flatten(1, 2))

@@ -122,7 +122,9 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
         num_decode_rows=num_decode_rows,
     )
     if plan.is_decode:
-        metadata.shared_prefix = find_shared_prefix(metadata, block_size)
+        num_columns = -(-int(plan.start.max() + 1) // block_size)
+        tables = states.block_tables[row_state, :num_columns]
+        metadata.shared_prefix = find_shared_prefix(metadata, plan, tables, rank, block_size)
     return InputBatch(
         plan=plan,
         metadata=metadata,
@@ -139,23 +141,32 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
     )
 
 
-def find_shared_prefix(metadata: AttentionMetadata, block_size: int) -> SharedPrefix | None:
-    """The prefix that rows of a step of decodes share, if reading it once pays."""
-    tables, seq_lens = metadata.block_tables_np, metadata.seq_lens_np
-    rows, num_blocks = shared_prefix.largest_shared_prefix(tables, seq_lens, block_size)
-    prefix_len = num_blocks * block_size
-    if (len(rows) - 1) * prefix_len < shared_prefix.MIN_SAVED_TOKENS:
+def find_shared_prefix(
+    metadata: AttentionMetadata, plan: StepPlan, all_tables: NDArray[np.int32], rank: int, block_size: int
+) -> SharedPrefix | None:
+    """The prefix that rows of a step of decodes share, if reading it once pays on any rank.
+
+    Then all ranks have one, since they replay the same CUDA graph. On a rank without such rows it is empty.
+    `metadata` has the rank's rows, all_tables [all V, B] the blocks of all ranks' rows.
+    """
+    all_rows, num_blocks = shared_prefix.largest_shared_prefix(all_tables, plan.start + plan.length, block_size)
+    bounds = np.searchsorted(all_rows, plan.row_ptr)  # rank -> its first row that shares the prefix
+    if (int(np.diff(bounds).max()) - 1) * num_blocks * block_size < shared_prefix.MIN_SAVED_TOKENS:
         return None
-    device, (num_rows, num_columns) = metadata.seq_lens.device, metadata.block_tables.shape
+    rows = all_rows[bounds[rank] : bounds[rank + 1]] - plan.row_ptr[rank]
+    prefix_len = num_blocks * block_size if len(rows) else 0
+    prefix_table = all_tables[all_rows[:1], :num_blocks]
+    tables, seq_lens = metadata.block_tables_np, metadata.seq_lens_np
+    device, num_rows = metadata.seq_lens.device, len(metadata.seq_lens)
     skipped = np.zeros(len(seq_lens), np.int64)  # [V] row -> leading blocks that it does not read by itself
     skipped[rows] = num_blocks
     suffix_lens = seq_lens - skipped * block_size
-    column = np.arange(-(-int(suffix_lens.max()) // block_size)) + skipped[:, None]
+    max_suffix_len = int(suffix_lens.max(initial=0))
+    column = np.arange(-(-max_suffix_len // block_size)) + skipped[:, None]
     suffix_tables = np.zeros((num_rows, column.shape[1]), np.int32)  # with padding
-    suffix_tables[: len(tables)] = np.take_along_axis(tables, np.minimum(column, num_columns - 1), axis=1)
-    # On a GPU kernels are compiled for each number of rows.
-    num_repeats = 0 if device.type == "cpu" else (1 << (len(rows) - 1).bit_length()) - len(rows)
-    prefix_table = tables[rows[:1], :num_blocks]
+    suffix_tables[: len(tables)] = np.take_along_axis(tables, np.minimum(column, tables.shape[1] - 1), 1)
+    rows = rows if len(rows) else np.zeros(1, np.int64)
+    num_repeats = 0 if device.type == "cpu" else shared_prefix.padded_num_rows(len(rows)) - len(rows)
     on_device = to_device(
         {
             "rows": np.concatenate([rows, np.repeat(rows[:1], num_repeats)]),
@@ -188,7 +199,7 @@ def find_shared_prefix(metadata: AttentionMetadata, block_size: int) -> SharedPr
             block_tables_np=suffix_tables[: len(tables)],
             seq_lens=on_device["suffix_lens"],
             block_tables=on_device["suffix_tables"],
-            max_seq_len=int(suffix_lens.max()),
+            max_seq_len=max_suffix_len,
         ),
     )
 

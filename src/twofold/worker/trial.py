@@ -104,8 +104,8 @@ class TrialSteps:
         taken = free_before - torch.cuda.mem_get_info()[0]
         graphs, self.runner.graphs = self.runner.graphs, None
         assert graphs is not None
-        num_graphs = len(graphs.buckets.decode) + len(graphs.buckets.prefill)
-        return int(pool * 1.05) + max(0, taken - pool) * num_graphs // 2
+        num_graphs = len(graphs.buckets.decode) + len(graphs.buckets.prefill) + len(graphs.shared_prefix_sizes)
+        return int(pool * 1.05) + max(0, taken - pool) * num_graphs // max(1, len(graphs))
 
     def _run_prefill(self, lengths: Sequence[int], params: Sequence[SamplingParams]) -> None:
         asks = np.array([one.prompt_logprobs is not None for one in params])
