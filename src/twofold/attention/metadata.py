@@ -1,10 +1,14 @@
 """A step's rows on this rank, as attention kernels want them."""
 
 from dataclasses import dataclass, field, replace
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+
+if TYPE_CHECKING:
+    from twofold.attention.shared_prefix import SharedPrefix
 
 
 @dataclass(slots=True)
@@ -25,6 +29,7 @@ class AttentionMetadata:
     max_seq_len: int
     num_row_blocks: int  # blocks of the rows of V' after the decode rows, each row's own; in a graph an upper bound
     num_decode_rows: int  # leading rows of V' that have one token each
+    shared_prefix: "SharedPrefix | None" = None  # in a step of decodes, where it pays to read it once
     _decode_rows: "AttentionMetadata | None" = field(default=None, init=False, repr=False)
     _longer_rows: "AttentionMetadata | None" = field(default=None, init=False, repr=False)
 

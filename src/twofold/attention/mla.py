@@ -18,6 +18,7 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
+from twofold.attention import shared_prefix
 from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.combine import merge
 from twofold.attention.metadata import AttentionMetadata
@@ -72,7 +73,7 @@ def attend(
             _attend_pieces(query, kv_cache, spec, metadata, backend, rows, out)
     if num_decode_rows:
         absorbed = absorb(query[:num_decode_rows], spec)
-        latents, _ = backend.attend(absorbed, kv_cache, spec.absorbed, metadata.decode_rows())
+        latents, _ = shared_prefix.attend(absorbed, kv_cache, spec.absorbed, metadata.decode_rows(), backend)
         project_values(latents, spec, out[:num_decode_rows])
     return out, copied
 

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from twofold.attention import mla
+from twofold.attention import mla, shared_prefix
 from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.combine import apply_sinks
 from twofold.attention.metadata import AttentionMetadata
@@ -89,7 +89,7 @@ def _attend(query: torch.Tensor, entries: torch.Tensor, published: torch.Tensor,
     if isinstance(spec, LatentSpec):
         out, context.copied = mla.attend(query, kv_cache, spec, metadata, context.backend, context.copied)
         return out
-    out, lse = context.backend.attend(query, kv_cache, spec, metadata)
+    out, lse = shared_prefix.attend(query, kv_cache, spec, metadata, context.backend)
     return out if spec.sinks is None else apply_sinks(out, lse, spec.sinks)
 
 

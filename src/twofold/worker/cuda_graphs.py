@@ -1,18 +1,19 @@
 """Whole forward passes as CUDA graphs, for steps so short that launching them takes longer than running them.
 
-A graph is captured for a *shape*: N tokens on every rank, either all decodes or in a few rows. The step is
-padded to the nearest shape (`parallel/plan.py: Buckets`) and its inputs are copied to where the graph reads them. The
-shape follows from the plan alone, so all ranks replay the same graph, collectives included, however many tokens each of
-them has.
+A graph is captured for a *shape*: N tokens on every rank, either all decodes or in a few rows. Small numbers of decodes
+have a second graph, for rows that share a prefix. The step is padded to the nearest shape (`parallel/plan.py: Buckets`)
+and its inputs are copied to where the graph reads them. The shape follows from the plan and all ranks' block tables, so
+all ranks replay the same graph, collectives included, however many tokens each of them has.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.shared_prefix import SharedPrefix, padded_num_rows
 from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.plan import Buckets, Layout
 from twofold.worker.input_batch import InputBatch
@@ -20,6 +21,7 @@ from twofold.worker.input_batch import InputBatch
 Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan, bool], torch.Tensor]
 
 DECODE_ROUNDING = 8
+MAX_SHARED_PREFIX_ROWS = 32  # decodes in the largest graph that reads a shared prefix once
 PREFILL_ROUNDING = ((2048, 128), (4096, 256), (8192, 512))  # up to the first number of tokens, multiples of the second
 HEADS_PREFILL = (32, 64, *range(128, 1024, 128), *range(1024, 2049, 256))  # by heads; longer steps run by tokens
 PREFILL_ROWS = 8  # of a rank, including the row of padding
@@ -81,11 +83,16 @@ class CUDAGraphs:
         """`pool`: of memory, that graphs share which never run at the same time."""
         self._forward, self._limits, self._exchange, self._device = forward, limits, exchange, device
         self.buckets = limits.buckets()
-        self._graphs: dict[tuple[int, bool], _Graph] = {}
+        # Numbers of decodes with a graph for rows that share a prefix, too.
+        self.shared_prefix_sizes = [size for size in self.buckets.decode if 2 <= size <= MAX_SHARED_PREFIX_ROWS]
+        self._graphs: dict[tuple[int, bool, bool], _Graph] = {}  # tokens, is_decode, shares_prefix
         self._block_tables: dict[bool, torch.Tensor] = {}  # is_decode -> the largest one; graphs use its first rows
         self._pool = pool
 
-    def capture(self, num_tokens: int, is_decode: bool) -> None:
+    def __len__(self) -> int:
+        return len(self._graphs)
+
+    def capture(self, num_tokens: int, is_decode: bool, shares_prefix: bool = False) -> None:
         """Captures the graph of one shape; all ranks capture the same ones in the same order, the largest
         of each kind first."""
         device, n, limits = self._device, num_tokens, self._limits
@@ -111,6 +118,8 @@ class CUDAGraphs:
         else:
             metadata.query_start[1:] = n
             metadata.seq_lens[0] = n
+        if shares_prefix:
+            metadata.shared_prefix = self._make_shared_prefix(metadata)
         graph = _Graph(
             graph=torch.cuda.CUDAGraph(),
             input_ids=torch.zeros(n, dtype=torch.long, device=device),
@@ -129,12 +138,14 @@ class CUDAGraphs:
         with torch.cuda.graph(graph.graph, pool=self._pool, capture_error_mode="thread_local"):
             graph.hidden_states = self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode)
         graph.exchange_bytes = self._exchange.transport.num_bytes - before
-        self._graphs[n, is_decode] = graph
+        self._graphs[n, is_decode, shares_prefix] = graph
 
     def replay(self, batch: InputBatch) -> torch.Tensor | None:
         """Hidden states of a step, or None where no graph fits it."""
         plan, n = batch.plan, len(batch.input_ids)
-        graph = self._graphs.get((n, plan.is_decode))
+        shared = batch.metadata.shared_prefix
+        graph = self._graphs.get((n, plan.is_decode, True)) if shared is not None else None
+        graph = graph or self._graphs.get((n, plan.is_decode, False))
         if graph is None:
             return None
         if not plan.is_decode:
@@ -156,6 +167,36 @@ class CUDAGraphs:
             static.seq_lens[rows:] = 0
             static.query_start[: rows + 1].copy_(given.query_start)
             static.query_start[rows + 1 :] = n
+        if static.shared_prefix is not None and shared is not None:
+            _copy_shared_prefix(static.shared_prefix, shared)
         graph.graph.replay()
         self._exchange.transport.num_bytes += graph.exchange_bytes
         return graph.hidden_states
+
+    def _make_shared_prefix(self, metadata: AttentionMetadata) -> SharedPrefix:
+        """Where a graph of decodes reads the prefix that rows share, and the rows without it."""
+        num_rows, device = len(metadata.seq_lens), self._device
+        prefix = replace(
+            metadata,
+            num_tokens=1,
+            query_start=metadata.query_start[:2],
+            seq_lens=torch.zeros(1, dtype=torch.int32, device=device),
+            block_tables=torch.zeros_like(metadata.block_tables[:1]),
+            num_decode_rows=1,
+        )
+        suffixes = replace(
+            metadata,
+            seq_lens=torch.zeros_like(metadata.seq_lens),
+            block_tables=torch.zeros_like(metadata.block_tables),
+        )
+        rows = torch.zeros(padded_num_rows(num_rows), dtype=torch.long, device=device)
+        return SharedPrefix(rows, prefix, suffixes)
+
+
+def _copy_shared_prefix(static: SharedPrefix, given: SharedPrefix) -> None:
+    num_rows = len(given.rows)
+    static.rows[:num_rows].copy_(given.rows)
+    static.rows[num_rows:] = given.rows[0]
+    for there, here in ((static.prefix, given.prefix), (static.suffixes, given.suffixes)):
+        there.seq_lens.copy_(here.seq_lens)
+        there.block_tables[:, : here.block_tables.shape[1]].copy_(here.block_tables)

@@ -1,13 +1,15 @@
 """From the plan of a step to the tensors of one rank's forward pass: index arithmetic, no loop over tokens or rows."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from twofold.attention import shared_prefix
 from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.shared_prefix import SharedPrefix
 from twofold.contract import ScheduledBatch
 from twofold.parallel.exchange import ExchangePlan
 from twofold.parallel.plan import StepPlan
@@ -107,21 +109,26 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
     input_ids = on_device["input_ids"]
     if len(newest):
         input_ids[on_device["newest"]] = states.last_sampled[on_device["newest_state"]]
+    metadata = AttentionMetadata(
+        num_tokens=num_tokens,
+        query_start_np=query_start,
+        seq_lens_np=seq_lens,
+        block_tables_np=block_tables,
+        query_start=on_device["query_start"],
+        seq_lens=on_device["seq_lens"],
+        block_tables=on_device["block_tables"],
+        max_query_len=max(int(length.max(initial=0)), 1 if plan.is_decode else num_padding),
+        max_seq_len=max_seq_len,
+        num_row_blocks=num_row_blocks,
+        num_decode_rows=num_decode_rows,
+    )
+    if plan.is_decode:
+        num_columns = -(-int(plan.start.max() + 1) // block_size)
+        tables = states.block_tables[row_state, :num_columns]
+        metadata.shared_prefix = find_shared_prefix(metadata, plan, tables, rank, block_size)
     return InputBatch(
         plan=plan,
-        metadata=AttentionMetadata(
-            num_tokens=num_tokens,
-            query_start_np=query_start,
-            seq_lens_np=seq_lens,
-            block_tables_np=block_tables,
-            query_start=on_device["query_start"],
-            seq_lens=on_device["seq_lens"],
-            block_tables=on_device["block_tables"],
-            max_query_len=max(int(length.max(initial=0)), 1 if plan.is_decode else num_padding),
-            max_seq_len=max_seq_len,
-            num_row_blocks=num_row_blocks,
-            num_decode_rows=num_decode_rows,
-        ),
+        metadata=metadata,
         exchange=ExchangePlan(on_device["slots"], plan.defer_exchange, plan.by_heads),
         input_ids=input_ids,
         position_ids=on_device["position_ids"],
@@ -132,6 +139,69 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
         sampled_request_idx=plan.request_idx[my_sampled],
         all_sampled_request_idx=np.where(is_sampled, plan.request_idx[all_sampled_row], -1),
         all_sampled_state_idx=on_device["all_sampled_state"],
+    )
+
+
+def find_shared_prefix(
+    metadata: AttentionMetadata, plan: StepPlan, all_tables: NDArray[np.int32], rank: int, block_size: int
+) -> SharedPrefix | None:
+    """The prefix that rows of a step of decodes share, if reading it once pays on any rank.
+
+    Then all ranks have one, since they replay the same CUDA graph. On a rank without such rows it is empty.
+    `metadata` has the rank's rows, all_tables [all V, B] the blocks of all ranks' rows.
+    """
+    all_rows, num_blocks = shared_prefix.largest_shared_prefix(all_tables, plan.start + plan.length, block_size)
+    bounds = np.searchsorted(all_rows, plan.row_ptr)  # rank -> its first row that shares the prefix
+    if (int(np.diff(bounds).max()) - 1) * num_blocks * block_size < shared_prefix.MIN_SAVED_TOKENS:
+        return None
+    rows = all_rows[bounds[rank] : bounds[rank + 1]] - plan.row_ptr[rank]
+    prefix_len = num_blocks * block_size if len(rows) else 0
+    prefix_table = all_tables[all_rows[:1], :num_blocks]
+    tables, seq_lens = metadata.block_tables_np, metadata.seq_lens_np
+    device, num_rows = metadata.seq_lens.device, len(metadata.seq_lens)
+    skipped = np.zeros(len(seq_lens), np.int64)  # [V] row -> leading blocks that it does not read by itself
+    skipped[rows] = num_blocks
+    suffix_lens = seq_lens - skipped * block_size
+    max_suffix_len = int(suffix_lens.max(initial=0))
+    column = np.arange(-(-max_suffix_len // block_size)) + skipped[:, None]
+    suffix_tables = np.zeros((num_rows, column.shape[1]), np.int32)  # with padding
+    suffix_tables[: len(tables)] = np.take_along_axis(tables, np.minimum(column, tables.shape[1] - 1), 1)
+    rows = rows if len(rows) else np.zeros(1, np.int64)
+    num_repeats = 0 if device.type == "cpu" else shared_prefix.padded_num_rows(len(rows)) - len(rows)
+    on_device = to_device(
+        {
+            "rows": np.concatenate([rows, np.repeat(rows[:1], num_repeats)]),
+            "prefix_start": np.array([0, 1], np.int32),
+            "prefix_len": np.array([prefix_len], np.int32),
+            "prefix_table": prefix_table,
+            "suffix_lens": np.pad(suffix_lens, (0, num_rows - len(seq_lens))).astype(np.int32),
+            "suffix_tables": suffix_tables,
+        },
+        device,
+    )
+    return SharedPrefix(
+        rows=on_device["rows"],
+        prefix=AttentionMetadata(
+            num_tokens=1,
+            query_start_np=np.array([0, 1]),
+            seq_lens_np=np.array([prefix_len]),
+            block_tables_np=prefix_table,
+            query_start=on_device["prefix_start"],
+            seq_lens=on_device["prefix_len"],
+            block_tables=on_device["prefix_table"],
+            max_query_len=1,
+            max_seq_len=prefix_len,
+            num_row_blocks=0,
+            num_decode_rows=1,
+        ),
+        suffixes=replace(
+            metadata,
+            seq_lens_np=suffix_lens,
+            block_tables_np=suffix_tables[: len(tables)],
+            seq_lens=on_device["suffix_lens"],
+            block_tables=on_device["suffix_tables"],
+            max_seq_len=max_suffix_len,
+        ),
     )
 
 

@@ -13,6 +13,7 @@ from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import piece_tokens
 from twofold.attention.op import ForwardContext
+from twofold.attention.shared_prefix import can_share
 from twofold.attention.spec import LatentSpec
 from twofold.contract import PromptTokenLogprobs, ScheduledBatch, Step, StepResult
 from twofold.kv.cache import KVCache
@@ -184,6 +185,10 @@ class ModelRunner:
                     sizes = sorted(graphs.buckets.decode if is_decode else graphs.buckets.prefill, reverse=True)
                     for size in sizes[:1] if only_largest else sizes:
                         graphs.capture(size, is_decode)
+                if True in kinds and any(can_share(spec) for spec in specs):
+                    sizes = sorted(graphs.shared_prefix_sizes, reverse=True)
+                    for size in sizes[:1] if only_largest else sizes:
+                        graphs.capture(size, True, shares_prefix=True)
             way.graphs = graphs
 
     def _forward(self, way: Way, batch: InputBatch) -> torch.Tensor:

@@ -145,12 +145,13 @@ class TrialSteps:
         torch.cuda.empty_cache()
         pool = torch.cuda.memory_reserved() - reserved_before
         taken = free_before - torch.cuda.mem_get_info()[0]
-        num_graphs = 0
+        num_graphs, num_captured = 0, 0
         for way in self.runner.ways:
-            assert way.graphs is not None
-            num_graphs += len(way.graphs.buckets.decode) + len(way.graphs.buckets.prefill)
-            way.graphs = None
-        return int(pool * 1.05) + max(0, taken - pool) * num_graphs // 2
+            graphs, way.graphs = way.graphs, None
+            assert graphs is not None
+            num_captured += len(graphs)
+            num_graphs += len(graphs.buckets.decode) + len(graphs.buckets.prefill) + len(graphs.shared_prefix_sizes)
+        return int(pool * 1.05) + max(0, taken - pool) * num_graphs // max(1, num_captured)
 
     def _run_prefill(self, lengths: Sequence[int], params: Sequence[SamplingParams]) -> None:
         asks = np.array([one.prompt_logprobs is not None for one in params])

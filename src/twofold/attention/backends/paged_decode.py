@@ -21,6 +21,7 @@ import triton.language as tl
 
 from twofold.attention.spec import AttentionSpec
 
+MAX_SHARED_MEMORY = 224 * 1024  # bytes of a program
 LOG2E = tl.constexpr(math.log2(math.e))  # exponentials are powers of 2 throughout
 LN2 = tl.constexpr(math.log(2))
 
@@ -89,7 +90,9 @@ class PagedDecode:
         head_blocks = triton.cdiv(group, block_h)
         key_bytes = (main_dim + rest_dim + (0 if values_in_keys else padded_v_dim)) * kv_cache.element_size()
         block_n = max(16, min(tuning.block_n, 1 << (65536 // key_bytes).bit_length() - 1))
-        num_stages = max(1, min(tuning.num_stages, tuning.shared_memory // (block_n * key_bytes)))
+        query_bytes = block_h * (main_dim + rest_dim + block_n) * kv_cache.element_size()  # and the weights
+        room = min(tuning.shared_memory, MAX_SHARED_MEMORY - query_bytes)
+        num_stages = max(1, min(tuning.num_stages, room // (block_n * key_bytes)))
         num_warps = tuning.num_warps * (2 if block_h * padded_v_dim > 4096 and not values_in_keys else 1)
 
         # At most `budget` runs of a full length, and one shorter run for each row.
