@@ -134,9 +134,9 @@ class ThreadExecutor:
     def runners(self) -> list[ModelRunner]:
         return [rank.runner for rank in self.ranks]
 
-    def allocate(self, num_blocks: int, step_costs: str | None) -> str | None:
+    def allocate(self, num_blocks: int, times_layouts: bool) -> str | None:
         with ThreadPoolExecutor(len(self.ranks)) as threads:
-            answers = list(threads.map(lambda rank: rank.allocate(Allocate(num_blocks, step_costs)), self.ranks))
+            answers = list(threads.map(lambda rank: rank.allocate(Allocate(num_blocks, times_layouts)), self.ranks))
         self._threads = [
             threading.Thread(target=self._serve, args=(rank, channel), daemon=True)
             for rank, channel in zip(self.ranks, self.channels, strict=True)
@@ -229,9 +229,8 @@ def make_engine(
         num_blocks = 4 * -(-max_model_len // block_size) + 1
     engine = LLMEngine(runtime, None, lambda start_timeout: ThreadExecutor(model, runtime, num_blocks))
     engine.max_steps_in_flight = steps_in_flight
-    if step_layout == "mixed":
-        for runner in engine.executor.runners:
-            runner.runs_by_heads = mixed
+    if step_layout == "mixed" and engine.executor.reports[0].only_by_tokens is None:
+        engine.runs_by_heads = mixed
     return engine
 
 

@@ -71,6 +71,7 @@ class Step:
     new: tuple[NewRequest, ...]
     new_block_ids: dict[int, list[int]]  # state_idx of a continuing request -> blocks appended to its table
     batch: ScheduledBatch
+    by_heads: bool = False  # the layout: by heads, or by tokens
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class Allocate:
     """Asks for the KV cache, the same on every rank."""
 
     num_blocks: int
-    step_costs: str | None = None  # JSON of `StepCosts`; None: measure them
+    times_layouts: bool  # whether costs of steps are wanted
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,7 +160,7 @@ class Allocated:
     """The answer to `Allocate`: from now on the rank takes steps."""
 
     seconds: dict[str, float]  # start-up phase -> its time
-    step_costs: str | None = None  # JSON, the same from every rank; None where no step runs by heads
+    step_costs: str | None = None  # JSON of `StepCosts`, the same from every rank, if they were wanted
 
 
 @dataclass(frozen=True, slots=True)

@@ -267,7 +267,7 @@ def test_answers_to_one_prompt(model_type: str, num_ranks: int, monkeypatch: pyt
     model = tiny_model(tiny_config(model_type))
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, VOCAB_SIZE, length).tolist() for length in (100, 20)]
-    engine = make_engine(model, num_ranks, num_blocks=40)
+    engine = make_engine(model, num_ranks, num_blocks=40, step_layout="tokens")
     params = [SamplingParams(top_k=1, max_tokens=12, ignore_eos=True, n=n) for n in (8, 1)]
     outputs = generate(engine, prompts, params)
     engine.shutdown()

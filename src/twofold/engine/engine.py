@@ -24,6 +24,7 @@ from twofold.errors import ConfigError, EngineError, RequestError, TwofoldError
 from twofold.executor.base import Executor, MakeExecutor
 from twofold.interrupts import held_back
 from twofold.outputs import OutputKind, RequestOutput
+from twofold.parallel.costs import StepCosts
 from twofold.sampling_params import SamplingParams
 
 if TYPE_CHECKING:
@@ -49,7 +50,9 @@ class LLMEngine:
     ) -> None:
         self.runtime, self.tokenizer = runtime, tokenizer
         self._make_executor: MakeExecutor | None = make_executor
-        self.step_costs = runtime.engine.step_costs  # JSON; measured by the first ranks if it was not given
+        costs = runtime.engine.step_costs  # measured by the first ranks where they are not given; kept for later ones
+        self.step_costs = None if costs is None else StepCosts.from_json(costs)
+        self.runs_by_heads: Callable[[ScheduledBatch], bool] = lambda batch: False  # the layout of a step
         start = time.monotonic()
         executor = make_executor(None)
         self._start_timeout = runtime.engine.step_timeout + START_SLACK * (time.monotonic() - start)
@@ -72,11 +75,25 @@ class LLMEngine:
         self.executor = executor
         try:
             num_blocks = self._num_blocks(self.runtime)
-            self.step_costs = executor.allocate(num_blocks, self.step_costs)
+            self._choose_layouts(num_blocks)
         except BaseException:
             executor.shutdown()
             raise
         return self._make_pool(num_blocks)
+
+    def _choose_layouts(self, num_blocks: int) -> None:
+        layout, only_by_tokens = self.runtime.engine.step_layout, self.executor.reports[0].only_by_tokens
+        is_auto = layout == "auto" and only_by_tokens is None
+        measured = self.executor.allocate(num_blocks, is_auto and self.step_costs is None)
+        if measured is not None:
+            self.step_costs = StepCosts.from_json(measured)
+            logger.info("costs of steps: %s", measured)
+        if is_auto and self.step_costs is not None:
+            self.runs_by_heads = self.step_costs.by_heads
+        elif only_by_tokens is None:
+            self.runs_by_heads = lambda batch: layout == "heads"
+        elif self.runtime.num_ranks > 1 and layout != "tokens":
+            logger.info("all steps run by tokens: %s", only_by_tokens)
 
     def _make_pool(self, num_blocks: int) -> BlockPool:
         return BlockPool(num_blocks, self.runtime.block_size, self.runtime.engine.enable_prefix_caching)
@@ -154,7 +171,7 @@ class LLMEngine:
     def _step(self) -> list[RequestOutput]:
         while self.scheduler.num_in_flight < self.max_steps_in_flight and (step := self.scheduler.schedule()):
             self._in_flight.append((step.batch, time.monotonic()))
-            self.executor.submit(step)
+            self.executor.submit(replace(step, by_heads=self.runs_by_heads(step.batch)))
         if not self._in_flight:
             return []
         batch, start = self._in_flight[0]

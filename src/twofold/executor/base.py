@@ -10,10 +10,10 @@ class Executor(Protocol):
 
     reports: list[RankReport]  # in the order of ranks
 
-    def allocate(self, num_blocks: int, step_costs: str | None) -> str | None:
+    def allocate(self, num_blocks: int, times_layouts: bool) -> str | None:
         """Gives every rank a cache of this many blocks; after it the ranks take steps.
 
-        `step_costs` are those that ranks before these measured → the costs that these go by; None where they need none.
+        If it `times_layouts`, → JSON of `StepCosts`.
         """
 
     def submit(self, step: Step) -> None:

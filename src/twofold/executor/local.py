@@ -99,8 +99,8 @@ class LocalExecutor:
         """Process ids, in the order of ranks."""
         return [process.pid for process in self._processes]
 
-    def allocate(self, num_blocks: int, step_costs: str | None) -> str | None:
-        self._send(Allocate(num_blocks, step_costs))
+    def allocate(self, num_blocks: int, times_layouts: bool) -> str | None:
+        self._send(Allocate(num_blocks, times_layouts))
         answers = self._answers(Allocated, self._start_timeout)
         self.reports = [
             replace(report, seconds=answer.seconds) for report, answer in zip(self.reports, answers, strict=True)

@@ -1,6 +1,5 @@
 """One rank's steps: plan, prepare, forward, sample. `launch` enqueues a step, `collect` waits for its tokens."""
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,7 +14,7 @@ from twofold.attention.mla import piece_tokens
 from twofold.attention.op import ForwardContext
 from twofold.attention.shared_prefix import can_share
 from twofold.attention.spec import LatentSpec
-from twofold.contract import PromptTokenLogprobs, ScheduledBatch, Step, StepResult
+from twofold.contract import PromptTokenLogprobs, Step, StepResult
 from twofold.kv.cache import KVCache
 from twofold.models.decoder import DecoderModel
 from twofold.parallel.exchange import Exchange, ExchangePlan
@@ -81,7 +80,6 @@ class ModelRunner:
         self.mesh, self.exchange, self.backend, self.device = mesh, exchange, backend, device
         self.by_tokens = Way(layout, model)
         self.by_heads: Way | None = None  # where steps may run so
-        self.runs_by_heads: Callable[[ScheduledBatch], bool] = lambda batch: False  # the same on every rank
 
     @property
     def ways(self) -> list[Way]:
@@ -104,9 +102,8 @@ class ModelRunner:
         traffic = self.exchange.transport
         bytes_before, seconds_before = traffic.num_bytes, traffic.num_seconds
         self.states.apply(step)
-        way = self.by_tokens
-        if self.by_heads is not None and self.runs_by_heads(step.batch):
-            way = self.by_heads
+        way = self.by_heads if step.by_heads else self.by_tokens
+        assert way is not None, "steps by heads need a model that divides"
         plan = plan_step(step.batch, way.layout, UNPADDED if way.graphs is None else way.graphs.buckets)
         batch = prepare(step.batch, plan, self.states, self.mesh.rank, self.cache.block_size)
         hidden_states = self._forward(way, batch)

@@ -7,7 +7,6 @@ captured. What both leave of the GPU is the cache's. All ranks run the same tria
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import torch
@@ -18,7 +17,7 @@ from twofold.config import RuntimeConfig
 from twofold.contract import NewRequest, ScheduledBatch, Step
 from twofold.parallel.costs import StepCosts
 from twofold.sampling_params import SamplingParams
-from twofold.worker.cuda_graphs import PREFILL_ROUNDING
+from twofold.worker.cuda_graphs import HEADS_PREFILL, PREFILL_ROUNDING
 from twofold.worker.model_runner import ModelRunner
 
 MIN_TOKENS_TO_CAPTURE, MAX_TOKENS_TO_CAPTURE = PREFILL_ROUNDING[0][0], PREFILL_ROUNDING[-1][0]  # of a rank
@@ -34,13 +33,19 @@ class TrialSteps:
 
     def __init__(self, runtime: RuntimeConfig, runner: ModelRunner) -> None:
         self.runtime, self.runner = runtime, runner
+        self._by_heads = False  # the layout of trial steps
         self.num_tokens_to_capture = 0  # of a rank in the longest prefill that is worth a CUDA graph; 0: no graphs
 
     def measure_room(self) -> int:
         """Bytes left for the cache, of the share of the GPU that the engine may use."""
         runtime = self.runtime
         torch.cuda.reset_peak_memory_stats()
-        self._run_largest_step()
+        for self._by_heads in {runtime.engine.step_layout == "heads", False}:
+            self._run_largest_step()
+        if self.runner.by_heads is not None:
+            self._by_heads = True
+            self._run_tokens(HEADS_PREFILL[-1])
+            self._by_heads = False
         peak = int(torch.cuda.max_memory_allocated() * 1.05)
         # Nothing was cached before that step; expanding a long prefix takes more.
         num_tokens = -(-runtime.max_num_batched_tokens // self.runner.mesh.size)
@@ -84,14 +89,10 @@ class TrialSteps:
             "prefill": min(self.runtime.max_num_batched_tokens, self.runtime.max_model_len - 1),
         }
         kinds = {kind: [size for size in sizes[kind] if size <= limit] or [1] for kind, limit in most.items()}
-        chooses, seconds = self.runner.runs_by_heads, []
-        try:
-            for by_heads in (False, True):
-                self.runner.runs_by_heads = partial(_always, by_heads)
-                seconds += [self._seconds_of_decodes(size) for size in kinds["decode"]]
-                seconds += [self._seconds_of(size, NUM_TIMED) for size in kinds["prefill"]]
-        finally:
-            self.runner.runs_by_heads = chooses
+        seconds = []
+        for self._by_heads in (False, True):
+            seconds += [self._seconds_of_decodes(size) for size in kinds["decode"]]
+            seconds += [self._seconds_of(size, NUM_TIMED) for size in kinds["prefill"]]
         mine = torch.tensor(seconds, dtype=torch.float64, device=self.runner.device.torch_device)
         everyones = mine.new_empty(self.runner.mesh.size * len(mine))
         self.runner.mesh.all_gather(everyones, mine)
@@ -121,11 +122,14 @@ class TrialSteps:
 
     def _seconds_of(self, num_tokens: int, num_timed: int = 1) -> float:
         """Time of a prefill of so many tokens over all ranks."""
+        return self._least_seconds(lambda: self._run_tokens(num_tokens), num_timed)
+
+    def _run_tokens(self, num_tokens: int) -> None:
+        """Runs a prefill of so many tokens, in as few requests as can have them."""
         longest = self.runtime.max_model_len - 1
-        full, rest = divmod(num_tokens, longest)
+        full, rest = divmod(min(num_tokens, self.runtime.max_num_batched_tokens), longest)
         lengths = ([longest] * full + [rest] * (rest > 0))[: self.runtime.engine.max_num_seqs]
-        params = [SamplingParams(temperature=0)] * len(lengths)
-        return self._least_seconds(lambda: self._run_prefill(lengths, params), num_timed)
+        self._run_prefill(lengths, [SamplingParams(temperature=0)] * len(lengths))
 
     def _least_seconds(self, run: Callable[[], None], num_timed: int) -> float:
         """The least time of a few runs, after one in which kernels are compiled."""
@@ -166,10 +170,6 @@ class TrialSteps:
 
     def _run(self, step: Step) -> None:
         """Runs a step to its end, and forgets its requests."""
-        self.runner.collect(self.runner.launch(step))
+        self.runner.collect(self.runner.launch(replace(step, by_heads=self._by_heads)))
         removed = tuple(new.state_idx for new in step.new)
         self.runner.states.apply(Step(-1, removed, (), {}, step.batch))
-
-
-def _always(by_heads: bool, batch: ScheduledBatch) -> bool:
-    return by_heads

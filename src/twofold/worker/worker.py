@@ -40,7 +40,6 @@ from twofold.kv.cache import KVCache, bytes_per_block
 from twofold.models.decoder import DecoderModel
 from twofold.models.heads import divide
 from twofold.models.loader import empty_model, fix_rope, load_model, share_weights
-from twofold.parallel.costs import StepCosts
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.mesh import Mesh, make_mesh
 from twofold.parallel.plan import TokenLayout
@@ -125,8 +124,6 @@ class Rank:
             if layout == "heads":
                 raise ModelError(f"steps cannot run by heads: {error}; use step_layout='auto'", field="model") from None
             return str(error)
-        if layout == "heads":
-            self.runner.runs_by_heads = lambda batch: True
         return None
 
     def allocate(self, message: Allocate) -> Allocated:
@@ -136,12 +133,10 @@ class Rank:
         if self._trial.num_tokens_to_capture:
             with self.phase("graphs"):
                 self.runner.capture_graphs(self._trial.num_tokens_to_capture)
-        step_costs = message.step_costs
-        if self.runner.by_heads is not None and self.runtime.engine.step_layout == "auto":
-            if step_costs is None:
-                with self.phase("costs"):
-                    step_costs = self._trial.measure_costs().to_json()
-            self.runner.runs_by_heads = StepCosts.from_json(step_costs).by_heads
+        step_costs = None
+        if message.times_layouts:
+            with self.phase("costs"):
+                step_costs = self._trial.measure_costs().to_json()
         return Allocated(self.seconds, step_costs)
 
     def serve(self, channel: RankChannel) -> None:

@@ -1,0 +1,117 @@
+"""Time prompts and answers in each layout of a step, in one engine: by tokens, by heads, and as the engine chooses.
+
+    python benchmarks/layouts.py --model configs/Llama-3.1-8B --load-format dummy -pcp 2 --lens 16,256,1024 \
+        --decodes 1024x1,1024x32,65536x1,58880x8= --output-json F
+
+A decode is CONTEXTxBATCH; a `=` after it gives all requests the same prompt. Times are medians in milliseconds, of the
+whole engine: from the request to its token, and from one step's tokens to the next one's.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from pathlib import Path
+
+import numpy as np
+
+from twofold import LLM
+from twofold.bench.latency import start_drive
+from twofold.bench.report import describe, environment, print_table
+from twofold.config import EngineConfig
+from twofold.engine.engine import LLMEngine
+from twofold.flags import add_engine_arguments, chosen
+from twofold.sampling_params import SamplingParams
+
+NUM_STEPS = 48  # of which the median is taken
+NUM_PROMPTS = 7
+LAYOUTS = ("tokens", "heads", "auto")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_arguments(parser)
+    parser.add_argument("--lens", default="16,256,1024")
+    parser.add_argument("--decodes", default="1024x1,1024x8")
+    parser.add_argument("--layouts", default=",".join(LAYOUTS))
+    parser.add_argument("--profile", help="decodes to list kernels of, e.g. 1024x1", default="")
+    parser.add_argument("--output-json")
+    args = parser.parse_args()
+    lens = [int(n) for n in args.lens.split(",") if n]
+    decodes = [name for name in args.decodes.split(",") if name]
+    longest = max([*lens, *(int(name.split("x")[0]) for name in decodes)])
+    arguments = chosen(args, EngineConfig)
+    arguments.setdefault("max_model_len", longest + NUM_STEPS + 16)
+    arguments.setdefault("max_num_seqs", 32)
+    start = time.perf_counter()
+    with LLM(**arguments, skip_tokenizer_init=True) as llm:
+        engine = llm.engine
+        print(f"ready after {time.perf_counter() - start:.1f} s", engine.reports[0].seconds)
+        print("costs of steps:", engine.step_costs, engine.reports[0].only_by_tokens or "", flush=True)
+        ways = {"tokens": lambda batch: False, "heads": lambda batch: True, "auto": engine.runs_by_heads}
+        rows = []
+        for what in [*lens, *decodes]:
+            row = {"what": f"TTFT {what}" if isinstance(what, int) else f"decode {what}"}
+            for layout in args.layouts.split(","):
+                engine.runs_by_heads = ways[layout]
+                row[layout] = round(ttft_ms(engine, what) if isinstance(what, int) else decode_ms(engine, what), 3)
+            rows.append(row)
+            print(row, flush=True)
+        for name in [name for name in args.profile.split(",") if name]:
+            for layout in args.layouts.split(","):
+                engine.runs_by_heads = ways[layout]
+                print(f"--- {name} {layout}", flush=True)
+                decode_ms(engine, name, profile=True)
+        result = {"settings": describe(engine), "costs": str(engine.step_costs), "environment": environment()}
+    print_table([list(rows[0]), *([str(x) for x in row.values()] for row in rows)])
+    if args.output_json:
+        Path(args.output_json).write_text(json.dumps(result | {"ms": rows}, indent=1, default=str) + "\n")
+
+
+def ttft_ms(engine: LLMEngine, length: int) -> float:
+    """Of prompts that share nothing with those before."""
+    times = []
+    for _ in range(NUM_PROMPTS if length < 50_000 else 3):
+        rng = np.random.default_rng(time.perf_counter_ns())
+        ids = rng.integers(0, engine.vocab_size, length).tolist()
+        with start_drive(engine) as drive:
+            start = time.perf_counter()
+            drive.add("prompt", ids, SamplingParams(temperature=0, max_tokens=1, ignore_eos=True))
+            for _ in drive:
+                times.append((time.perf_counter() - start) * 1e3)
+    return statistics.median(times[1:])
+
+
+def decode_ms(engine: LLMEngine, name: str, profile: bool = False) -> float:
+    """A step of a batch of decodes."""
+    context, batch = (int(part) for part in name.rstrip("=").split("x"))
+    rng = np.random.default_rng(context + batch)
+    params = SamplingParams(temperature=0, max_tokens=NUM_STEPS + 8, ignore_eos=True)
+    prompt = rng.integers(0, engine.vocab_size, context).tolist()
+    ends = []
+    with start_drive(engine) as drive:
+        for number in range(batch):
+            if not name.endswith("="):
+                prompt = rng.integers(0, engine.vocab_size, context).tolist()
+            drive.add(f"{number}", prompt, params)
+        for outputs in drive:
+            if len(outputs) == batch:
+                ends.append(time.perf_counter())
+                if profile and len(ends) == 8:
+                    engine.profile(True)
+                if profile and len(ends) == 24:
+                    breakdown = engine.profile(False)[0]
+    steps = np.diff(ends)[3:-2] * 1e3
+    if profile and breakdown is not None:
+        num_launched = 16 + engine.max_steps_in_flight - 1
+        print(
+            f"busy {breakdown.busy / num_launched:.3f} ms",
+            {k: round(v / num_launched, 3) for k, v in breakdown.kinds.items()},
+        )
+        for kernel, total, count in breakdown.kernels[:22]:
+            print(f"  {total / num_launched:8.4f} ms  {count / num_launched:6.1f} x  {kernel[:100]}")
+    return float(np.median(steps))
+
+
+if __name__ == "__main__":
+    main()
