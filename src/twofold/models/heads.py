@@ -144,7 +144,7 @@ def _divides(group: _Group, num_ranks: int) -> bool:
 def _divide_child(parent: torch.nn.Module, name: str, style: str, mesh: Mesh) -> None:
     module: Any = parent.get_submodule(name)
     if isinstance(module, Part):
-        setattr(parent, name, module.of_rank(mesh.rank))
+        module.keep_rank(mesh.rank)
     elif style == "colwise":
         for field, tensor in module.named_parameters():
             setattr(module, field, _part(tensor, 0, mesh))

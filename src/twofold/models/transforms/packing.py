@@ -29,6 +29,7 @@ class Part(torch.nn.Module):
         super().__init__()
         self.packed, self.start, self.size, self.num_parts = packed, start, size, num_parts
         self.in_features, self.out_features = packed.in_features, size * num_parts
+        self._num_outputs = packed.out_features
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] → [..., out_features]; a view if there is one part."""
@@ -36,14 +37,15 @@ class Part(torch.nn.Module):
         parts: torch.Tensor = product.unflatten(-1, (self.num_parts, -1))
         return parts.narrow(-1, self.start, self.size).flatten(-2)
 
-    def of_rank(self, rank: int) -> "Part":
-        """What a rank computes by heads: its part alone. The weight is a view."""
-        size = self.packed.out_features // self.num_parts
-        packed = Linear(self.in_features, size, bias=self.packed.bias is not None, device="meta")
-        for field, whole in self.packed.named_parameters():
-            view = whole.narrow(0, rank * size, size)
-            setattr(packed, field, torch.nn.Parameter(view, requires_grad=False))
-        return Part(packed, self.start, self.size, 1)
+    def keep_rank(self, rank: int) -> None:
+        """Computes what a rank does by heads: its part alone. The weight becomes a view, once for all that share it."""
+        size = self._num_outputs // self.num_parts
+        if self.packed.out_features == self._num_outputs:  # no sibling has done it
+            for field, whole in self.packed.named_parameters():
+                view = whole.narrow(0, rank * size, size)
+                setattr(self.packed, field, torch.nn.Parameter(view, requires_grad=False))
+            self.packed.out_features = size
+        self.num_parts, self.out_features, self._num_outputs = 1, self.size, size
 
 
 class PackProjections(Transform):
