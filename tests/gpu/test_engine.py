@@ -127,6 +127,24 @@ def test_float32_tokens_are_those_of_transformers(
 
 
 @pytest.mark.parametrize("num_ranks", RANKS)
+@pytest.mark.parametrize("enforce_eager", [True, False])
+def test_answers_that_share_a_prefix(folder: Path, num_ranks: int, enforce_eager: bool) -> None:
+    """Seven answers read their prompt once in each step, also where another request is in the step."""
+    rng = np.random.default_rng(1)
+    prompts = [rng.integers(0, 49152, length).tolist() for length in (6000, 300)]
+    model, expected = load(folder, torch.float32), []
+    for prompt in prompts:
+        ids = torch.tensor([prompt], device="cuda")
+        answer = model.generate(ids, do_sample=False, max_new_tokens=24, eos_token_id=None)
+        expected.append(answer[0, len(prompt) :].tolist())
+    params = [SamplingParams(top_k=1, max_tokens=24, ignore_eos=True, n=n) for n in (7, 1)]
+    with engine(folder, num_ranks, dtype="float32", enforce_eager=enforce_eager) as llm:
+        outputs = llm.generate([{"prompt_token_ids": p} for p in prompts], params, use_tqdm=False)
+    for output, tokens in zip(outputs, expected, strict=True):
+        assert [answer.token_ids for answer in output.outputs] == [tokens] * len(output.outputs)
+
+
+@pytest.mark.parametrize("num_ranks", RANKS)
 def test_bfloat16_is_as_close_to_float32_as_transformers(
     folder: Path, prompts: list[list[int]], num_ranks: int
 ) -> None:

@@ -45,24 +45,24 @@ def largest_shared_prefix(
     """
     nothing = np.empty(0, np.int64), 0
     limits = (seq_lens - 1) // block_size  # [V] blocks before the one of the last token
-    width = int(limits.max(initial=0))
-    if not width or len(np.unique(block_tables[:, 0])) == len(block_tables):
+    num_columns = int(limits.max(initial=0))
+    if not num_columns or len(np.unique(block_tables[:, 0])) == len(block_tables):
         return nothing
     # In the order of their bytes, rows that begin alike are neighbours.
-    tables = np.ascontiguousarray(block_tables[:, :width])
-    order = np.argsort(tables.view(np.dtype((np.void, tables.itemsize * width)))[:, 0])
+    tables = np.ascontiguousarray(block_tables[:, :num_columns])
+    order = np.argsort(tables.view(np.dtype((np.void, tables.itemsize * num_columns)))[:, 0])
     tables, limits = tables[order], limits[order]
     same = tables[1:] == tables[:-1]
-    common = np.where(same.all(1), width, same.argmin(1))  # [V - 1] row -> leading blocks that the next one has, too
+    common = np.where(
+        same.all(1), num_columns, same.argmin(1)
+    )  # [V - 1] row -> leading blocks that the next one has, too
     common = np.minimum(common, np.minimum(limits[1:], limits[:-1]))
-    # The largest rectangle below `common`: as high as common[i], and as wide as no neighbour is lower.
-    place = np.arange(len(common))
-    is_lower = common < common[:, None]
-    first = np.where(is_lower & (place < place[:, None]), place + 1, 0).max(1)
-    end = np.where(is_lower & (place > place[:, None]), place, len(common)).min(1)
-    best = int(np.argmax((end - first) * common))
-    num_blocks = int(common[best])
-    return (np.sort(order[first[best] : end[best] + 1]), num_blocks) if num_blocks > 0 else nothing
+    # The largest rectangle below `common`: for each height that occurs, how far it goes back from each place.
+    heights, place = np.unique(common)[:, None], np.arange(len(common))
+    widths = place - np.maximum.accumulate(np.where(common < heights, place, -1), axis=1)  # [heights, V - 1]
+    height, last = np.unravel_index(np.argmax(widths * heights), widths.shape)
+    num_blocks, width = int(heights[height, 0]), int(widths[height, last])
+    return (np.sort(order[last - width + 1 : last + 2]), num_blocks) if num_blocks > 0 else nothing
 
 
 def padded_num_rows(num_rows: int) -> int:

@@ -28,7 +28,7 @@ from twofold.parallel.shared_memory import share
 CACHE_LINE = 64  # bytes
 NUM_LOOKS = 100  # at a peer's flag, some microseconds, before others may have this core
 YIELD_SECONDS = 2e-3  # that a rank looks again at once; then it sleeps between looks
-SLEEP_SECONDS = 50e-6
+SLEEP_SECONDS = 200e-6
 NUM_SHAPES = 256  # whose views of the shared memory are kept
 PUSH_BYTES = 1 << 20  # of a rank's x that our own kernel has room for
 LEAST_TIMED_BYTES = 4 << 10
