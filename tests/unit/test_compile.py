@@ -20,17 +20,17 @@ QKV, KV, GATE_UP = 2, 1, 1  # products fewer in a layer
 
 
 @pytest.mark.parametrize(
-    ("family", "with_queries", "fewer"),
-    [("llama", True, QKV + GATE_UP), ("llama", False, KV + GATE_UP), ("qwen2", True, QKV + GATE_UP), ("phi3", True, 0)],
+    ("family", "num_ranks", "fewer"),
+    [("llama", 1, QKV + GATE_UP), ("llama", 2, KV + GATE_UP), ("qwen2", 1, QKV + GATE_UP), ("phi3", 1, 0)],
 )
 @torch.inference_mode()
-def test_packed_models_compute_the_same(family: str, with_queries: bool, fewer: int) -> None:
+def test_packed_models_compute_the_same(family: str, num_ranks: int, fewer: int) -> None:
     """Qwen2's projections have biases; Phi-3's are packed by the family itself."""
     model = tiny_model(tiny_config(family))
     ids = torch.arange(7)[None] * 3
     expected = model(ids).logits
     weights = sum(p.numel() for p in model.parameters())
-    packing = PackProjections(model, with_queries)
+    packing = PackProjections(model, num_ranks)
     assert transform(packing, model.dtype) == (fewer > 0)
     assert sum(len(names) - 1 for _, names in packing.siblings) == fewer * model.config.num_hidden_layers
     assert sum(p.numel() for p in model.parameters()) == weights
@@ -47,7 +47,7 @@ def test_packed_projections_that_compute_otherwise_are_unpacked(monkeypatch: pyt
     weights = sum(p.numel() for p in model.parameters())
     forward = Part.forward
     monkeypatch.setattr(Part, "forward", lambda part, x: forward(part, x).flip(-1))
-    assert not transform(PackProjections(model, with_queries=True), model.dtype)
+    assert not transform(PackProjections(model, num_ranks=1), model.dtype)
     assert [type(module) for module in model.modules()] == kinds
     assert sum(p.numel() for p in model.parameters()) == weights
     torch.testing.assert_close(model(ids).logits, expected, atol=1e-5, rtol=1e-5)
