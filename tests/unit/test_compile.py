@@ -58,7 +58,7 @@ def test_a_compiled_layer_runs_one_product_for_all_parts() -> None:
     """Each part asks for the whole product: left to the compiler alone, all of them ran."""
     apart: PreTrainedModel = tiny_model(tiny_config("llama"))
     packed = copy.deepcopy(apart)
-    assert transform(PackProjections(packed, with_queries=True), packed.dtype)
+    assert transform(PackProjections(packed, num_ranks=1), packed.dtype)
     products: Counter[str] = Counter()
 
     def count(graph: Any, _: Any) -> Any:
