@@ -6,6 +6,10 @@
 
 Program b of a kernel waits for program b of the same kernel on the peers, and for no other.
 
+A flag may be seen only after the part, which costs a round trip to the peer. If `packed`, each number of a part travels
+with the number of the sum in one word of 8 bytes instead: whoever finds the number of the sum there has the part. That
+is faster for small parts ("LL" in NCCL).
+
 There are two buffers, used in turn. A rank that pushes its part of sum n + 2 has finished kernel n + 1, which saw flags
 n + 1 of all peers. A peer sets those when its kernel n has ended, and so has read all parts of sum n. The number of the
 sum is kept on the device, and the kernels count it up. So it does not matter which graphs are replayed in which order,
@@ -25,6 +29,87 @@ FLAG_BYTES = 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
+def _push(
+    values: tl.tensor,
+    offsets: tl.tensor,
+    inside: tl.tensor,
+    buffers: tl.tensor,
+    place: tl.tensor,
+    rank: tl.constexpr,
+    size: tl.constexpr,
+) -> None:
+    """Writes my values to byte `place` of every peer's buffer."""
+    for distance in tl.static_range(1, size):  # no two ranks push to the same peer at the same time
+        part = tl.load(buffers + (rank + distance) % size) + place
+        numbers = tl.multiple_of(part.to(tl.pointer_type(values.dtype)), 16)  # so that 16 bytes travel together
+        tl.store(numbers + offsets, values, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _signal_and_wait(
+    number: tl.tensor,
+    mine: tl.tensor,
+    buffers: tl.tensor,
+    rank: tl.constexpr,
+    size: tl.constexpr,
+    padded_size: tl.constexpr,
+) -> None:
+    """Says to all peers that this program has pushed part `number`, and waits until theirs have."""
+    program = tl.program_id(0)
+    # All threads have pushed before one of them says so; the release covers what the barrier has ordered before it.
+    tl.debug_barrier()
+    peers = tl.arange(0, padded_size)
+    theirs = tl.load(buffers + peers, mask=peers < size, other=0).to(tl.pointer_type(tl.int64))
+    is_peer = (peers < size) & (peers != rank)
+    tl.atomic_xchg(theirs + program * size + rank, number, mask=is_peer, sem="release", scope="sys")
+    flags = mine.to(tl.pointer_type(tl.int64)) + program * size
+    for distance in tl.static_range(1, size):
+        flag = flags + (rank + distance) % size
+        while tl.atomic_add(flag, 0, sem="acquire", scope="sys") < number:
+            pass
+    tl.debug_barrier()
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _push_words(
+    values: tl.tensor,
+    offsets: tl.tensor,
+    inside: tl.tensor,
+    number: tl.tensor,
+    buffers: tl.tensor,
+    place: tl.tensor,
+    rank: tl.constexpr,
+    size: tl.constexpr,
+) -> None:
+    """The same in words: the lower half of the sum's number above, a value below."""
+    if values.dtype.primitive_bitwidth == 16:
+        bits = values.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
+    else:
+        bits = values.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
+    for distance in tl.static_range(1, size):
+        part = tl.load(buffers + (rank + distance) % size) + place
+        words = tl.multiple_of(part.to(tl.pointer_type(tl.int64)), 16)
+        tl.store(words + offsets, (number << 32) | bits, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _wait_for_words(
+    pushed: tl.tensor, offsets: tl.tensor, inside: tl.tensor, number: tl.tensor, dtype: tl.constexpr
+) -> tl.tensor:
+    """A peer's values, as soon as all of them are in my buffer, at address `pushed`."""
+    places = tl.multiple_of(pushed.to(tl.pointer_type(tl.int64)), 16) + offsets
+    mark = (number << 32) >> 32
+    words = tl.load(places, mask=inside, other=number << 32, volatile=True)
+    while tl.max(((words >> 32) != mark).to(tl.int32), axis=0) > 0:
+        words = tl.load(places, mask=inside, other=number << 32, volatile=True)
+    if dtype.primitive_bitwidth == 16:
+        values = words.to(tl.int16).to(dtype, bitcast=True)
+    else:
+        values = words.to(tl.int32).to(dtype, bitcast=True)
+    return values
+
+
+@triton.jit  # type: ignore[untyped-decorator]
 def _exchange(
     values: tl.tensor,
     offsets: tl.tensor,
@@ -37,38 +122,29 @@ def _exchange(
     size: tl.constexpr,
     padded_size: tl.constexpr,
     max_programs: tl.constexpr,
+    packed: tl.constexpr,
 ) -> tl.tensor:
     """My `values`, which are at `offsets` of x → their sum over all ranks, rounded once."""
     program = tl.program_id(0)
     number = tl.load(counts + program) + 1
     turn = (number % 2) * (size * part_bytes) + flags_bytes
-    for distance in tl.static_range(1, size):  # no two ranks push to the same peer at the same time
-        part = tl.load(buffers + (rank + distance) % size) + turn + rank * part_bytes
-        pushed = tl.multiple_of(part.to(tl.pointer_type(values.dtype)), 16)  # so that 16 bytes travel together
-        tl.store(pushed + offsets, values, mask=inside)
-
-    # All threads have pushed before one of them says so; the release covers what the barrier has ordered before it.
-    tl.debug_barrier()
-    peers = tl.arange(0, padded_size)
-    theirs = tl.load(buffers + peers, mask=peers < size, other=0).to(tl.pointer_type(tl.int64))
-    is_peer = (peers < size) & (peers != rank)
-    tl.atomic_xchg(theirs + program * size + rank, number, mask=is_peer, sem="release", scope="sys")
-
     mine = tl.load(buffers + rank)
-    flags = mine.to(tl.pointer_type(tl.int64)) + program * size
-    for distance in tl.static_range(1, size):
-        flag = flags + (rank + distance) % size
-        while tl.atomic_add(flag, 0, sem="acquire", scope="sys") < number:
-            pass
-    tl.debug_barrier()
+    if packed:
+        _push_words(values, offsets, inside, number, buffers, turn + rank * part_bytes, rank, size)
+    else:
+        _push(values, offsets, inside, buffers, turn + rank * part_bytes, rank, size)
+        _signal_and_wait(number, mine, buffers, rank, size, padded_size)
 
     total = values.to(tl.float32)
     for source in tl.static_range(size):
         part = values
         if source != rank:
-            address = mine + turn + source * part_bytes
-            pushed = tl.multiple_of(address.to(tl.pointer_type(values.dtype)), 16)
-            part = tl.load(pushed + offsets, mask=inside, other=0.0, cache_modifier=".cg")
+            pushed = mine + turn + source * part_bytes
+            if packed:
+                part = _wait_for_words(pushed, offsets, inside, number, values.dtype)
+            else:
+                numbers = tl.multiple_of(pushed.to(tl.pointer_type(values.dtype)), 16)
+                part = tl.load(numbers + offsets, mask=inside, other=0.0, cache_modifier=".cg")
         if source == 0:
             total = part.to(tl.float32)
         else:
@@ -94,6 +170,7 @@ def _sum_kernel(
     size: tl.constexpr,
     padded_size: tl.constexpr,
     max_programs: tl.constexpr,
+    packed: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     """Grid (blocks of x)."""
@@ -101,7 +178,7 @@ def _sum_kernel(
     inside = offsets < numel
     values = tl.load(x + offsets, mask=inside, other=0.0)
     total = _exchange(
-        values, offsets, inside, buffers, counts, flags_bytes, part_bytes, rank, size, padded_size, max_programs
+        values, offsets, inside, buffers, counts, flags_bytes, part_bytes, rank, size, padded_size, max_programs, packed
     )
     tl.store(out + offsets, total, mask=inside)
 
@@ -123,6 +200,7 @@ def _sum_norm_kernel(
     size: tl.constexpr,
     padded_size: tl.constexpr,
     max_programs: tl.constexpr,
+    packed: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     """Grid (rows of x)."""
@@ -133,7 +211,7 @@ def _sum_norm_kernel(
     before = tl.load(residual + offsets, mask=inside, other=0.0)  # these arrive while this rank waits for its peers
     scale = tl.load(weight + column, mask=inside, other=0.0)
     total = _exchange(
-        values, offsets, inside, buffers, counts, flags_bytes, part_bytes, rank, size, padded_size, max_programs
+        values, offsets, inside, buffers, counts, flags_bytes, part_bytes, rank, size, padded_size, max_programs, packed
     )
     # Rounded where separate kernels round.
     after = (total.to(tl.float32) + before.to(tl.float32)).to(values.dtype)
@@ -147,10 +225,12 @@ def _sum_norm_kernel(
 class PushSum:
     """Sums of up to `max_num_bytes`, with or without the residual and the norm that follow."""
 
-    def __init__(self, mesh: ProcessMesh, device: torch.device, max_num_bytes: int) -> None:
+    def __init__(self, mesh: ProcessMesh, device: torch.device, max_num_bytes: int, packed: bool = False) -> None:
         size = mesh.size
-        self.max_num_bytes = max_num_bytes
-        flags_bytes, part_bytes = MAX_PROGRAMS * size * FLAG_BYTES, -(-max_num_bytes // 128) * 128
+        self.max_num_bytes, self._packed = max_num_bytes, packed
+        # Packed, two bytes take eight; a type of four bytes has room for half as much.
+        part_bytes = -(-max_num_bytes // 128) * 128 * (4 if packed else 1)
+        flags_bytes = MAX_PROGRAMS * size * FLAG_BYTES
         self._buffer = symmetric_memory.empty(flags_bytes + 2 * size * part_bytes, dtype=torch.uint8, device=device)
         self._buffer.zero_()
         self._handle = symmetric_memory.rendezvous(self._buffer, mesh.group)
@@ -159,13 +239,13 @@ class PushSum:
         self._counts = torch.zeros(MAX_PROGRAMS, dtype=torch.long, device=device)  # program -> sums so far
         self._constants = {
             "flags_bytes": flags_bytes, "part_bytes": part_bytes, "rank": mesh.rank, "size": size,
-            "padded_size": triton.next_power_of_2(size), "max_programs": MAX_PROGRAMS,
+            "padded_size": triton.next_power_of_2(size), "max_programs": MAX_PROGRAMS, "packed": packed,
         }  # fmt: skip
         self._handle.barrier(channel=0)  # no flag is set before all are zero
         torch.cuda.synchronize(device)
 
     def fits(self, x: torch.Tensor) -> bool:
-        return x.nbytes <= self.max_num_bytes and x.numel() <= MAX_PROGRAMS * BLOCK
+        return self._has_room(x) and x.numel() <= MAX_PROGRAMS * BLOCK
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., W] of this rank → the sum over all ranks, in float32 in the order of ranks, rounded once."""
@@ -176,7 +256,10 @@ class PushSum:
         return out
 
     def fits_rows(self, x: torch.Tensor) -> bool:
-        return x.nbytes <= self.max_num_bytes and len(x) <= MAX_PROGRAMS
+        return self._has_room(x) and len(x) <= MAX_PROGRAMS
+
+    def _has_room(self, x: torch.Tensor) -> bool:
+        return (2 * x.numel() if self._packed else x.nbytes) <= self.max_num_bytes
 
     def add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float

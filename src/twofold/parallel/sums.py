@@ -30,7 +30,7 @@ NUM_LOOKS = 100  # at a peer's flag, some microseconds, before others may have t
 YIELD_SECONDS = 2e-3  # that a rank looks again at once; then it sleeps between looks
 SLEEP_SECONDS = 200e-6
 NUM_SHAPES = 256  # whose views of the shared memory are kept
-PUSH_BYTES = 1 << 20  # of a rank's x that our own kernel has room for
+PUSH_BYTES, PACKED_BYTES = 1 << 20, 128 << 10  # of a rank's x that our own kernels have room for
 LEAST_TIMED_BYTES = 4 << 10
 NUM_TIMED_CALLS, NUM_TIMED_REPLAYS = 16, 10  # of one way and size when ranks start
 
@@ -151,6 +151,7 @@ class SymmetricSum:
     """GPUs that reach each other's memory: for each size the way that was fastest when the ranks started.
 
         push        our kernel pushes x into every peer's buffer; each rank adds up all parts (`fused_sum.py`)
+        packed      the same, and each number travels with the number of the sum
         one_shot    x is copied into my buffer; each rank reads all buffers, and adds them up
         two_shot    the same for a share of x; then each rank reads the shares of all ranks
         nccl        NCCL's all-reduce, also for all that the buffers have no room for
@@ -171,10 +172,13 @@ class SymmetricSum:
         self._max_num_bytes = -(-max_num_bytes // 16) * 16
         self._buffer = symmetric_memory.empty(self._max_num_bytes, dtype=torch.uint8, device=device)
         self._handle = symmetric_memory.rendezvous(self._buffer, mesh.group)
-        self._push = PushSum(mesh, device, min(self._max_num_bytes, PUSH_BYTES))
+        self._pushes = {
+            "push": PushSum(mesh, device, min(self._max_num_bytes, PUSH_BYTES)),
+            "packed": PushSum(mesh, device, min(self._max_num_bytes, PACKED_BYTES), packed=True),
+        }
         self._view = lru_cache(NUM_SHAPES)(self._make_view)
         self._ways: dict[str, Sum] = {
-            "push": self._push, "one_shot": self._one_shot, "two_shot": self._two_shot, "nccl": AllReduce(mesh),
+            **self._pushes, "one_shot": self._one_shot, "two_shot": self._two_shot, "nccl": AllReduce(mesh),
         }  # fmt: skip
         self.choices = self._measure(mesh, device) if choices is None else choices
 
@@ -182,9 +186,13 @@ class SymmetricSum:
         way = next((way for num_bytes, way in self.choices if x.nbytes <= num_bytes), "nccl")
         return self._ways[way if self._can(way, x) else "nccl"](x)
 
+    def ways_for(self, x: torch.Tensor) -> list[str]:
+        """The ways that have room for x and take its type."""
+        return [way for way in self._ways if self._can(way, x)]
+
     def _can(self, way: str, x: torch.Tensor) -> bool:
-        if way == "push":
-            return self._push.fits(x)
+        if way in self._pushes:
+            return self._pushes[way].fits(x)
         is_kind = x.dtype in (torch.float32, torch.bfloat16) and x.nbytes % 16 == 0
         return way == "nccl" or (is_kind and x.nbytes <= self._max_num_bytes)
 
@@ -218,9 +226,8 @@ class SymmetricSum:
         times = torch.full((len(sizes), len(ways)), torch.inf, device=device)
         for i, num_bytes in enumerate(sizes):
             x = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device)
-            for j, way in enumerate(ways):
-                if self._can(way, x):
-                    times[i, j] = time_in_graph(self._ways[way], x)
+            for way in self.ways_for(x):
+                times[i, ways.index(way)] = time_in_graph(self._ways[way], x)
         torch.cuda.empty_cache()
         choices = agree(mesh, sizes, ways, times)
         logger.info("sums over ranks, up to so many bytes: %s", choices)
