@@ -63,7 +63,7 @@ def main() -> None:
                 print(f"--- {name} {layout}", flush=True)
                 decode_ms(engine, name, profile=True)
         result = {"settings": describe(engine), "costs": str(engine.step_costs), "environment": environment()}
-    print_table([list(rows[0]), *([str(x) for x in row.values()] for row in rows)])
+    print_table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
     if args.output_json:
         Path(args.output_json).write_text(json.dumps(result | {"ms": rows}, indent=1, default=str) + "\n")
 

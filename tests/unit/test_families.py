@@ -20,7 +20,7 @@ from twofold.errors import ModelError
 from twofold.models.decoder import DecoderModel
 from twofold.models.loader import fix_rope
 from twofold.models.probe import probe
-from twofold.models.support import FOUND_BY_PROBE, causal_model_types, refusal
+from twofold.models.support import FOUND_BY_PROBE, ONLY_BY_TOKENS, causal_model_types, refusal
 from twofold.sampling_params import SamplingParams
 
 ENCODER_DECODER = "encoder-decoder"
@@ -47,11 +47,6 @@ SERVED = {
 }  # fmt: skip
 # All tokens of these go through the last layer: the list of layers is not found, or code around the layers needs them.
 WHOLE = {"diffllama", "dory", "gpt2", "gpt_bigcode", "hrm_text", "longcat_flash"}
-# Steps of these run by tokens only: they have no plan, an unusual one, or more than heads in what it divides.
-BY_TOKENS = {
-    "afmoe", "beam", "biogpt", "bitnet", "ctrl", "dbrx", "diffllama", "dory", "gpt2", "gpt_bigcode", "hrm_text",
-    "jetmoe", "lfm2", "modernbert-decoder", "moshi", "opt", "persimmon", "phi3",
-}  # fmt: skip
 # What is not served, and a part of the reason that is given; versions may come that can be.
 REFUSED = {
     **dict.fromkeys(
@@ -162,7 +157,7 @@ def compare(config: PretrainedConfig) -> None:
         try:
             if layout == "mixed":
                 reason = engine.reports[0].only_by_tokens
-                assert (reason is not None) == (config.model_type in BY_TOKENS), f"by heads: {reason}"
+                assert (reason is not None) == (config.model_type in ONLY_BY_TOKENS), f"by heads: {reason}"
             found = prompt_logprobs(engine, prompts)
             params = SamplingParams(temperature=0, max_tokens=NUM_NEW_TOKENS)
             outputs = generate(engine, prompts, params)

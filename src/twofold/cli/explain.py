@@ -19,12 +19,13 @@ from rich.text import Text
 
 from twofold import ConfigError
 from twofold.contract import ScheduledBatch
-from twofold.parallel.plan import POLICIES, StepPlan, TokenLayout, plan_step
+from twofold.parallel.plan import POLICIES, HeadLayout, StepPlan, TokenLayout, plan_step
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.axis import Axis
 
+LAYOUTS = ("tokens", "heads")
 MAX_TOKENS, MAX_RANKS = 10**9, 1024
 CELLS_PER_TOKEN = 4  # at most
 MAX_REQUESTS_DRAWN, MAX_ROWS_LISTED = 40, 6
@@ -41,6 +42,9 @@ def configure(parser: ArgumentParser) -> None:
     )
     parser.add_argument(
         "--policy", "--partition-policy", default="dual_chunk_swap", metavar="S", help=f"one of {', '.join(POLICIES)}"
+    )
+    parser.add_argument(
+        "--step-layout", default="tokens", metavar="S", choices=LAYOUTS, help=f"one of {', '.join(LAYOUTS)}"
     )
     parser.add_argument("--png", metavar="FILE", help="also draw a picture to this file")
     parser.add_argument(
@@ -64,7 +68,8 @@ def run(args: Namespace) -> int:
             f"--computed must have a number for each of the {len(lens)} requests, got {len(computed)}", field="computed"
         )
     batch = ScheduledBatch.of(computed, lens)
-    part = plan_step(batch, TokenLayout(num_ranks, args.policy))
+    layout = HeadLayout(num_ranks) if args.step_layout == "heads" else TokenLayout(num_ranks, args.policy)
+    part = plan_step(batch, layout)
     draw(batch, part, args.policy, Console(highlight=False, soft_wrap=True))
     if args.png is not None:
         try:

@@ -38,6 +38,7 @@ class Verdict:
     model_type: str
     served: bool | None
     reason: str | None = None
+    only_by_tokens: str | None = None  # why no step of a served type runs by heads
 
 
 def run(args: Namespace) -> int:
@@ -95,10 +96,11 @@ def _judge_one(name: str, trust_remote_code: bool) -> Verdict:
 
 
 def _judge_config(config: Any, trust_remote_code: bool = False) -> Verdict:
-    from twofold.models.support import refusal
+    from twofold.models.support import ONLY_BY_TOKENS, refusal
 
-    reason = refusal(config, trust_remote_code)
-    return Verdict(config.model_type, reason is None, reason)
+    if reason := refusal(config, trust_remote_code):
+        return Verdict(config.model_type, False, reason)
+    return Verdict(config.model_type, True, only_by_tokens=ONLY_BY_TOKENS.get(config.model_type))
 
 
 def _show(verdicts: list[Verdict], version: str | None) -> None:
@@ -107,9 +109,10 @@ def _show(verdicts: list[Verdict], version: str | None) -> None:
     for verdict in sorted(verdicts, key=lambda verdict: (not verdict.served, verdict.served is None)):
         word, style = WORDS[verdict.served]
         line = Text(f"{word:8}", style=style).append(verdict.model_type, style="default")
-        if verdict.reason is not None:
+        by_tokens = verdict.only_by_tokens and f"all steps run by tokens: {verdict.only_by_tokens}"
+        if note := verdict.reason or by_tokens:
             line.pad_right(width - len(verdict.model_type) + 2)
-            line.append(verdict.reason, style="dim")
+            line.append(note, style="dim")
         console.print(line)
     console.print()
     if version is not None:

@@ -31,12 +31,15 @@ from twofold.parallel.mesh import Mesh
 from twofold.parallel.sums import Sum, summing
 
 NUM_TOKENS = 8  # of the forward passes that are compared
-STYLES = {"colwise", "rowwise"}
+STYLES = {"colwise", "rowwise", "packed"}
 WHOLE = {"replicated_with_grad_allreduce", "mla_kv_a_proj"}  # computed on every rank, also in the plan's own meaning
-# Of attention that a plan leaves out: some families' plans are for training only.
-ATTENTION_PLAN = dict.fromkeys(("q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj"), "colwise") | {
-    "o_proj": "rowwise"
-}
+# Of modules that a plan leaves out, or that have none: usual names, as good as a plan's where the results agree.
+ATTENTION_PLAN = dict.fromkeys(["q_proj", "q_b_proj", "k_proj", "v_proj", "kv_b_proj", "gate_proj"], "colwise")
+ATTENTION_PLAN |= dict.fromkeys(["o_proj", "out_proj"], "rowwise")
+MLP_PLAN = {"fc1": "colwise", "fc2": "rowwise"}
+# A plan gathers what comes of these, since it cannot tell their parts apart; divided apart, they need no gathering.
+PACKED = {"qkv_proj", "gate_up_proj"}
+OF_PACKED = {"colwise_gather_output": "packed", "rowwise_split_input": "rowwise"}
 COUNTS = re.compile(r"(num|n)_(attention_|key_value_|kv_)?heads?")  # attributes with a number of heads
 
 
@@ -53,6 +56,23 @@ class SummedLinear(torch.nn.Module):
         """x [..., in_features] → [..., out_features], the same on every rank."""
         total: torch.Tensor = torch.ops.twofold.sum_over_ranks(torch.nn.functional.linear(x, self.weight))
         return total if self.bias is None else total + self.bias
+
+
+class PackedLinear(torch.nn.Module):
+    """This rank's rows of each part of a packed projection, as views: of q, k and v, or of gate and up."""
+
+    def __init__(self, linear: Linear, sizes: list[int], mesh: Mesh) -> None:
+        """`sizes` of the parts, in rows of the whole weight."""
+        super().__init__()
+        self.weights = [_part(part, 0, mesh) for part in linear.weight.split(sizes)]
+        biases = [None] * len(sizes) if linear.bias is None else linear.bias.split(sizes)
+        self.biases = [None if part is None else _part(part, 0, mesh) for part in biases]
+        self.in_features, self.out_features = linear.in_features, linear.out_features // mesh.size
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """x [..., in_features] → [..., out_features]."""
+        parts = zip(self.weights, self.biases, strict=True)
+        return torch.cat([torch.nn.functional.linear(x, weight, bias) for weight, bias in parts], dim=-1)
 
 
 @dataclass(slots=True)
@@ -79,7 +99,7 @@ def divide(whole: DecoderModel, mesh: Mesh, total: Sum) -> DecoderModel:
         layer = attentions.get(id(group.parent))
         if _divides(group, mesh.size) and (layer is None or layers[layer]):
             for name, style in group.styles.items():
-                _divide_child(group.parent, name, style, mesh)
+                _divide_child(group.parent, name, style, None if layer is None else part.specs[layer], mesh)
             num_divided += 1
             if layer is not None:
                 divided_layers.add(layer)
@@ -110,9 +130,12 @@ def _groups(part: DecoderModel) -> list[_Group]:
         prefix = re.sub(r"\.\d+(?=\.|$)", ".*", _without_stand_in(part, name))
         children = [child for child, module in parent.named_children() if isinstance(module, Linear | Part)]
         styles = {child: plan[key] for child in children if (key := f"{prefix}.{child}") in plan}
-        if not styles and id(parent) in attentions:
-            styles = {child: ATTENTION_PLAN[child] for child in children if child in ATTENTION_PLAN}
+        if not styles:
+            usual = ATTENTION_PLAN if id(parent) in attentions else MLP_PLAN
+            styles = {child: usual[child] for child in children if child in usual}
         styles = {child: style for child, style in styles.items() if style not in WHOLE}
+        if PACKED & set(styles):
+            styles = {child: OF_PACKED.get(style, style) for child, style in styles.items()}
         if styles:
             groups.append(_Group(parent, styles))
     return groups
@@ -136,12 +159,14 @@ def _divides(group: _Group, num_ranks: int) -> bool:
             return False  # a subclass may compute something else
         if type(module) is Part and module.num_parts != num_ranks:
             return False
-        if (module.out_features if style == "colwise" else module.in_features) % num_ranks:
+        width = {"colwise": module.out_features, "packed": module.out_features // 2, "rowwise": module.in_features}
+        if width[style] % num_ranks:
             return False
     return True
 
 
-def _divide_child(parent: torch.nn.Module, name: str, style: str, mesh: Mesh) -> None:
+def _divide_child(parent: torch.nn.Module, name: str, style: str, spec: AttentionSpec | None, mesh: Mesh) -> None:
+    """`spec` of the layer's attention, if the parent is an attention module."""
     module: Any = parent.get_submodule(name)
     if isinstance(module, Part):
         module.keep_rank(mesh.rank)
@@ -149,6 +174,12 @@ def _divide_child(parent: torch.nn.Module, name: str, style: str, mesh: Mesh) ->
         for field, tensor in module.named_parameters():
             setattr(module, field, _part(tensor, 0, mesh))
         module.out_features = len(module.weight)
+    elif style == "packed":
+        sizes = [module.out_features // 2] * 2
+        if spec is not None:
+            num_keys = spec.num_kv_heads * spec.qk_head_dim
+            sizes = [spec.num_heads * spec.qk_head_dim, num_keys, spec.num_kv_heads * spec.v_head_dim]
+        setattr(parent, name, PackedLinear(module, sizes, mesh))
     else:
         setattr(parent, name, SummedLinear(_part(module.weight, 1, mesh), module.bias))
 
@@ -161,9 +192,14 @@ def _part(tensor: torch.Tensor, dim: int, mesh: Mesh) -> Parameter:
 
 def _divide_attention(module: torch.nn.Module, spec: AttentionSpec, mesh: Mesh) -> AttentionSpec:
     """The spec of this rank's heads; the module's own counts of heads become those of the rank."""
-    for name, value in list(vars(module).items()):
-        if COUNTS.fullmatch(name) and value in (spec.num_heads, spec.num_kv_heads):
-            setattr(module, name, value // mesh.size)
+    counting: list[Any] = [module]
+    if hasattr(module, "config"):
+        module.config = copy.copy(module.config)
+        counting.append(module.config)
+    for owner in counting:
+        for name, value in list(vars(owner).items()):
+            if COUNTS.fullmatch(name) and value in (spec.num_heads, spec.num_kv_heads):
+                setattr(owner, name, value // mesh.size)
     if spec.sinks is not None:
         own = [name for name, tensor in module.named_parameters(recurse=False) if len(tensor) == spec.num_heads]
         for name in own:

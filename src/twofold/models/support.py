@@ -25,6 +25,12 @@ FOUND_BY_PROBE = {
     "blt": "it attends to patches of bytes, in a way of its own",
     "doge": "which keys a token attends to depends on their values",
 }
+# Served types whose steps run by tokens only, as loading a model of them finds out, too.
+_NOTHING, _AT_ONCE = "no projection of it is known to divide", "it computes with all heads at once"
+ONLY_BY_TOKENS = {
+    **dict.fromkeys(["ctrl", "gpt2", "gpt_bigcode", "jetmoe", "modernbert-decoder", "persimmon"], _NOTHING),
+    **dict.fromkeys(["beam", "bitnet", "dbrx", "diffllama", "dory", "hrm_text", "moshi"], _AT_ONCE),
+}
 
 
 def causal_model_types() -> list[str]:
