@@ -3,8 +3,8 @@
 python benchmarks/server_disk.py --model tiny -pcp 2 --longest 1500 --output-json F
 
 Two real disks of 1 MiB are mounted for this process and its children only (`unshare`). One holds the home, the
-temporary folder and the server's log, the other is /dev/shm. What ranks share lies in memory without a name, which no mount limits;
-a limit on the size of files stands for memory that is full.
+temporary folder and the server's log, the other is /dev/shm. What ranks share lies in memory without a name, which no
+mount limits; a limit on the size of files stands for memory that is full.
 """
 
 import asyncio

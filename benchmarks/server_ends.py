@@ -13,6 +13,7 @@ import sys
 import tempfile
 import threading
 import time
+import uuid
 from argparse import Namespace
 from collections.abc import Iterator
 from contextlib import suppress
@@ -50,6 +51,7 @@ SCRIPTS = {  # what a user's script does -> the exit code
     "llm = make(); answer(llm); os._exit(4)": 4,
 }
 CALLS = "llm = make(); print('listening on', file=sys.stderr, flush=True); answer(llm, 2000)"
+Case = tuple[str, str, str | None, int]
 SIGNALS = {"SIGTERM": signal.SIGTERM, "SIGKILL": signal.SIGKILL, "Ctrl-C": signal.SIGINT}
 
 
@@ -68,17 +70,17 @@ def shared_memory() -> set[str]:
     return {*os.listdir("/dev/shm"), *Path("/proc/sysvipc/shm").read_text().splitlines()}
 
 
-def interrupt(process: subprocess.Popen[str], when: str, number: int, rng: random.Random) -> None:
-    """Sends the signal while the model loads, or when it is ready: a server idle or busy, a script within a call."""
+def interrupt(process: subprocess.Popen[str], when: str, number: int, pause: float) -> None:
+    """Sends the signal after a pause: while the model loads; or in an idle or busy server, or in a call of a script."""
     assert process.stderr is not None
     if when == "loading":
-        time.sleep(4.0 * rng.random())
+        time.sleep(pause)
     else:
         while "listening on" not in (line := process.stderr.readline()):
             assert line, "it ended by itself"
         if when == "busy":
             threading.Thread(target=read_stream, args=[line.split()[-1]], daemon=True).start()
-        time.sleep(rng.random())
+        time.sleep(pause % 1)
     if number == signal.SIGINT:  # a terminal sends it to the ranks, too
         os.killpg(process.pid, number)
     else:
@@ -92,7 +94,7 @@ def read_stream(url: str) -> None:
             pass
 
 
-def cases() -> Iterator[tuple[str, str, str | None, int]]:
+def cases() -> Iterator[Case]:
     """→ who, its code, when to send it a signal, and which signal or which exit code it has."""
     for number in SIGNALS.values():
         for when in ("loading", "idle", "busy"):
@@ -103,14 +105,14 @@ def cases() -> Iterator[tuple[str, str, str | None, int]]:
         yield "script", script, None, code
 
 
-def end(model: str, args: Namespace, case: tuple[str, str, str | None, int], rng: random.Random) -> dict[str, Any]:
+def end(model: str, args: Namespace, case: Case, pause: float) -> dict[str, Any]:
     """One start and its end → what is left."""
     who, script, when, number = case
     serve = ["-m", "twofold.cli.main", "serve", model, "-pcp", str(args.pcp), "--port", "0", "--drain-timeout", "1"]
     command = ["-c", OFFLINE + script, model, str(args.pcp)] if who == "script" else serve
     if who == "server":
         command += ["--served-model-name", "model", *args.engine.split()]
-    before, mark = shared_memory(), f"{rng.random()}"
+    before, mark = shared_memory(), str(uuid.uuid4())
     with tempfile.TemporaryDirectory() as folder:
         process = subprocess.Popen(
             [sys.executable, *command],
@@ -121,7 +123,7 @@ def end(model: str, args: Namespace, case: tuple[str, str, str | None, int], rng
             start_new_session=True,
         )
         if when is not None:
-            interrupt(process, when, number, rng)
+            interrupt(process, when, number, pause)
         _, errors = process.communicate(timeout=120)
         ended = time.monotonic()
         while (processes := marked(mark)) and time.monotonic() < ended + SECONDS:
@@ -150,8 +152,11 @@ def main() -> int:
     rng, ends = random.Random(args.seed), []
     with tempfile.TemporaryDirectory() as folder:
         model = tiny_or(args.model, Path(folder))
+        begin = time.monotonic()
+        end(model, args, ("script", "make().shutdown()", None, 0), 0.0)
+        seconds = time.monotonic() - begin  # in which a model is loaded
         for case in islice(cycle(cases()), args.ends):
-            ends.append(end(model, args, case, rng))
+            ends.append(end(model, args, case, seconds * rng.random()))
             print(ends[-1], file=sys.stderr)
     left = [one for one in ends if one["left"]]
     longest = max(one["seconds_until_gone"] for one in ends)
