@@ -16,9 +16,9 @@ import psutil
 from server_common import Server, arguments, memory_mib, requests, start, write
 
 
-async def visit(server: Server, body: dict[str, Any], rng: random.Random, patience: float) -> str:
+async def visit(url: str, body: dict[str, Any], rng: random.Random, patience: float) -> str:
     """Sends all or a part of a request, may read some of the answer, and disconnects, with or without a reset."""
-    host, port = server.url.removeprefix("http://").split(":")
+    host, port = url.removeprefix("http://").split(":")
     reader, writer = await asyncio.open_connection(host, int(port))
     content = json.dumps(body).encode()
     head = ["POST /v1/completions HTTP/1.1", "Host: x", "Content-Type: application/json"]
@@ -47,7 +47,7 @@ async def visit_all(server: Server, args: Namespace, rng: random.Random, num_cli
         async with gate:
             body = {**rng.choice(bodies), "stream": rng.random() < 0.7}
             body |= body.pop("extra_body")
-            when = await visit(server, body, rng, args.patience)
+            when = await visit(server.url, body, rng, args.patience)
             left[when] = left.get(when, 0) + 1
 
     await asyncio.gather(*(one() for _ in range(num_clients)))

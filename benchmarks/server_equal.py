@@ -12,17 +12,22 @@ from server_common import Server, alone, arguments, requests, start, stream, wri
 from twofold import LLM, SamplingParams
 
 
-async def at_once(server: Server, bodies: list[dict[str, Any]], streaming: bool) -> list[str]:
+async def at_once(server: Server, bodies: list[dict[str, Any]], streaming: bool) -> list[list[str]]:
     async with server.async_client(timeout=600) as client:
         if streaming:
-            return [answer[0] for answer in await asyncio.gather(*(stream(client, body) for body in bodies))]
+            return [reading.texts for reading in await asyncio.gather(*(stream(client, body) for body in bodies))]
         answers = await asyncio.gather(*(client.completions.create(**body) for body in bodies))
-        return [answer.choices[0].text for answer in answers]
+        return [[choice.text for choice in answer.choices] for answer in answers]
 
 
-def one_by_one(server: Server, bodies: list[dict[str, Any]]) -> list[str]:
+def one_by_one(server: Server, bodies: list[dict[str, Any]]) -> list[list[str]]:
+    answers = [[""] * body.get("n", 1) for body in bodies]
     with server.client(timeout=600) as client:
-        return ["".join(c.choices[0].text for c in client.completions.create(**body, stream=True)) for body in bodies]
+        for body, texts in zip(bodies, answers, strict=True):
+            for chunk in client.completions.create(**body, stream=True):
+                for choice in chunk.choices:
+                    texts[choice.index] += choice.text
+    return answers
 
 
 def main() -> int:
@@ -34,7 +39,7 @@ def main() -> int:
     params = [SamplingParams(**one, **body["extra_body"]) for one, body in zip(sampling, bodies, strict=True)]
     with LLM(args.model, prefill_context_parallel_size=1, max_model_len=4096) as llm:
         offline = llm.generate([body["prompt"] for body in bodies], params, use_tqdm=False)
-    expected = [output.outputs[0].text for output in offline]
+    expected = [[one.text for one in output.outputs] for output in offline]
     with start(args) as server:
         ways = {
             "sync": alone(server, bodies),

@@ -12,7 +12,7 @@ from server_common import Server, alone, arguments, memory_mib, requests, start,
 
 
 async def one_round(
-    server: Server, bodies: list[dict[str, Any]], expected: list[str], num_streams: int, seconds: float
+    server: Server, bodies: list[dict[str, Any]], expected: list[list[str]], num_streams: int, seconds: float
 ) -> dict[str, Any]:
     """`num_streams` clients send one request after another for `seconds`, and read each answer to its end."""
     start = time.monotonic()
@@ -24,16 +24,16 @@ async def one_round(
             which = turn % len(bodies)
             turn += 7
             try:
-                text, num_tokens, _ = await stream(client, bodies[which])
+                reading = await stream(client, bodies[which])
             except Exception as error:
                 counts["failed"] += 1
                 print(f"failed: {error}", file=sys.stderr)
                 continue
             counts["answers"] += 1
-            counts["tokens"] += num_tokens
-            if text != expected[which]:
+            counts["tokens"] += reading.num_tokens
+            if reading.texts != expected[which]:
                 counts["wrong"] += 1
-                print(f"wrong: request {which}: {text[:80]!r} for {expected[which][:80]!r}", file=sys.stderr)
+                print(f"wrong: request {which}: {reading.texts} for {expected[which]}", file=sys.stderr)
 
     async with server.async_client(timeout=600) as client:
         await asyncio.gather(*(client_loop(number) for number in range(num_streams)))
