@@ -132,3 +132,12 @@ def test_every_run_has_a_cell_where_there_are_enough(lengths: list[int], cells_p
 @pytest.mark.parametrize("num_ranks", [1, 2, 8, 9, 64])
 def test_ranks_have_colours_of_their_own(num_ranks: int) -> None:
     assert len({colour(rank, num_ranks) for rank in range(num_ranks)}) == num_ranks
+
+
+def test_a_step_by_heads_is_one_run_of_all_ranks(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["explain", "--lens", "8,1", "--computed", "0,4", "--step-layout", "heads"]) == 0
+    out = capsys.readouterr().out
+    assert "9 tokens of 2 requests on 2 ranks, by heads, each rank computes 1/2 of the heads and columns" in out
+    assert out.count("all ranks") == 1  # the decode is too short for it
+    assert "rank 0 computes 0[0..7] 1[4]" in out
+    assert "rank 1 computes 0[0..7] 1[4]" in out

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 LAYOUTS = ("tokens", "heads")
 MAX_TOKENS, MAX_RANKS = 10**9, 1024
+ALL_RANKS = -1  # in place of a rank, where all compute the same tokens
 CELLS_PER_TOKEN = 4  # at most
 MAX_REQUESTS_DRAWN, MAX_ROWS_LISTED = 40, 6
 # Okabe and Ito's colours, which colour-blind readers can tell apart.
@@ -127,10 +128,14 @@ class Run:
 
 
 def runs_of(batch: ScheduledBatch, part: StepPlan) -> list[list[Run]]:
-    """The runs of each request, in the order of tokens."""
+    """The runs of each request, in the order of tokens; by heads the same on every rank, so listed once."""
     ranks = np.repeat(np.arange(part.num_ranks), np.diff(part.row_ptr))
+    if part.by_heads:
+        ranks = np.full(part.row_ptr[1], ALL_RANKS)  # those of the first rank
     runs = [[Run(None, 0, computed)] if computed else [] for computed in batch.num_computed_tokens.tolist()]
-    rows = zip(part.request_idx.tolist(), part.start.tolist(), part.length.tolist(), ranks.tolist(), strict=True)
+    count = len(ranks)
+    columns = (part.request_idx[:count], part.start[:count], part.length[:count], ranks)
+    rows = zip(*(column.tolist() for column in columns), strict=True)
     for request, start, length, rank in sorted(rows):
         runs[request].append(Run(rank, start, length))
     return runs
@@ -138,11 +143,8 @@ def runs_of(batch: ScheduledBatch, part: StepPlan) -> list[list[Run]]:
 
 def draw(batch: ScheduledBatch, part: StepPlan, policy: str, console: Console) -> None:
     """Draws with characters, and with colours if the console has them."""
-    num_requests, num_tokens = len(batch), int(part.num_tokens.sum())
-    console.print(
-        f"one step: {_count(num_tokens, 'token')} of {_count(num_requests, 'request')} "
-        f"on {_count(part.num_ranks, 'rank')}, {policy}\n"
-    )
+    num_requests = len(batch)
+    console.print(f"one step: {_title(batch, part, policy)}\n")
     names = [f"request {number}" for number in range(min(num_requests, MAX_REQUESTS_DRAWN))]
     margin = max(len(name) for name in names) + 2
     notes = [
@@ -192,7 +194,7 @@ def cell_widths(lengths: Sequence[int], scale: float, width: int) -> list[int]:
 def _bar(rank: int | None, cells: int, num_ranks: int, console: Console) -> Text:
     if rank is None:
         return Text("·" * cells, style="dim")
-    label = str(rank)
+    label = "all ranks" if rank == ALL_RANKS else str(rank)
     if console.color_system is not None:
         shown = label if len(label) <= cells else ""
         return Text(f"{shown:^{cells}}", style=f"bold black on {colour(rank, num_ranks)}")
@@ -238,10 +240,18 @@ def _list_rows(part: StepPlan, rank: int) -> str:
 
 def colour(rank: int, num_ranks: int) -> str:
     """The colour of a rank, in the terminal and in pictures."""
+    if rank == ALL_RANKS:
+        return COLOURS[-1]
     if num_ranks <= len(COLOURS):
         return COLOURS[rank]
     red, green, blue = colorsys.hls_to_rgb(rank / num_ranks, 0.6 + 0.15 * (rank % 2), 0.75)
     return f"#{round(255 * red):02x}{round(255 * green):02x}{round(255 * blue):02x}"
+
+
+def _title(batch: ScheduledBatch, part: StepPlan, policy: str) -> str:
+    tokens = _count(int(batch.num_scheduled_tokens.sum()), "token")
+    how = f"by heads, each rank computes 1/{part.num_ranks} of the heads and columns" if part.by_heads else policy
+    return f"{tokens} of {_count(len(batch), 'request')} on {_count(part.num_ranks, 'rank')}, {how}"
 
 
 def _count(number: int, noun: str) -> str:
@@ -259,10 +269,7 @@ def draw_picture(batch: ScheduledBatch, part: StepPlan, policy: str, path: Path)
     num_drawn = min(len(runs), MAX_REQUESTS_DRAWN)
     figure = pyplot.figure(figsize=(11, max(4.2, 0.32 * num_drawn + 1.5)), layout="constrained")
     try:
-        figure.suptitle(
-            f"{_count(int(part.num_tokens.sum()), 'token')} of {_count(len(batch), 'request')} "
-            f"on {_count(part.num_ranks, 'rank')}, {policy}"
-        )
+        figure.suptitle(_title(batch, part, policy))
         grid = figure.add_gridspec(2, 2, width_ratios=(1.35, 1))
         _plot_runs(figure.add_subplot(grid[:, 0]), runs[:num_drawn], part.num_ranks)
         longest = int(batch.num_scheduled_tokens.argmax())
@@ -281,7 +288,7 @@ def _plot_runs(axes: "Axes", runs: Sequence[Sequence[Run]], num_ranks: int) -> N
             edge = shade if run.length < 0.01 * longest else "white"  # a white edge would hide a short run
             axes.barh(y, run.length, left=run.start, height=0.7, color=shade, edgecolor=edge, linewidth=1)
             if run.length > 0.04 * longest:
-                label = "in the cache" if run.rank is None else str(run.rank)
+                label = {None: "in the cache", ALL_RANKS: "all ranks"}.get(run.rank, str(run.rank))
                 if run.rank is not None or run.length > 0.25 * longest:
                     axes.text(run.start + run.length / 2, y, label, ha="center", va="center", fontsize=10)
     axes.set_yticks(range(len(runs)), [f"request {number}" for number in range(len(runs))])
