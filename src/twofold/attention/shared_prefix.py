@@ -53,9 +53,8 @@ def largest_shared_prefix(
     order = np.argsort(tables.view(np.dtype((np.void, tables.itemsize * num_columns)))[:, 0])
     tables, limits = tables[order], limits[order]
     same = tables[1:] == tables[:-1]
-    common = np.where(
-        same.all(1), num_columns, same.argmin(1)
-    )  # [V - 1] row -> leading blocks that the next one has, too
+    # [V - 1] row -> number of leading blocks that the next one has, too
+    common = np.where(same.all(1), num_columns, same.argmin(1))
     common = np.minimum(common, np.minimum(limits[1:], limits[:-1]))
     # The largest rectangle below `common`: for each height that occurs, how far it goes back from each place.
     heights, place = np.unique(common)[:, None], np.arange(len(common))
