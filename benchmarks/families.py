@@ -2,9 +2,9 @@
 
     python benchmarks/families.py --output-json benchmarks/results/cpu-families.json [TYPE ...]
 
-Tiny random models in float32, ranks as threads. Prompts come in chunks; a second pass finds their prefixes in the cache;
-the cache is so small that requests are preempted. Prints the largest error of a prompt token's log-probability, and
-whether greedy tokens are those of Transformers' own forward.
+Tiny random models in float32, ranks as threads. Prompts come in chunks, a second pass finds their prefixes in the
+cache, and the cache is so small that requests are preempted. Prints the largest error of a prompt token's
+log-probability, and whether greedy tokens are those of Transformers' own forward.
 """
 
 import argparse
