@@ -25,7 +25,6 @@ from twofold.sampling_params import SamplingParams
 
 NUM_STEPS = 48  # of which the median is taken
 NUM_PROMPTS = 7
-LAYOUTS = ("tokens", "heads", "auto")
 
 
 def main() -> None:
@@ -33,7 +32,6 @@ def main() -> None:
     add_engine_arguments(parser)
     parser.add_argument("--lens", default="16,256,1024")
     parser.add_argument("--decodes", default="1024x1,1024x8")
-    parser.add_argument("--layouts", default=",".join(LAYOUTS))
     parser.add_argument("--profile", help="decodes to list kernels of, e.g. 1024x1", default="")
     parser.add_argument("--output-json")
     args = parser.parse_args()
@@ -48,18 +46,15 @@ def main() -> None:
         engine = llm.engine
         print(f"ready after {time.perf_counter() - start:.1f} s", engine.reports[0].seconds)
         print("costs of steps:", engine.step_costs, engine.reports[0].only_by_tokens or "", flush=True)
-        ways = {"tokens": lambda batch: False, "heads": lambda batch: True, "auto": engine.runs_by_heads}
         rows = []
         for what in [*lens, *decodes]:
             row = {"what": f"TTFT {what}" if isinstance(what, int) else f"decode {what}"}
-            for layout in args.layouts.split(","):
-                engine.runs_by_heads = ways[layout]
+            for layout in engine.in_each_layout():
                 row[layout] = round(ttft_ms(engine, what) if isinstance(what, int) else decode_ms(engine, what), 3)
             rows.append(row)
             print(row, flush=True)
         for name in [name for name in args.profile.split(",") if name]:
-            for layout in args.layouts.split(","):
-                engine.runs_by_heads = ways[layout]
+            for layout in engine.in_each_layout():
                 print(f"--- {name} {layout}", flush=True)
                 decode_ms(engine, name, profile=True)
         result = {"settings": describe(engine), "costs": str(engine.step_costs), "environment": environment()}

@@ -39,32 +39,44 @@ def run(args: Namespace) -> int:
     arguments.setdefault("max_num_seqs", args.batch_size)
     with LLM(**arguments) as llm:
         engine = llm.engine
-        batches = [
-            time_batch(engine, args.batch_size, args.input_len, args.output_len, seed)
-            for seed in range(args.num_iters_warmup + args.num_iters)
-        ][args.num_iters_warmup :]
+        of_layout = {}
+        for layout in engine.in_each_layout():
+            of_layout[layout] = [
+                time_batch(engine, args.batch_size, args.input_len, args.output_len, seed)
+                for seed in range(args.num_iters_warmup + args.num_iters)
+            ][args.num_iters_warmup :]
         busy = None
         if engine.runtime.device == "cuda":
             busy = profile_decode(engine, args.batch_size, args.input_len)
         settings = describe(engine) | {"bytes_per_token": bytes_per_token(engine)}
+    batches = of_layout[settings["step_layout"]]
     latencies = [latency for latency, _ in batches]
-    steps = [step for _, decode_steps in batches for step in decode_steps]
+    ms_of_layout = {layout: _median_step(batches) for layout, batches in of_layout.items()}
+    decode_ms = ms_of_layout[settings["step_layout"]]
     result = settings | {
         "input_len": args.input_len,
         "output_len": args.output_len,
         "batch_size": args.batch_size,
         "avg_latency": statistics.mean(latencies),
         "latencies": latencies,
-        "decode_ms_per_step": statistics.median(steps) if steps else None,
+        "decode_ms_per_step": decode_ms,
+        "decode_ms_of_layout": ms_of_layout,
         "decode_busy_ms_per_step": busy,
     }
     if busy is not None:
         print(f"GPU busy: {busy:.3f} ms per decode step")
     print(f"Avg latency: {result['avg_latency']:.4f} s")
-    if steps:
-        print(f"decode: {result['decode_ms_per_step']:.3f} ms per step, batch {args.batch_size}, {result['pcp']} ranks")
+    if decode_ms is not None:
+        print(f"decode: {decode_ms:.3f} ms per step, batch {args.batch_size}, {result['pcp']} ranks")
+        if len(ms_of_layout) > 1:
+            print("by layout: " + ", ".join(f"{layout} {ms:.3f} ms" for layout, ms in ms_of_layout.items()))
     write_json(args, result)
     return 0
+
+
+def _median_step(batches: list[tuple[float, list[float]]]) -> float | None:
+    steps = [step for _, decode_steps in batches for step in decode_steps]
+    return statistics.median(steps) if steps else None
 
 
 def start_drive(engine: "LLMEngine") -> Drive:

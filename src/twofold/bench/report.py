@@ -71,7 +71,13 @@ def bytes_per_token(engine: "LLMEngine") -> dict[str, float]:
 
 def describe(engine: "LLMEngine") -> dict[str, Any]:
     """The settings that a figure belongs to."""
-    return {"dtype": str(engine.runtime.dtype).removeprefix("torch."), "pcp": engine.runtime.num_ranks}
+    costs = engine.step_costs
+    return {
+        "dtype": str(engine.runtime.dtype).removeprefix("torch."),
+        "pcp": engine.runtime.num_ranks,
+        "step_layout": engine.runtime.engine.step_layout,
+        "step_costs": None if costs is None else costs.to_json(),
+    }
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

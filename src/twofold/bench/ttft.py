@@ -72,13 +72,17 @@ def measure(lens: list[int], repeats: int, engine_args: dict[str, Any]) -> list[
         seconds = {name: round(value, 2) for name, value in engine.reports[0].seconds.items()}
         print(f"{engine.runtime.num_ranks} ranks ready in {ready:.1f} s: {seconds}", flush=True)
         for length in lens:
-            _time_one(llm, length, rng)
-            times = [_time_one(llm, length, rng) for _ in range(repeats)]
+            of_layout = {}
+            for layout in engine.in_each_layout():
+                _time_one(llm, length, rng)
+                of_layout[layout] = [_time_one(llm, length, rng) for _ in range(repeats)]
+            times = of_layout[engine.runtime.engine.step_layout]
             row: dict[str, Any] = describe(engine) | {
                 "prompt_len": length,
                 "median_ms": round(statistics.median(times), 3),
                 "min_ms": round(min(times), 3),
                 "all_ms": [round(value, 3) for value in times],
+                "median_ms_of_layout": {layout: round(statistics.median(ms), 3) for layout, ms in of_layout.items()},
                 "max_num_batched_tokens": engine.runtime.max_num_batched_tokens,
                 "bytes_per_token": bytes_per_token(engine),
                 "startup_s": seconds,

@@ -7,8 +7,9 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import TYPE_CHECKING
 
 from twofold.config import RuntimeConfig
@@ -52,7 +53,7 @@ class LLMEngine:
         self._make_executor: MakeExecutor | None = make_executor
         costs = runtime.engine.step_costs  # measured by the first ranks where they are not given; kept for later ones
         self.step_costs = None if costs is None else StepCosts.from_json(costs)
-        self.runs_by_heads: Callable[[ScheduledBatch], bool] = lambda batch: False  # the layout of a step
+        self.runs_by_heads: Callable[[ScheduledBatch], bool] = partial(_always, False)  # a step's layout
         start = time.monotonic()
         executor = make_executor(None)
         self._start_timeout = runtime.engine.step_timeout + START_SLACK * (time.monotonic() - start)
@@ -91,9 +92,20 @@ class LLMEngine:
         if is_auto and self.step_costs is not None:
             self.runs_by_heads = self.step_costs.by_heads
         elif only_by_tokens is None:
-            self.runs_by_heads = lambda batch: layout == "heads"
+            self.runs_by_heads = partial(_always, layout == "heads")
         elif self.runtime.num_ranks > 1 and layout != "tokens":
             logger.info("all steps run by tokens: %s", only_by_tokens)
+
+    def in_each_layout(self) -> Iterator[str]:
+        """First "auto", then each layout's name while steps run in that one, if steps can. For benchmarks."""
+        chosen, can_choose = self.runs_by_heads, self.step_costs is not None
+        yield self.runtime.engine.step_layout
+        try:
+            for name in ("tokens", "heads") if can_choose else ():
+                self.runs_by_heads = partial(_always, name == "heads")
+                yield name
+        finally:
+            self.runs_by_heads = chosen
 
     def _make_pool(self, num_blocks: int) -> BlockPool:
         return BlockPool(num_blocks, self.runtime.block_size, self.runtime.engine.enable_prefix_caching)
@@ -367,3 +379,7 @@ class LLMEngine:
         """Ends the ranks for good."""
         self._make_executor = None
         self.executor.shutdown()
+
+
+def _always(by_heads: bool, batch: ScheduledBatch) -> bool:
+    return by_heads
