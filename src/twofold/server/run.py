@@ -3,6 +3,7 @@
 import asyncio
 import errno
 import logging
+import resource
 import signal
 import socket
 import sys
@@ -31,6 +32,7 @@ from twofold.server.metrics import Metrics
 # Clients and proxies drop idle connections after 60 s (nginx, load balancers) or 90 s (Go). A server that is quicker
 # resets connections just when they are used again.
 KEEP_ALIVE_SECONDS = 120
+SPARE_FILES = 64  # file descriptors that connections leave to new ranks, as far as some of them are idle
 MAX_RECEIVED = 16 << 10  # bytes at once: asyncio's 256 KiB may be 43,000 chunks of a body, and nobody else is served
 WARN_SECONDS = 10.0  # between warnings of connections that cannot be accepted
 NO_HTTP = "the request is not valid HTTP/1.1, or its headers are too long"
@@ -101,12 +103,28 @@ def serve(config: ServerConfig, engine: LLMEngine, listener: socket.socket) -> i
 
 
 class _Connection(H11Protocol):
-    """A connection that answers with JSON even to what is not HTTP, and ends if its client sends nothing for long."""
+    """A connection that answers with JSON even to what is not HTTP, and ends if its client sends nothing for long.
+
+    Those that have waited longest for their clients end when file descriptors run short.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
         transport.max_size = MAX_RECEIVED  # type: ignore[attr-defined]
         self._limit_wait()
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if transport.get_extra_info("socket").fileno() >= limit - min(SPARE_FILES, limit // 4):  # the lowest free one
+            self._end_oldest()
+
+    def _end_oldest(self) -> None:
+        """Ends an eighth of the connections that wait for their client, so that the next clients have room, too."""
+        waits = {
+            one: one.timeout_keep_alive_task.when()
+            for one in self.connections
+            if isinstance(one, _Connection) and one is not self and one.timeout_keep_alive_task is not None
+        }
+        for one in sorted(waits, key=waits.__getitem__)[: -(-len(waits) // 8)]:
+            one.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -177,12 +195,12 @@ class _Server(uvicorn.Server):
         if self._draining is not None:
             self.should_exit = True
             self._loop.call_soon_threadsafe(self._engine.give_up)
-            self._loop.call_soon_threadsafe(self._close_helpers)
         else:
             self._draining = asyncio.run_coroutine_threadsafe(self._drain(sig), self._loop)
 
     async def _drain(self, sig: int) -> None:
         _say(f"{signal.Signals(sig).name}: no new requests; answering those under way")
+        self._close_helpers()  # what they read are new requests
         await self._engine.drain(self._drain_timeout)
         self.should_exit = True
 
