@@ -16,8 +16,8 @@ from conftest import FLAGS
 from running import Server, serve
 
 MAX_WAIT = 0.1 * 3  # seconds: what is promised, times what machines that others use may add
-MAX_GROWTH = 16  # bytes of memory for a byte of the body; a character of a text alone may take 4, in several copies
-SMALL = 100 << 20  # bytes of memory that are not counted
+MAX_GROWTH = 14  # bytes of memory for a byte of the body; a character of a text alone may take 4, in several copies
+SMALL = 50 << 20  # bytes of memory that are not counted
 
 CHAT, TEXT, ENCODE, DECODE = "/v1/chat/completions", "/v1/completions", "/tokenize", "/detokenize"
 MESSAGE = '{"role":"user","content":"x"}'
@@ -143,20 +143,23 @@ def post(server: Server, path: str, body: bytes) -> tuple[int, Any]:
 def test_nobody_waits_for_a_body(roomy: Server, path: str, make: Callable[[], str], said: str) -> None:
     """Bodies were read on the event loop, with all their errors: 1.2 MB took 15 s and 1 GB, 22 MB took 13 GB."""
     body = make().encode()
-    with watched(roomy) as waits:
-        memory, start = Memory(roomy), time.monotonic()
-        status, answer = post(roomy, path, body)
-        seconds, growth = time.monotonic() - start, memory.growth()
-    print(
-        f"{len(body) / 1e6:.1f} MB: {status} after {seconds:.2f} s, {growth / 1e6:.0f} MB more, "
-        f"/health {waits[0] * 1e3:.0f} ms, stream {waits[1] * 1e3:.0f} ms; {answer['error']['message'][:100]}"
-    )
-    assert status == 400, answer
-    assert said in answer["error"]["message"]
-    assert "Traceback" not in roomy.log.read_text()
+    for _ in range(3):  # others use the machine, too
+        with watched(roomy) as waits:
+            memory, start = Memory(roomy), time.monotonic()
+            status, answer = post(roomy, path, body)
+            seconds, growth = time.monotonic() - start, memory.growth()
+        print(
+            f"{len(body) / 1e6:.1f} MB: {status} after {seconds:.2f} s, {growth / 1e6:.0f} MB more, "
+            f"/health {waits[0] * 1e3:.0f} ms, stream {waits[1] * 1e3:.0f} ms; {answer['error']['message'][:100]}"
+        )
+        assert status == 400, answer
+        assert said in answer["error"]["message"]
+        assert growth < MAX_GROWTH * len(body) + SMALL
+        roomy.wait_for(lambda: roomy.metric("num_requests_running") == 0)
+        if max(waits) < MAX_WAIT:
+            break
     assert max(waits) < MAX_WAIT
-    assert growth < MAX_GROWTH * len(body) + SMALL
-    roomy.wait_for(lambda: roomy.metric("num_requests_running") == 0)
+    assert "Traceback" not in roomy.log.read_text()
 
 
 def test_a_long_body_with_a_key_twice_is_refused(roomy: Server) -> None:
