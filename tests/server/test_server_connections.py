@@ -36,6 +36,12 @@ def connect(server: Server) -> socket.socket:
     return socket.create_connection((host, int(port)), timeout=20)
 
 
+def request(body: dict[str, Any]) -> bytes:
+    content = json.dumps(body).encode()
+    head = "POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+    return f"{head}Content-Length: {len(content)}\r\n\r\n".encode() + content
+
+
 @pytest.mark.parametrize("sent", NO_HTTP, ids=lambda sent: repr(sent[:32]))
 def test_what_is_not_http_gets_json(server: Server, sent: bytes) -> None:
     """Errors are always JSON, but malformed HTTP got uvicorn's "Invalid HTTP request received." as plain text."""
@@ -160,15 +166,65 @@ def test_listening_is_said_when_clients_can_connect(monkeypatch: pytest.MonkeyPa
     assert server.should_exit
 
 
+def half_a_request(server: Server) -> socket.socket:
+    connection = connect(server)
+    connection.sendall(b"POST /tokenize HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\nhalf")
+    return connection
+
+
+def test_idle_connections_make_room_for_others(tiny_model: Path, tmp_path: Path) -> None:
+    """Idle connections used up all file descriptors, and nobody else could connect for two minutes."""
+    with serve(tiny_model, tmp_path) as server:
+        resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (80, 80))
+        stream = server.client().completions.create(
+            model=tiny_model.name, prompt="x", max_tokens=1500, stream=True, extra_body={"ignore_eos": True}
+        )
+        connections = []
+        for make in [connect, half_a_request] * 75:
+            connections.append(make(server))
+            time.sleep(0.005)
+        start = time.monotonic()
+        with connect(server) as another:
+            another.sendall(b"GET /health HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+            assert another.recv(1 << 16).startswith(b"HTTP/1.1 200")
+        assert time.monotonic() - start < 1
+        assert [chunk.choices[0].finish_reason for chunk in stream][-1] == "length"  # what is used is left alone
+        num_ended = sum(_has_ended(connection) for connection in connections)
+        assert 75 < num_ended < 150
+        assert _has_ended(connections[0])
+        assert not _has_ended(connections[-1])
+        for connection in connections:
+            connection.close()
+        log = server.log.read_text()
+    assert "Traceback" not in log
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        return connection.recv(1) == b""
+    except BlockingIOError:
+        return False
+    except ConnectionResetError:
+        return True
+
+
 def test_connections_beyond_the_limit_wait(tiny_model: Path, tmp_path: Path) -> None:
     """A server without file descriptors logged 12,248 traces; it logs one line, and serves those who come later."""
     with serve(tiny_model, tmp_path) as server:
+        (server.faults / "slow").write_text("0.2")
+        body = TEXT | {"model": tiny_model.name, "max_tokens": 500, "ignore_eos": True, "stream": True}
         resource.prlimit(server.process.pid, resource.RLIMIT_NOFILE, (64, 64))
-        connections = [connect(server) for _ in range(100)]
+        connections = []
+        for _ in range(100):  # none of them is idle
+            connections.append(connect(server))
+            connections[-1].sendall(request(body))
+            time.sleep(0.005)
         server.wait_for(lambda: "no connection can be accepted" in server.log.read_text(), 5)
         time.sleep(2.5)  # asyncio tries again each second
         for connection in connections:
             connection.close()
+        (server.faults / "slow").unlink()
         server.wait_for(lambda: server.health() == (200, "ok"), 10)
         log = server.log.read_text()
     assert log.count("Too many open files; raise the limit with ulimit -n") == 1

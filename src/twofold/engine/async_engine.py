@@ -195,7 +195,7 @@ class AsyncEngine:
         # A copy, since the engine's thread uses its own at the same time.
         self.tokenizer = copy.deepcopy(engine.tokenizer)
         longest = max(map(len, self.tokenizer.get_vocab())) if self.tokenizer is not None else 0
-        self._max_chars = longest * engine.runtime.max_model_len
+        self.max_chars = longest * engine.runtime.max_model_len
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._num_idle_deaths = 0  # losses of idle ranks in a row, without a step in between
@@ -299,14 +299,17 @@ class AsyncEngine:
         Raises:
             RequestError: no prompt can have so many characters. They are not tokenized then.
         """
-        if len(text) > self._max_chars:
-            raise RequestError(
-                f"the prompt has {len(text)} characters, more than max_model_len={self.max_model_len} tokens can hold; "
-                "shorten it",
-                field="prompt",
-            )
+        if len(text) > self.max_chars:
+            raise self.too_long(len(text))
         assert self.tokenizer is not None
         return list(self.tokenizer.encode(text, add_special_tokens=add_special_tokens))
+
+    def too_long(self, num_chars: int) -> RequestError:
+        return RequestError(
+            f"the prompt has {num_chars} characters, more than max_model_len={self.max_model_len} tokens can hold; "
+            "shorten it",
+            field="prompt",
+        )
 
     def check(self) -> None:
         """Raises an UnavailableError if no requests are accepted now."""

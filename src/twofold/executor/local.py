@@ -1,9 +1,7 @@
 """Ranks as processes of this machine, each behind a socket pair. They end when their engine does, however it ends."""
 
 import contextlib
-import fcntl
 import os
-import signal
 import socket
 import subprocess
 import sys
@@ -15,7 +13,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TypeVar
 
-from twofold import streams
+from twofold import processes, streams
 from twofold.channel import Channel, pack, wait
 from twofold.config import RuntimeConfig
 from twofold.contract import (
@@ -34,6 +32,7 @@ from twofold.contract import (
 )
 from twofold.errors import ModelError, RankDiedError, RankFailedError
 from twofold.interrupts import let_through
+from twofold.processes import no_interrupts
 
 LOOK_SECONDS = 0.5  # between looks at ranks that do not answer
 KILLED_SECONDS = 0.05  # after another rank notices a killed rank, until its end is visible here
@@ -77,22 +76,18 @@ class LocalExecutor:
             raise
 
     def _start(self, runtime: RuntimeConfig, files: SharedFiles) -> None:
-        environment = os.environ | _module_paths() | {"OMP_NUM_THREADS": str(runtime.num_threads)}
-        with _no_interrupts(), contextlib.ExitStack() as stack:  # a rank that is started is known, and ended
+        with no_interrupts(), contextlib.ExitStack() as stack:  # a rank that is started is known, and ended
             ours, theirs = socket.socketpair()
             self._channels.append(Channel(ours))
             stack.enter_context(theirs)
-            life_read, life_write = os.pipe()
-            self._lifelines.append(life_write)
-            stack.callback(os.close, life_read)
-            process = subprocess.Popen(
+            process, lifeline = processes.start(
                 [*self.command, str(theirs.fileno())],
-                pass_fds=[theirs.fileno(), life_read, *astuple(files)],
-                env=environment,
+                environment={"OMP_NUM_THREADS": str(runtime.num_threads)},
+                pass_fds=[theirs.fileno(), *astuple(files)],
                 stdin=subprocess.DEVNULL,
             )
             self._processes.append(process)
-            _tie(process.pid, life_read)
+            self._lifelines.append(lifeline)
 
     @property
     def pids(self) -> list[int]:
@@ -225,19 +220,6 @@ def _end_ranks(
         process.wait()
 
 
-def _tie(pid: int, life_read: int) -> None:
-    """Has the kernel kill a rank when the other end of the pipe closes, as it does when the engine ends in any way.
-
-    The rank has nothing to do for it, so it cannot miss it: not while it imports PyTorch, and not while it waits in C++
-    with the interpreter's lock held. A rank whose engine ends before this call finds its channel closed.
-    """
-    if sys.platform == "linux":  # elsewhere, and in sandboxes without it, an idle rank finds its channel closed
-        with contextlib.suppress(OSError):
-            fcntl.fcntl(life_read, fcntl.F_SETSIG, signal.SIGKILL)
-            fcntl.fcntl(life_read, fcntl.F_SETOWN, pid)
-            fcntl.fcntl(life_read, fcntl.F_SETFL, os.O_ASYNC)
-
-
 @contextlib.contextmanager
 def _shared_files() -> Iterator[SharedFiles]:
     """Files in memory for ranks that are started meanwhile. Nobody but them has these files then."""
@@ -254,34 +236,6 @@ def _file_in_memory(name: str) -> int:
         return os.memfd_create(name)
     with tempfile.TemporaryFile() as file:  # it has no name either
         return os.dup(file.fileno())
-
-
-@contextlib.contextmanager
-def _no_interrupts() -> Iterator[None]:
-    """Holds Ctrl-C back. A process started meanwhile never gets it: it is for the engine, which ends the ranks."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, before)
-
-
-def _module_paths() -> dict[str, str]:
-    """Lets a rank import what this process can, but nothing from the working directory: a model that somebody has
-    downloaded there may come with a numpy.py. Only Twofold itself may lie there, so its folder comes last.
-    """
-    folders = [
-        folder for folder in map(str, sys.path) if os.pathsep not in folder and not _is_working_directory(folder)
-    ]
-    folders.append(str(Path(__file__).parents[2]))
-    return {"PYTHONSAFEPATH": "1", "PYTHONPATH": os.pathsep.join(folders)}
-
-
-def _is_working_directory(folder: str) -> bool:
-    try:
-        return os.path.samefile(folder or os.curdir, os.curdir)
-    except OSError:  # there is no such folder
-        return False
 
 
 def _is_stopped(pid: int) -> bool:

@@ -1,7 +1,9 @@
 """The routes of the server."""
 
+import json
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 from fastapi import APIRouter, FastAPI, Request
@@ -12,20 +14,29 @@ from transformers import PreTrainedTokenizerBase
 import twofold
 from twofold.engine.async_engine import Answer, AsyncEngine, State
 from twofold.errors import RequestError
-from twofold.server import chat, errors
+from twofold.server import errors
 from twofold.server.answers import ChatWriter, CompletionWriter, Writer
+from twofold.server.bodies import BodyReader, BodyRoute
+from twofold.server.chat import ChatTemplate
 from twofold.server.errors import APIError
 from twofold.server.metrics import Metrics
 from twofold.server.middleware import ApiKey, BodyLimit
 from twofold.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
 from twofold.server.sse import ClientGoneError, EventStream, until_gone
-from twofold.server.strict_json import StrictRoute
 
 CLIENT_GONE = 499  # nginx's status for it; no client reads it
+_JSON = json.JSONEncoder(ensure_ascii=False, separators=(",", ":"))
 
 
 def make_app(
-    engine: AsyncEngine, metrics: Metrics, model_names: Sequence[str], api_keys: Sequence[str], max_body_bytes: int
+    engine: AsyncEngine,
+    metrics: Metrics,
+    bodies: BodyReader,
+    template: ChatTemplate | None,
+    *,
+    model_names: Sequence[str],
+    api_keys: Sequence[str],
+    max_body_bytes: int,
 ) -> FastAPI:
     """The app. `engine` must be started in the event loop that runs the app."""
     app = FastAPI(
@@ -40,7 +51,8 @@ def make_app(
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     if api_keys:
         app.add_middleware(ApiKey, keys=list(api_keys))
-    app.include_router(Routes(engine, metrics, model_names).router())
+    app.state.bodies = bodies
+    app.include_router(Routes(engine, metrics, template, model_names).router())
     _name_models(app, model_names)
     return app
 
@@ -55,12 +67,14 @@ def _name_models(app: FastAPI, names: Sequence[str]) -> None:
 class Routes:
     """One method for each route. `model_names` are all names of the one model; answers have the first by default."""
 
-    def __init__(self, engine: AsyncEngine, metrics: Metrics, model_names: Sequence[str]) -> None:
-        self._engine, self._metrics, self._model_names = engine, metrics, model_names
+    def __init__(
+        self, engine: AsyncEngine, metrics: Metrics, template: ChatTemplate | None, model_names: Sequence[str]
+    ) -> None:
+        self._engine, self._metrics, self._template, self._model_names = engine, metrics, template, model_names
         self._created = int(time.time())
 
     def router(self) -> APIRouter:
-        router = APIRouter(route_class=StrictRoute)
+        router = APIRouter(route_class=BodyRoute)
         router.post("/v1/completions")(self.completions)
         router.post("/v1/chat/completions")(self.chat_completions)
         router.get("/v1/models")(self.models)
@@ -88,7 +102,7 @@ class Routes:
         model, params = self._check_model(body.model), body.sampling_params()
         self._engine.check()
         try:
-            token_ids = await self._engine.in_tokenizer_thread(self._tokenize_chat, body, True)
+            token_ids = await self._tokenize_chat(body, True)
             answer = await self._engine.submit([token_ids], params, num_asked=body.num_asked)
         except RequestError as error:
             raise errors.describe(error, prompt="messages") from error
@@ -130,46 +144,62 @@ class Routes:
 
     # Tokens
 
-    async def tokenize(self, body: TokenizeRequest) -> dict[str, Any]:
+    async def tokenize(self, body: TokenizeRequest) -> Response:
         self._check_model(body.model)
-        tokenizer = self._tokenizer()
-        tokens = await self._engine.in_tokenizer_thread(self._tokenize, body)
-        return {
-            "count": len(tokens),
-            "max_model_len": self._engine.max_model_len,
-            "tokens": tokens,
-            "token_strs": tokenizer.convert_ids_to_tokens(tokens) if body.return_token_strs else None,
-        }
+        self._tokenizer()
+        if body.messages is not None:
+            tokens = await self._tokenize_chat(body, body.add_generation_prompt)
+        else:
+            tokens = await self._encode(body.prompt or "", body.add_special_tokens)
+        return await self._in_json(self._describe_tokens, tokens, body.return_token_strs)
 
-    async def detokenize(self, body: DetokenizeRequest) -> dict[str, str]:
+    async def detokenize(self, body: DetokenizeRequest) -> Response:
         self._check_model(body.model)
-        tokenizer, vocab_size = self._tokenizer(), self._engine.vocab_size
-        for token in body.tokens:
-            if token >= vocab_size:
-                shown = token if token < 2**63 else "a very large one"
-                raise APIError(400, f"tokens must be below {vocab_size}, got {shown}", param="tokens")
-        return {"prompt": await self._engine.in_tokenizer_thread(tokenizer.decode, body.tokens)}
+        tokens, vocab_size, max_model_len = body.tokens, self._engine.vocab_size, self._engine.max_model_len
+        if len(tokens) > max_model_len:
+            message = f"tokens has {len(tokens)} ids, more than max_model_len={max_model_len}; send fewer at once"
+            raise APIError(400, message, param="tokens")
+        if len(wrong := tokens[(tokens < 0) | (tokens >= vocab_size)]):
+            raise APIError(400, f"tokens must be from 0 to {vocab_size - 1}, got {wrong[0]}", param="tokens")
+        tokenizer = self._tokenizer()
+        return await self._in_json(lambda: {"prompt": tokenizer.decode(tokens)})
 
     def _tokenizer(self) -> PreTrainedTokenizerBase:
         if self._engine.tokenizer is None:
             raise APIError(400, "the server has no tokenizer (skip_tokenizer_init); send token ids to /v1/completions")
         return self._engine.tokenizer
 
-    def _tokenize(self, body: TokenizeRequest) -> list[int]:
-        """Runs in the tokenizer's thread."""
-        if body.messages is not None:
-            return self._tokenize_chat(body, body.add_generation_prompt)
-        return self._engine.encode(body.prompt or "", add_special_tokens=body.add_special_tokens)
-
-    def _tokenize_chat(self, body: ChatRequest | TokenizeRequest, add_generation_prompt: bool) -> list[int]:
-        """Runs in the tokenizer's thread."""
-        text = chat.render(
-            self._tokenizer(),
-            body.messages or (),
-            add_generation_prompt=add_generation_prompt,
-            kwargs=body.chat_template_kwargs,
+    async def _tokenize_chat(self, body: ChatRequest | TokenizeRequest, add_generation_prompt: bool) -> list[int]:
+        self._tokenizer()
+        assert self._template is not None
+        text = await self._template.render(
+            body.messages or (), add_generation_prompt=add_generation_prompt, kwargs=body.chat_template_kwargs
         )
-        return self._engine.encode(text, add_special_tokens=False)
+        if isinstance(text, int):
+            raise self._engine.too_long(text)
+        return await self._encode(text, add_special_tokens=False)
+
+    async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
+        encode = partial(self._engine.encode, add_special_tokens=add_special_tokens)
+        token_ids: list[int] = await self._engine.in_tokenizer_thread(encode, text)
+        return token_ids
+
+    def _describe_tokens(self, tokens: list[int], with_strs: bool) -> dict[str, Any]:
+        return {
+            "count": len(tokens),
+            "max_model_len": self._engine.max_model_len,
+            "tokens": tokens,
+            "token_strs": self._tokenizer().convert_ids_to_tokens(tokens) if with_strs else None,
+        }
+
+    async def _in_json(self, describe: Callable[..., dict[str, Any]], *args: Any) -> Response:
+        """An answer that may be long, so it is made and written in the tokenizer's thread."""
+
+        def write() -> bytes:
+            pieces = _JSON.iterencode(describe(*args))  # `encode` is quicker, but lets no other thread run meanwhile
+            return "".join(pieces).encode()
+
+        return Response(await self._engine.in_tokenizer_thread(write), media_type="application/json")
 
     # Operation
 

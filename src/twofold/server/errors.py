@@ -11,7 +11,6 @@ from starlette.exceptions import HTTPException
 from twofold.errors import EngineError, OverloadedError, UnavailableError, UserError
 
 MAX_SHOWN = 500  # characters of a message
-UNREADABLE = "the body cannot be read as JSON: it is not UTF-8, too deep, or has numbers of thousands of digits"
 INTERNAL = "the server failed to process the request; it is not at fault, and may be tried again"
 
 
@@ -28,7 +27,7 @@ class APIError(Exception):
         code: str | None = None,
         headers: Mapping[str, str] | None = None,
     ) -> None:
-        super().__init__(message)
+        super().__init__(status, message)  # enough to unpickle it; the rest are attributes
         self.status, self.headers = status, dict(headers or {})
         if len(message) > MAX_SHOWN:
             message = message[:MAX_SHOWN] + " …"
@@ -43,12 +42,11 @@ def describe(error: Exception, prompt: str = "prompt") -> APIError:
     if isinstance(error, APIError):
         return error
     if isinstance(error, RequestValidationError):
-        return _invalid(error)
-    if isinstance(error, HTTPException) and isinstance(error.__cause__, APIError):
-        return error.__cause__  # FastAPI wraps what is raised while it reads a body
+        return invalid(error.errors()[0])
+    if isinstance(error, HTTPException) and isinstance(error.__cause__, Exception):
+        return describe(error.__cause__)  # FastAPI wraps what is raised while it reads a body
     if isinstance(error, HTTPException):
-        message = UNREADABLE if error.status_code == 400 else str(error.detail)
-        return APIError(error.status_code, message, headers=error.headers)
+        return APIError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, UserError):
         message, field = str(error), prompt if error.field == "prompt" else error.field
         return APIError(400, message if field is None or field in message else f"{field}: {message}", param=field)
@@ -72,28 +70,29 @@ def install(app: FastAPI) -> None:
         app.add_exception_handler(kind, handle)
 
 
-def _invalid(error: RequestValidationError) -> APIError:
-    """The answer to the first fault of a body."""
-    first: dict[str, Any] = error.errors()[0]
-    place = [part for part in first["loc"] if part != "body"]
+def invalid(fault: Mapping[str, Any]) -> APIError:
+    """The answer to a fault that pydantic found in a body."""
+    place = [part for part in fault["loc"] if part != "body"]
     name = next((part for part in place if isinstance(part, str)), None)
-    if first["type"] == "json_invalid":
-        return APIError(400, f"the body is not JSON: {first['ctx']['error']} at character {place[0] if place else 0}")
-    message = str(first["msg"]).removeprefix("Value error, ")
-    if first["type"] == "extra_forbidden":
-        shown = str(place[-1])[:64]
-        return APIError(400, f"unknown field {shown!r}", param=shown, code="unknown_parameter")
-    if first["type"] == "missing":
+    message = str(fault["msg"]).removeprefix("Value error, ")
+    if fault["type"] == "unknown":
+        return APIError(400, message, param=fault["ctx"]["field"], code="unknown_parameter")
+    if fault["type"] == "missing":
         message = "it is required"
-    if not place and first["type"] == "missing":
+    if not place and fault["type"] == "missing":
         return APIError(400, "the request has no body; send JSON")
-    if not place and isinstance(first["input"], bytes):
+    if not place and isinstance(fault["input"], bytes):
         return APIError(415, "the body is not declared as JSON; send the header Content-Type: application/json")
     if not place:
-        name = first.get("ctx", {}).get("field")
+        name = fault.get("ctx", {}).get("field")
         return APIError(400, message if name else f"the body: {message}", param=name)
     where = "".join(f"[{part}]" if isinstance(part, int) else f".{part}" for part in place if part not in _BRANCHES)
     return APIError(400, f"{where.lstrip('.')[:128]}: {message}", param=name)
+
+
+def shown(name: str) -> str:
+    """A name that a client chose, as a message may have it."""
+    return name[:64].encode(errors="replace").decode()
 
 
 _BRANCHES = {"constrained-str", "str", "list[constrained-str]", "list[str]"}  # pydantic's names for parts of unions

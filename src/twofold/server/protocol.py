@@ -3,13 +3,17 @@
 A field of OpenAI's that Twofold does not support is refused with the reason, unless its value changes nothing.
 """
 
+from array import array
 from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
+import numpy as np
+from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
 from twofold.sampling_params import SamplingParams
+from twofold.server import errors
 
 TEXT_ONLY = "answers are text only"
 NO_GRAMMAR = "output cannot be constrained to a format"
@@ -47,20 +51,25 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> reason, valu
 
 # The one thread of the engine searches for every stop string with every token of every answer.
 MAX_STOPS, MAX_STOP_CHARS = 128, 4096
+MAX_MESSAGES, MAX_PROMPTS, MAX_STOP_TOKEN_IDS, MAX_TOKEN_IDS = 4096, 16_384, 4096, 20_000_000
 
 Integer = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
 Flag = Annotated[bool, Strict()]
 String = Annotated[str, Strict()]
+Item = TypeVar("Item")
+List = Annotated[list[Item], Field(fail_fast=True)]  # pydantic would tell all errors of all items
 
 
-def _wrong(field: str, message: str) -> PydanticCustomError:
+def _wrong(field: str, message: str, kind: Literal["wrong", "unknown"] = "wrong") -> PydanticCustomError:
     """An error of a validator that is not about the one field that it validates."""
-    return PydanticCustomError("wrong", "{message}", {"message": message, "field": field})
+    return PydanticCustomError(kind, "{message}", {"message": message, "field": field})
 
 
 class Body(BaseModel):
     """A body, or a part of it. Unknown fields are refused."""
+
+    max_values: ClassVar[int] = 300_000  # in all its lists and objects
 
     model_config = ConfigDict(extra="forbid")
 
@@ -80,12 +89,28 @@ class Body(BaseModel):
                 if not any(value == other and type(value) is type(other) for other in neutral):
                     raise _wrong(name, f"{name} is not supported: {reason}")
             else:
-                kept[name] = value
+                raise _wrong(shown := errors.shown(name), f"unknown field {shown!r}", "unknown")
         return kept
 
 
 def _is_ids(value: Any) -> bool:
-    return isinstance(value, list) and bool(value) and all(type(token) is int for token in value)
+    return isinstance(value, list) and set(map(type, value)) == {int}
+
+
+def _as_array(ids: list[int]) -> NDArray[np.int32]:
+    """Token ids as the engine has them, [T]: a million takes 4 MB, and nobody waits until they are passed on."""
+    try:
+        return np.asarray(array("i", ids))
+    except OverflowError:
+        raise ValueError("a token id is out of range; no model has more than 2147483647") from None
+
+
+def _check_ids(value: Any) -> Any:
+    if value == []:
+        return np.zeros(0, np.int32)
+    if not _is_ids(value):
+        raise ValueError("it must be a list of token ids")
+    return _as_array(value)
 
 
 def _check_text(text: str) -> str:
@@ -100,11 +125,13 @@ def _check_prompt(value: Any) -> Any:
     if isinstance(value, str):
         return _check_text(value)
     if _is_ids(value):
-        return value
+        return _as_array(value)
+    if isinstance(value, list) and len(value) > MAX_PROMPTS:
+        raise ValueError(f"it must have at most {MAX_PROMPTS} prompts, got {len(value)}; send fewer at once")
     if isinstance(value, list) and value and all(isinstance(prompt, str) for prompt in value):
         return [_check_text(prompt) for prompt in value]
     if isinstance(value, list) and value and all(map(_is_ids, value)):
-        return value
+        return [_as_array(ids) for ids in value]
     raise ValueError("it must be a string, a list of token ids, or a list of one of these, and not empty")
 
 
@@ -185,8 +212,8 @@ class Sampling(Body):
     frequency_penalty: Number | None = Field(None, ge=-2, le=2)
     repetition_penalty: Number | None = Field(None, ge=1e-6, le=1e6)
     seed: Integer | None = Field(None, ge=-(2**63), lt=2**64)
-    stop: String | list[String] | None = None
-    stop_token_ids: list[Integer] | None = None
+    stop: String | List[String] | None = None
+    stop_token_ids: List[Integer] | None = Field(None, max_length=MAX_STOP_TOKEN_IDS)
     ignore_eos: Flag | None = None
     min_tokens: Integer | None = Field(None, ge=0, lt=2**31)
     skip_special_tokens: Flag | None = None
@@ -220,6 +247,8 @@ class Sampling(Body):
 
 
 class CompletionRequest(Sampling):
+    max_values: ClassVar[int] = MAX_TOKEN_IDS
+
     prompt: Prompts
     max_tokens: Integer | None = Field(None, ge=0, lt=2**31, examples=[16])  # 0 only with echo
     echo: Flag | None = None
@@ -232,9 +261,8 @@ class CompletionRequest(Sampling):
         return self
 
     @property
-    def prompts(self) -> list[str | list[int]]:
-        many = isinstance(self.prompt, list) and not _is_ids(self.prompt)
-        return self.prompt if many else [self.prompt]
+    def prompts(self) -> list[str | NDArray[np.int32]]:
+        return self.prompt if isinstance(self.prompt, list) else [self.prompt]
 
     @property
     def num_asked(self) -> int | None:
@@ -255,7 +283,7 @@ class CompletionRequest(Sampling):
 
 
 class ChatRequest(Sampling):
-    messages: list[Message] = Field(min_length=1)
+    messages: List[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
     max_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     logprobs: Flag | None = Field(None, examples=[True])
@@ -288,7 +316,7 @@ class TokenizeRequest(Body):
 
     model: String | None = None
     prompt: String | None = None
-    messages: list[Message] | None = Field(None, min_length=1)
+    messages: List[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
     add_special_tokens: Flag = True
     add_generation_prompt: Flag = True
     return_token_strs: Flag = False
@@ -303,4 +331,10 @@ class TokenizeRequest(Body):
 
 class DetokenizeRequest(Body):
     model: String | None = None
-    tokens: list[Annotated[int, Strict(), Field(ge=0)]]
+    max_values: ClassVar[int] = MAX_TOKEN_IDS
+
+    tokens: Annotated[
+        Any,
+        PlainValidator(_check_ids),
+        WithJsonSchema({"type": "array", "items": {"type": "integer", "minimum": 0}}),
+    ]

@@ -3,11 +3,12 @@
 import asyncio
 import errno
 import logging
+import resource
 import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from concurrent.futures import Future
 from contextlib import suppress
 from types import FrameType
@@ -22,6 +23,8 @@ from twofold.engine.async_engine import AsyncEngine, State
 from twofold.engine.engine import LLMEngine
 from twofold.launch import start_engine
 from twofold.server.app import make_app
+from twofold.server.bodies import BodyReader
+from twofold.server.chat import ChatTemplate
 from twofold.server.config import ServerConfig, public_name
 from twofold.server.errors import APIError
 from twofold.server.metrics import Metrics
@@ -29,6 +32,8 @@ from twofold.server.metrics import Metrics
 # Clients and proxies drop idle connections after 60 s (nginx, load balancers) or 90 s (Go). A server that is quicker
 # resets connections just when they are used again.
 KEEP_ALIVE_SECONDS = 120
+SPARE_FILES = 64  # file descriptors that connections leave to new ranks, as far as some of them are idle
+MAX_RECEIVED = 16 << 10  # bytes at once: asyncio's 256 KiB may be 43,000 chunks of a body, and nobody else is served
 WARN_SECONDS = 10.0  # between warnings of connections that cannot be accepted
 NO_HTTP = "the request is not valid HTTP/1.1, or its headers are too long"
 
@@ -67,7 +72,17 @@ def serve(config: ServerConfig, engine: LLMEngine, listener: socket.socket) -> i
         observe=metrics.observe,
     )
     metrics.watch(async_engine)
-    app = make_app(async_engine, metrics, names, config.api_key or [], config.max_body_bytes)
+    bodies = BodyReader()
+    template = ChatTemplate(engine.tokenizer, async_engine.max_chars) if engine.tokenizer is not None else None
+    app = make_app(
+        async_engine,
+        metrics,
+        bodies,
+        template,
+        model_names=names,
+        api_keys=config.api_key or [],
+        max_body_bytes=config.max_body_bytes,
+    )
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     settings = uvicorn.Config(
         app,
@@ -83,16 +98,33 @@ def serve(config: ServerConfig, engine: LLMEngine, listener: socket.socket) -> i
     )
     if config.access_log:
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
-    server = _Server(settings, async_engine, config.drain_timeout)
+    server = _Server(settings, async_engine, config.drain_timeout, [helper for helper in (bodies, template) if helper])
     return asyncio.run(server.run_until_drained(listener))
 
 
 class _Connection(H11Protocol):
-    """A connection that answers with JSON even to what is not HTTP, and ends if its client sends nothing for long."""
+    """A connection that answers with JSON even to what is not HTTP, and ends if its client sends nothing for long.
+
+    Those that have waited longest for their clients end when file descriptors run short.
+    """
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         super().connection_made(transport)
+        transport.max_size = MAX_RECEIVED  # type: ignore[attr-defined]
         self._limit_wait()
+        limit = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+        if transport.get_extra_info("socket").fileno() >= limit - min(SPARE_FILES, limit // 4):  # the lowest free one
+            self._end_oldest()
+
+    def _end_oldest(self) -> None:
+        """Ends an eighth of the connections that wait for their client, so that the next clients have room, too."""
+        waits = {
+            one: one.timeout_keep_alive_task.when()
+            for one in self.connections
+            if isinstance(one, _Connection) and one is not self and one.timeout_keep_alive_task is not None
+        }
+        for one in sorted(waits, key=waits.__getitem__)[: -(-len(waits) // 8)]:
+            one.transport.abort()
 
     def data_received(self, data: bytes) -> None:
         super().data_received(data)
@@ -120,9 +152,15 @@ class _Server(uvicorn.Server):
     A second signal ends it at once.
     """
 
-    def __init__(self, settings: uvicorn.Config, engine: AsyncEngine, drain_timeout: float) -> None:
+    def __init__(
+        self,
+        settings: uvicorn.Config,
+        engine: AsyncEngine,
+        drain_timeout: float,
+        helpers: Sequence[BodyReader | ChatTemplate] = (),
+    ) -> None:
         super().__init__(settings)
-        self._engine, self._drain_timeout = engine, drain_timeout
+        self._engine, self._drain_timeout, self._helpers = engine, drain_timeout, helpers
         engine.on_death = self._give_up
         self._draining: Future[None] | None = None
         self._last_warning = -WARN_SECONDS
@@ -135,6 +173,7 @@ class _Server(uvicorn.Server):
             await self.serve(sockets=[listener])
         finally:
             dead = self._engine.state is State.DEAD
+            self._close_helpers()
             await self._engine.stop()
         return 1 if dead else 0
 
@@ -161,8 +200,13 @@ class _Server(uvicorn.Server):
 
     async def _drain(self, sig: int) -> None:
         _say(f"{signal.Signals(sig).name}: no new requests; answering those under way")
+        self._close_helpers()  # what they read are new requests
         await self._engine.drain(self._drain_timeout)
         self.should_exit = True
+
+    def _close_helpers(self) -> None:
+        for helper in self._helpers:
+            helper.close()
 
     def _give_up(self) -> None:
         """Ends the server, since the engine has failed. A supervisor can start another."""
