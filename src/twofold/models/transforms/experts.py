@@ -115,7 +115,7 @@ def divide_experts(body: torch.nn.Module, mesh: Mesh) -> int:
 
 def _divides(module: Any, num_ranks: int) -> bool:
     width = module.down_proj.shape[1 if module.is_transposed else 2]
-    return width % num_ranks == 0 and not module.has_post_expert_norm
+    return width % num_ranks == 0 and not getattr(module, "has_post_expert_norm", False)
 
 
 def _shares(module: Any, mesh: Mesh) -> dict[str, Any]:
