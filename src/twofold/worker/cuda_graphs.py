@@ -19,11 +19,13 @@ from twofold.parallel.plan import Buckets, Layout
 from twofold.worker.input_batch import InputBatch
 
 Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan, bool], torch.Tensor]
+Finish = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 DECODE_ROUNDING = 8
 MAX_SHARED_PREFIX_ROWS = 32  # decodes in the largest graph that reads a shared prefix once
 PREFILL_ROUNDING = ((2048, 128), (4096, 256), (8192, 512))  # up to the first number of tokens, multiples of the second
 HEADS_PREFILL = (32, 64, *range(128, 1024, 128), *range(1024, 2049, 256))  # by heads; longer steps run by tokens
+MAX_LOGIT_ROWS = 64  # rows of a graph that ends with logits; more take longer than launching their head does
 PREFILL_ROWS = 8  # of a rank, including the row of padding
 PREFILL_DECODE_LEN = 8192  # longest request with a one-token row that a prefill graph accepts: it is attended unsplit
 
@@ -65,23 +67,37 @@ class _Graph:
     position_ids: torch.Tensor  # [N]
     slots: torch.Tensor  # [P * N]
     metadata: AttentionMetadata
-    hidden_states: torch.Tensor  # [N, hidden_size]; of each row's last token [PREFILL_ROWS, hidden_size] in a prefill
+    outputs: "Outputs"
     exchange_bytes: int = 0  # received in a replay
 
 
+@dataclass(slots=True)
+class Outputs:
+    """What comes of a forward pass. Only a graph of few rows has more than hidden states."""
+
+    hidden_states: torch.Tensor  # [N, hidden_size], or of each row's last token [V', hidden_size]
+    logits: torch.Tensor | None = None  # [V', vocab_size or this rank's part of it] of each row's last token
+    greedy_token_ids: torch.Tensor | None = (
+        None  # [P, V'] of all ranks' rows; by heads [1, V'], the same on all
+    )
+
+
 class CUDAGraphs:
-    """Captures graphs of `forward`, and replays the one that fits."""
+    """Captures graphs of `forward` and `finish`, and replays the one that fits."""
 
     def __init__(
         self,
         forward: Forward,
+        finish: Finish,
         limits: CaptureLimits,
         exchange: Exchange,
         device: torch.device,
         pool: Any,
     ) -> None:
         """`pool`: of memory, that graphs share which never run at the same time."""
-        self._forward, self._limits, self._exchange, self._device = forward, limits, exchange, device
+        self._forward, self._finish = forward, finish
+        self._limits, self._exchange, self._device = limits, exchange, device
+        self._logits: torch.Tensor | None = None  # of whichever graph was replayed last
         self.buckets = limits.buckets()
         # Numbers of decodes with a graph for rows that share a prefix, too.
         self.shared_prefix_sizes = [size for size in self.buckets.decode if 2 <= size <= MAX_SHARED_PREFIX_ROWS]
@@ -126,22 +142,33 @@ class CUDAGraphs:
             position_ids=torch.zeros(n, dtype=torch.long, device=device),
             slots=torch.zeros(limits.layout.num_ranks * n, dtype=torch.long, device=device),
             metadata=metadata,
-            hidden_states=torch.empty(0),
+            outputs=Outputs(torch.empty(0)),
         )
         by_heads = limits.layout.by_heads
         plan = ExchangePlan(graph.slots, defer_exchange=is_decode or by_heads, by_heads=by_heads)
+
+        def run() -> Outputs:
+            hidden_states = self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode)
+            return self._add_tokens(hidden_states) if rows <= MAX_LOGIT_ROWS else Outputs(hidden_states)
+
         for _ in range(2):  # kernels are compiled and chosen outside of the capture
-            self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode)
+            run()
         torch.cuda.synchronize()
         before = self._exchange.transport.num_bytes
         # Other threads (NCCL's watchdog) use CUDA at the same time.
         with torch.cuda.graph(graph.graph, pool=self._pool, capture_error_mode="thread_local"):
-            graph.hidden_states = self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode)
+            graph.outputs = run()
         graph.exchange_bytes = self._exchange.transport.num_bytes - before
         self._graphs[n, is_decode, shares_prefix] = graph
 
-    def replay(self, batch: InputBatch) -> torch.Tensor | None:
-        """Hidden states of a step, or None where no graph fits it."""
+    def _add_tokens(self, hidden_states: torch.Tensor) -> Outputs:
+        logits, greedy_token_ids = self._finish(hidden_states)
+        if self._logits is None:  # one for all graphs: one each would take gigabytes
+            self._logits = logits.new_empty(MAX_LOGIT_ROWS, logits.shape[1])
+        return Outputs(hidden_states, self._logits[: len(logits)].copy_(logits), greedy_token_ids)
+
+    def replay(self, batch: InputBatch) -> Outputs | None:
+        """What comes of a step, or None where no graph fits it."""
         plan, n = batch.plan, len(batch.input_ids)
         shared = batch.metadata.shared_prefix
         graph = self._graphs.get((n, plan.is_decode, True)) if shared is not None else None
@@ -171,7 +198,7 @@ class CUDAGraphs:
             _copy_shared_prefix(static.shared_prefix, shared)
         graph.graph.replay()
         self._exchange.transport.num_bytes += graph.exchange_bytes
-        return graph.hidden_states
+        return graph.outputs
 
     def _make_shared_prefix(self, metadata: AttentionMetadata) -> SharedPrefix:
         """Where a graph of decodes reads the prefix that rows share, and the rows without it."""

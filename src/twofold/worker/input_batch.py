@@ -34,6 +34,7 @@ class InputBatch:
     sampled_request_idx: IntArray  # [S] my sampled token -> request of the step
     all_sampled_request_idx: IntArray  # [P * max S] gathered sampled token -> request of the step, -1 is padding
     all_sampled_state_idx: torch.Tensor  # [P * max S] gathered sampled token -> request state
+    all_sampled_row: torch.Tensor  # [P * max S] gathered sampled token -> row of its rank; of padding any
 
 
 def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: int, block_size: int) -> InputBatch:
@@ -86,7 +87,7 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
     # Sampled tokens. By heads every rank has all rows, in the same order, and so each sampled token's hidden state.
     my_sampled = plan.sampled_row[rank][plan.sampled_row[rank] >= 0]
     all_sampled_row = plan.sampled_row.ravel()
-    is_sampled = all_sampled_row >= 0
+    is_sampled, width = all_sampled_row >= 0, plan.sampled_row.shape[1]
     here = all_sampled_row % len(length) if plan.by_heads else my_sampled - rows.start
     last_token = query_start[1:][here] - 1
 
@@ -98,6 +99,7 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
             "newest_state": my_state[newest],
             "slots": slots,
             "sampled": last_token if plan.needs_all_hidden_states else here,
+            "all_sampled_row": np.where(is_sampled, all_sampled_row - np.repeat(plan.row_ptr[:-1], width), 0),
             # Padding writes its token to the state that no request has.
             "all_sampled_state": np.where(is_sampled, row_state[all_sampled_row], states.max_num_seqs),
             "query_start": np.concatenate([query_start, padding_start]).astype(np.int32),
@@ -139,6 +141,7 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
         sampled_request_idx=plan.request_idx[my_sampled],
         all_sampled_request_idx=np.where(is_sampled, plan.request_idx[all_sampled_row], -1),
         all_sampled_state_idx=on_device["all_sampled_state"],
+        all_sampled_row=on_device["all_sampled_row"],
     )
 
 

@@ -21,7 +21,7 @@ from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.mesh import Mesh
 from twofold.parallel.plan import UNPADDED, HeadLayout, Layout, TokenLayout, plan_step
 from twofold.sampling_params import SamplingParams
-from twofold.worker.cuda_graphs import CaptureLimits, CUDAGraphs
+from twofold.worker.cuda_graphs import CaptureLimits, CUDAGraphs, Outputs
 from twofold.worker.device import Device, Event
 from twofold.worker.input_batch import InputBatch, prepare
 from twofold.worker.request_states import RequestStates, counts_tokens
@@ -106,10 +106,10 @@ class ModelRunner:
         assert way is not None, "steps by heads need a model that divides"
         plan = plan_step(step.batch, way.layout, UNPADDED if way.graphs is None else way.graphs.buckets)
         batch = prepare(step.batch, plan, self.states, self.mesh.rank, self.cache.block_size)
-        hidden_states = self._forward(way, batch)
-        all_token_ids, logprobs = self._sample(way, step, batch, hidden_states)
+        outputs = self._forward(way, batch)
+        all_token_ids, logprobs = self._sample(way, step, batch, outputs)
         self.states.last_sampled[batch.all_sampled_state_idx] = all_token_ids
-        prompt_logprobs = self._prompt_logprobs(way, step, batch, hidden_states)
+        prompt_logprobs = self._prompt_logprobs(way, step, batch, outputs.hidden_states)
         # All results are copied now: a copy that is enqueued after the next step would wait for that step.
         return LaunchedStep(
             step,
@@ -175,7 +175,8 @@ class ModelRunner:
                 max_copied_tokens=min(copied) if copied else None,
             )
             forward = partial(self._forward_eager, way)
-            graphs = CUDAGraphs(forward, limits, self.exchange, self.device.torch_device, pool)
+            finish = partial(self._finish, way)
+            graphs = CUDAGraphs(forward, finish, limits, self.exchange, self.device.torch_device, pool)
             with torch.inference_mode():
                 for is_decode in kinds:
                     # The largest first: the smaller ones fit into its memory.
@@ -188,16 +189,37 @@ class ModelRunner:
                         graphs.capture(size, True, shares_prefix=True)
             way.graphs = graphs
 
-    def _forward(self, way: Way, batch: InputBatch) -> torch.Tensor:
-        """→ hidden states [N, hidden_size], or of each row's last token [V', hidden_size] if the plan needs no others.
+    def _forward(self, way: Way, batch: InputBatch) -> Outputs:
+        """Hidden states are those of all tokens, or of each row's last one if the plan needs no others.
 
         A rank without tokens runs padding and joins the exchange.
         """
-        if way.graphs is not None and (hidden_states := way.graphs.replay(batch)) is not None:
-            return hidden_states
-        return self._forward_eager(
+        if way.graphs is not None and (outputs := way.graphs.replay(batch)) is not None:
+            return outputs
+        hidden_states = self._forward_eager(
             way, batch.input_ids, batch.position_ids, batch.metadata, batch.exchange, batch.plan.needs_all_hidden_states
         )
+        return Outputs(hidden_states)
+
+    def _finish(self, way: Way, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Logits of rows [V', hidden_size], and the greedy tokens of all ranks' rows, as `Outputs` has them."""
+        logits = way.model.logits(hidden_states)
+        if not way.layout.by_heads:
+            return logits, self._gather(logits.argmax(dim=-1))
+        if way.model.words is None:
+            return logits, None
+        num_rows = len(hidden_states)
+        nothing = [np.empty(0, np.int32)] * num_rows
+        greedy = SamplingBatch.build(
+            [SamplingParams(temperature=0)] * num_rows,
+            [0] * num_rows,
+            [0] * num_rows,
+            nothing,
+            nothing,
+            [()] * num_rows,
+        )
+        candidates = best_of_part(logits, way.model.words.start, greedy)
+        return logits, choose(self._gather(candidates), greedy)[None]
 
     def _forward_eager(
         self,
@@ -216,7 +238,7 @@ class ModelRunner:
         return hidden_states
 
     def _sample(
-        self, way: Way, step: Step, batch: InputBatch, hidden_states: torch.Tensor
+        self, way: Way, step: Step, batch: InputBatch, outputs: Outputs
     ) -> tuple[torch.Tensor, LogprobTensors | None]:
         """→ token ids of all ranks [P * max S], and log-probabilities of those that this rank owns; on the device.
 
@@ -226,26 +248,36 @@ class ModelRunner:
         all_token_ids = torch.zeros(len(everyones), dtype=torch.long, device=self.device.torch_device)
         if not len(everyones):
             return all_token_ids, None
-        hidden_states, words = hidden_states[batch.sampled_idx], way.model.words
         width = len(everyones) // self.mesh.size
         start = self.mesh.rank * width
+        if outputs.greedy_token_ids is not None:
+            state_idx = step.batch.state_idx[everyones[everyones >= 0]]
+            if self.states.takes_the_best[state_idx].all():
+                of_ranks = outputs.greedy_token_ids.expand(self.mesh.size, -1)
+                return of_ranks.gather(1, batch.all_sampled_row.view(-1, width)).flatten(), None
+        words = way.model.words
+
+        def sampled_logits() -> torch.Tensor:
+            if outputs.logits is not None:
+                return outputs.logits[batch.sampled_idx]
+            return way.model.logits(outputs.hidden_states[batch.sampled_idx])
+
         if batch.plan.by_heads:
             sampling = self._sampling_batch(step, np.where(everyones >= 0, everyones, everyones.max()))
             if words is not None and not needs_all_logits(sampling):
-                candidates = best_of_part(way.model.logits(hidden_states), words.start, sampling)
+                candidates = best_of_part(sampled_logits(), words.start, sampling)
                 return choose(self._gather(candidates), sampling), None
-            logits = self._logits(way, hidden_states)[start : start + len(mine)]
+            logits = self._whole(way, sampled_logits())[start : start + len(mine)]
         elif len(mine):
-            logits = way.model.logits(hidden_states)
+            logits = sampled_logits()
         my_token_ids, logprobs = all_token_ids[start : start + width], None
         if len(mine):
             my_token_ids[: len(mine)], logprobs = sample(logits, self._sampling_batch(step, mine))
         self.mesh.all_gather(all_token_ids, my_token_ids)
         return all_token_ids, logprobs
 
-    def _logits(self, way: Way, hidden_states: torch.Tensor) -> torch.Tensor:
-        """hidden_states [S, hidden_size] → [S, vocab_size]. Where ranks have parts of the vocabulary, all call it."""
-        logits = way.model.logits(hidden_states)
+    def _whole(self, way: Way, logits: torch.Tensor) -> torch.Tensor:
+        """Logits [S, vocab_size] of this rank's part of them. Where ranks have parts, all of them call it."""
         if way.model.words is None:
             return logits
         size = -(-way.model.num_words // self.mesh.size)
@@ -302,7 +334,7 @@ class ModelRunner:
             for first in range(0, count, MAX_PROMPT_LOGPROBS):
                 size = min(MAX_PROMPT_LOGPROBS, count - first)
                 begin, position = int(bounds[row]) + first, start + first + 1
-                logits = self._logits(way, hidden_states[begin : begin + size])
+                logits = self._whole(way, way.model.logits(hidden_states[begin : begin + size]))
                 if batch.plan.by_heads and batch.plan.owner[batch.row_request_idx[row]] != self.mesh.rank:
                     continue
                 targets = torch.from_numpy(states.token_ids[i, position : position + size].astype(np.int64))

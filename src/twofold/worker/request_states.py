@@ -15,6 +15,11 @@ def counts_tokens(params: SamplingParams) -> bool:
     return bool(params.presence_penalty or params.frequency_penalty or params.repetition_penalty != 1.0)
 
 
+def takes_the_best(params: SamplingParams) -> bool:
+    """Whether the next token is simply that of the largest logit, and nothing else is asked for."""
+    return params.greedy and not counts_tokens(params) and params.logprobs is None and not params.min_tokens
+
+
 class RequestStates:
     """Arrays of `max_num_seqs` request states; the scheduler gives out their indices. One more is for padding."""
 
@@ -31,6 +36,7 @@ class RequestStates:
         self.seeds = np.zeros(max_num_seqs, np.uint64)
         self.params: list[SamplingParams | None] = [None] * max_num_seqs
         self.counts_tokens = np.zeros(max_num_seqs, bool)  # penalties: sampling looks at the tokens so far
+        self.takes_the_best = np.zeros(max_num_seqs, bool)
         # The newest sampled token of each request: the next step reads it here, without waiting for the CPU.
         self.last_sampled = torch.zeros(max_num_seqs + 1, dtype=torch.long, device=device)
 
@@ -47,6 +53,7 @@ class RequestStates:
             self.seeds[i] = new.seed % 2**64
             self.params[i] = new.sampling_params
             self.counts_tokens[i] = counts_tokens(new.sampling_params)
+            self.takes_the_best[i] = takes_the_best(new.sampling_params)
             self.num_blocks[i] = 0
             self._append_blocks(i, new.block_ids)
         for i, block_ids in step.new_block_ids.items():
