@@ -119,13 +119,14 @@ def _divides(module: Any, num_ranks: int) -> bool:
 
 
 def _shares(module: Any, mesh: Mesh) -> dict[str, Any]:
-    """A rank's views of the weights: `up` [E, 2, f, H] (gate, up) or [E, 1, f, H], `down` [E, 1, H, f]; their biases."""
+    """A rank's views: `up` [E, 2, f, H] (gate and up) or [E, 1, f, H], and `down` [E, 1, H, f]; their biases."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     num_parts = 2 if module.has_gate and module.is_concatenated else 1  # else gate and up take turns
 
     def mine(tensor: torch.Tensor) -> torch.Tensor:
         """tensor [E, num_parts * F, ...] → [E, num_parts, f, ...]"""
-        return tensor.unflatten(1, (num_parts, -1)).chunk(mesh.size, dim=2)[mesh.rank]
+        share: torch.Tensor = tensor.unflatten(1, (num_parts, -1)).chunk(mesh.size, dim=2)[mesh.rank]
+        return share
 
     up, down = getattr(module, name), module.down_proj
     if module.is_transposed:
