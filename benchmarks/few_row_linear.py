@@ -15,7 +15,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import astuple
+from dataclasses import astuple, replace
 from pathlib import Path
 from typing import Any
 
@@ -51,6 +51,7 @@ BY_DOT = [
     Tuning(16, 256, 2, 6, True), Tuning(16, 256, 4, 5, True), Tuning(16, 512, 4, 4, True), Tuning(32, 128, 4, 6, True),
     Tuning(32, 256, 4, 4, True), Tuning(64, 64, 4, 8, True), Tuning(64, 128, 4, 5, True),
 ]  # fmt: skip
+OVERLAPPED = (Tuning(4, 1024, 4), Tuning(2, 2048, 8), Tuning(2, 4096, 8), Tuning(1, 4096, 4), BY_DOT[1], BY_DOT[3])
 MAX_SUMS = 64  # that a thread keeps in registers
 NUM_CALLS, NUM_REPLAYS = 32, 5
 CACHE_BYTES = 50 << 20
@@ -66,7 +67,8 @@ def configurations(num_rows: int) -> list[Tuning]:
     def num_sums(tuning: Tuning) -> int:
         return triton.next_power_of_2(num_rows) * tuning.block_n * tuning.block_k // (32 * tuning.num_warps)
 
-    return [tuning for tuning in BY_ADDING if num_sums(tuning) <= MAX_SUMS] + BY_DOT
+    apart = [tuning for tuning in BY_ADDING if num_sums(tuning) <= MAX_SUMS] + BY_DOT
+    return apart + [replace(tuning, overlap=True) for tuning in apart if tuning in OVERLAPPED]
 
 
 def make_weights(width: int, shapes: list[tuple[int, int]]) -> list[list[torch.Tensor]]:
@@ -110,7 +112,10 @@ def check(call: Call, x: torch.Tensor, weights: list[torch.Tensor]) -> None:
 
 def name(tuning: Tuning) -> str:
     return (
-        "x".join(map(str, astuple(tuning)[:2])) + f" w{tuning.num_warps} s{tuning.num_stages}" + " dot" * tuning.by_dot
+        "x".join(map(str, astuple(tuning)[:2]))
+        + f" w{tuning.num_warps} s{tuning.num_stages}"
+        + " dot" * tuning.by_dot
+        + " overlap" * tuning.overlap
     )
 
 

@@ -447,3 +447,13 @@ class TestExpertLinear:
         out = torch.ops.twofold.expert_linear(x, given, experts, 16, is_transposed)
         expected = (weight[experts].double() @ x.repeat_interleave(top_k, 0).double()[..., None])[..., 0]
         torch.testing.assert_close(out.double(), expected, atol=TOLERANCE[dtype] * 60, rtol=1e-2)
+
+    @pytest.mark.parametrize("num_tokens", [1, 32])
+    def test_a_share_of_gate_and_up_is_one_product(self, num_tokens: int) -> None:
+        """By heads a rank has some rows of each, which lie apart."""
+        x = torch.randn(num_tokens, 200, device=DEVICE).bfloat16()
+        share = torch.randn(16, 2, 180, 200, device=DEVICE).bfloat16()[:, :, 90:]
+        experts = torch.randint(16, (num_tokens * 4,), device=DEVICE)
+        out = torch.ops.twofold.expert_linear(x, share, experts, 16, False)
+        apart = [torch.ops.twofold.expert_linear(x, part, experts, 16, False) for part in share.unbind(1)]
+        assert torch.equal(out, torch.cat(apart, dim=-1))

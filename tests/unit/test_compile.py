@@ -12,9 +12,11 @@ from torch._inductor.decomposition import select_decomp_table
 from transformers import PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
 
+from twofold.models.transforms import compile as compiling
 from twofold.models.transforms.base import transform
 from twofold.models.transforms.compile import RewriteLayers
 from twofold.models.transforms.packing import PackProjections, Part
+from twofold.parallel.sums import OneRank, summing
 
 QKV, KV, GATE_UP = 2, 1, 1  # products fewer in a layer
 
@@ -96,3 +98,53 @@ def test_complex_rotations_become_real() -> None:
         for turned, expected in zip(compiled(query, key, angles), apply_rotary_emb(query, key, angles), strict=True):
             torch.testing.assert_close(turned, expected)
     assert kinds == [True, False]
+
+
+class Attention(torch.nn.Module):
+    """Projections as those of a layer: one has a bias, the last one's weight is some columns of a wider one."""
+
+    def __init__(self, dtype: torch.dtype, by_heads: bool) -> None:
+        super().__init__()
+        self.by_heads = by_heads
+        self.q, self.kv, self.o = (torch.nn.Linear(64, 64, bias=i == 1, dtype=dtype) for i in range(3))
+        self.o.weight = torch.nn.Parameter(torch.randn(64, 128, dtype=dtype)[:, 64:])
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        out: torch.Tensor = self.o(torch.relu(self.q(x) * self.kv(x)))
+        return torch.ops.twofold.sum_over_ranks(out) if self.by_heads else out  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("num_tokens", [1, 5])
+@pytest.mark.parametrize(
+    ("dtype", "by_heads", "calls"),
+    [(torch.bfloat16, True, [2, 1]), (torch.bfloat16, False, [1, 1, 1]), (torch.float32, True, [])],
+)
+@torch.inference_mode()
+def test_products_of_few_rows_are_ours(
+    monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype, by_heads: bool, calls: list[int], num_tokens: int
+) -> None:
+    """By heads those of the same x share a call. By tokens queries must be able to wait. Float32 is the library's."""
+    monkeypatch.setattr(compiling, "FEW_ROW_DEVICE", "cpu")
+    torch.manual_seed(0)
+    module = Attention(dtype, by_heads)
+    found: list[int] = []
+    products: Counter[Any] = Counter()
+
+    def rewrite(graph: Any, _: Any) -> Any:
+        RewriteLayers()(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        op = torch.ops.twofold.few_row_linear.default
+        found.extend(len(node.args[1]) for node in graph.graph.nodes if node.target is op)
+        products.update(node.target for node in graph.graph.nodes)
+        return graph
+
+    backend = aot_autograd(fw_compiler=rewrite, decompositions=select_decomp_table())
+    compiled = torch.compile(module, backend=backend, fullgraph=True, dynamic=True)
+    x = torch.randn(1, num_tokens, 64, dtype=dtype)
+    with summing(OneRank()):
+        torch.testing.assert_close(compiled(x), module(x), atol=5e-2, rtol=5e-2)
+    assert found == calls
+    aten = torch.ops.aten
+    assert products[aten.mm.default] + products[aten.addmm.default] == (0 if calls else 3)
+    assert not calls or not products[aten.permute.default]

@@ -2,7 +2,9 @@
 
 import hashlib
 import inspect
+import operator
 import warnings
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,7 +12,11 @@ import torch._inductor.config as inductor
 from torch._inductor.custom_graph_pass import CustomGraphPass
 
 from twofold.models.transforms.base import Transform
+from twofold.models.transforms.few_row_linear import DTYPES, MAX_WEIGHTS
 from twofold.models.transforms.last_layer import LastLayer
+from twofold.parallel import sums  # noqa: F401 (defines `sum_over_ranks`)
+
+FEW_ROW_DEVICE = "cuda"  # whose products of few rows our kernel computes
 
 
 class CompileLayers(Transform):
@@ -46,21 +52,34 @@ class CompileLayers(Transform):
 
 
 class RewriteLayers(CustomGraphPass):
-    """Rewrites a layer's graph in three ways that the compiler does not know.
+    """Rewrites a layer's graph in four ways that the compiler does not know.
 
     One product serves all projections that were packed into it. RoPE by complex numbers becomes RoPE by real ones,
-    which the compiler can fuse. `publish`, with all that it needs, comes before the rest, so that queries are projected
-    while KV entries travel.
+    which the compiler can fuse. Our kernel multiplies few rows. `publish`, with all that it needs, comes before the
+    rest, so that queries are projected while KV entries travel.
     """
 
     def __call__(self, graph: torch.fx.Graph) -> None:
         _keep_one_of_equals(graph)
         _rotate_by_reals(graph)
+        _multiply_few_rows(graph)
         _publish_early(graph)
 
     def uuid(self) -> bytes:
-        functions = (_keep_one_of_equals, _rotate_by_reals, _publish_early)
-        return hashlib.sha256("".join(map(inspect.getsource, functions)).encode()).digest()
+        return hashlib.sha256(inspect.getsource(inspect.getmodule(type(self))).encode()).digest()  # type: ignore[arg-type]
+
+
+def _emit(graph: torch.fx.Graph, before: torch.fx.Node, op: Any, *args: Any) -> torch.fx.Node:
+    with graph.inserting_before(before):
+        node = graph.call_function(op, args)
+    node.meta["val"] = op(*torch.fx.map_arg(args, lambda arg: arg.meta["val"]))
+    return node
+
+
+def _erase_unused(graph: torch.fx.Graph, *nodes: torch.fx.Node) -> None:
+    for node in nodes:
+        if not node.users:
+            graph.erase_node(node)
 
 
 def _keep_one_of_equals(graph: torch.fx.Graph) -> None:
@@ -83,12 +102,7 @@ def _rotate_by_reals(graph: torch.fx.Graph) -> None:
             continue
         (pairs,), angles = product.args[0].args, product.args[1]  # [..., 2] real, and complex
 
-        def emit(op: Any, *args: Any, out: torch.fx.Node = out) -> torch.fx.Node:
-            with graph.inserting_before(out):
-                node = graph.call_function(op, args)
-            node.meta["val"] = op(*torch.fx.map_arg(args, lambda arg: arg.meta["val"]))
-            return node
-
+        emit = partial(_emit, graph, out)
         turns = emit(aten.view_as_real.default, angles)
         (x, y), (cos, sin) = ([emit(aten.select.int, node, -1, i) for i in (0, 1)] for node in (pairs, turns))
         (xc, xs), (yc, ys) = ([emit(aten.mul.Tensor, part, turn) for turn in (cos, sin)] for part in (x, y))
@@ -96,10 +110,41 @@ def _rotate_by_reals(graph: torch.fx.Graph) -> None:
         out.replace_all_uses_with(
             emit(aten.cat.default, [emit(aten.unsqueeze.default, part, -1) for part in turned], -1)
         )
-        graph.erase_node(out)
-        for node in (product, product.args[0]):
-            if not node.users:
-                graph.erase_node(node)
+        _erase_unused(graph, out, product, product.args[0])
+
+
+def _multiply_few_rows(graph: torch.fx.Graph) -> None:
+    """Products of the same x become one call by heads. By tokens queries wait until KV entries travel."""
+    aten, few_row_linear = torch.ops.aten, torch.ops.twofold.few_row_linear.default
+    products: dict[torch.fx.Node, list[torch.fx.Node]] = {}  # x -> all of them
+    for node in graph.nodes:
+        if _is_projection(node):
+            products.setdefault(node.args[-2], []).append(node)
+    by_heads = any(node.target is torch.ops.twofold.sum_over_ranks.default for node in graph.nodes)
+    width = MAX_WEIGHTS if by_heads else 1
+    for x, all_of_x in products.items():
+        for start in range(0, len(all_of_x), width):
+            nodes = all_of_x[start : start + width]
+            columns: list[Any] = [node.args[-1] for node in nodes]
+            results = _emit(graph, nodes[0], few_row_linear, x, [column.args[0] for column in columns])
+            for i, node in enumerate(nodes):
+                result = _emit(graph, node, operator.getitem, results, i)
+                if node.target is aten.addmm.default:
+                    result = _emit(graph, node, aten.add.Tensor, result, node.args[0])
+                node.replace_all_uses_with(result)
+                _erase_unused(graph, node, columns[i])
+
+
+def _is_projection(node: torch.fx.Node) -> bool:
+    """Is it a product with a weight that our kernel can read? A bias may be added."""
+    aten = torch.ops.aten
+    if node.target not in (aten.mm.default, aten.addmm.default) or node.kwargs:
+        return False
+    columns: Any = node.args[-1]
+    if columns.target is not aten.permute.default or columns.args[0].op != "placeholder":
+        return False
+    weight = columns.args[0].meta["val"]
+    return weight.device.type == FEW_ROW_DEVICE and weight.dtype in DTYPES
 
 
 def _publish_early(graph: torch.fx.Graph) -> None:

@@ -5,6 +5,8 @@ expert. For a few pairs that takes longer than the products. Here each program t
 looks through all pairs for those of its expert.
 """
 
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -23,10 +25,12 @@ def _linear_kernel(
     num_pairs: tl.tensor,
     x_stride: tl.tensor,
     expert_stride: tl.tensor,
+    part_stride: tl.tensor,
     out_stride: tl.tensor,
     in_stride: tl.tensor,
     in_features: tl.constexpr,
     out_features: tl.constexpr,
+    part_features: tl.constexpr,
     pairs_per_row: tl.constexpr,
     by_pair: tl.constexpr,
     pairs_pad: tl.constexpr,
@@ -46,7 +50,11 @@ def _linear_kernel(
     order = tl.cumsum(mine.to(tl.int32), 0) - 1  # pair of mine -> how many come before it
     count = tl.sum(mine.to(tl.int32), 0)
     n = tl.program_id(0) * block_n + tl.arange(0, block_n)
-    columns = weight + expert * expert_stride + n[None, :] * out_stride
+    if part_features == out_features:
+        rows_of_weight = n * out_stride
+    else:
+        rows_of_weight = n // part_features * part_stride + n % part_features * out_stride
+    columns = weight + expert * expert_stride + rows_of_weight[None, :]
     for first in range(0, count, block_pairs):
         wanted = first + tl.arange(0, block_pairs)
         chosen = mine[None, :] & (order[None, :] == wanted[:, None])
@@ -67,10 +75,16 @@ def _linear_kernel(
 def _expert_linear(
     x: torch.Tensor, weight: torch.Tensor, expert_ids: torch.Tensor, num_experts: int, is_transposed: bool
 ) -> torch.Tensor:
-    """x [S / n, in], each of its vectors for n pairs; weight [E, out, in] or transposed; expert_ids [S] → [S, out]."""
+    """x [S / n, in], each of its vectors for n pairs; weight [E, out, in] or transposed; expert_ids [S] → [S, out].
+
+    A weight [E, parts, out / parts, in] need not have its parts one after the other.
+    """
     if is_transposed:
         weight = weight.transpose(1, 2)
-    (num_rows, in_features), out_features, num_pairs = x.shape, weight.shape[1], len(expert_ids)
+    if weight.dim() == 3:
+        weight = weight.unsqueeze(1)
+    (num_rows, in_features), num_pairs = x.shape, len(expert_ids)
+    part_features, out_features = weight.shape[2], weight.shape[1] * weight.shape[2]
     out = x.new_empty(num_pairs, out_features)
     if x.stride(1) != 1:
         x = x.contiguous()
@@ -79,7 +93,8 @@ def _expert_linear(
     grid = (triton.cdiv(out_features, BLOCK_N), num_pairs if by_pair else num_experts)
     _linear_kernel[grid](
         x, weight, expert_ids, out, num_pairs, x.stride(0), *weight.stride(),
-        in_features=in_features, out_features=out_features, pairs_per_row=pairs_per_row, by_pair=by_pair,
+        in_features=in_features, out_features=out_features, part_features=part_features,
+        pairs_per_row=pairs_per_row, by_pair=by_pair,
         pairs_pad=max(16, triton.next_power_of_2(num_pairs)), block_pairs=BLOCK_PAIRS,
         block_n=BLOCK_N, block_k=BLOCK_K, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
     )  # fmt: skip
@@ -94,7 +109,7 @@ _library.impl("expert_linear", _expert_linear, "CUDA")
 torch.library.register_fake(
     "twofold::expert_linear",
     lambda x, weight, expert_ids, num_experts, is_transposed: x.new_empty(
-        len(expert_ids), weight.shape[2 if is_transposed else 1]
+        len(expert_ids), weight.shape[2] if is_transposed else math.prod(weight.shape[1:-1])
     ),
     lib=_library,
 )

@@ -119,20 +119,22 @@ def _divides(module: Any, num_ranks: int) -> bool:
 
 
 def _shares(module: Any, mesh: Mesh) -> dict[str, Any]:
-    """A rank's views of the weights: `up`, each [E, f, H] (gate and up are two), and `down` [E, H, f]; their biases."""
+    """A rank's views: `up` [E, 2, f, H] (gate and up) or [E, 1, f, H], and `down` [E, 1, H, f]; their biases."""
     name = "gate_up_proj" if module.has_gate else "up_proj"
     num_parts = 2 if module.has_gate and module.is_concatenated else 1  # else gate and up take turns
 
-    def parts(tensor: torch.Tensor) -> list[torch.Tensor]:
-        """tensor [E, num_parts * F, ...]"""
-        return [part.chunk(mesh.size, dim=1)[mesh.rank] for part in tensor.chunk(num_parts, dim=1)]
+    def mine(tensor: torch.Tensor) -> torch.Tensor:
+        """tensor [E, num_parts * F, ...] → [E, num_parts, f, ...]"""
+        share: torch.Tensor = tensor.unflatten(1, (num_parts, -1)).chunk(mesh.size, dim=2)[mesh.rank]
+        return share
 
     up, down = getattr(module, name), module.down_proj
     if module.is_transposed:
         up, down = up.mT, down.mT
-    shares = {"up": parts(up), "down": down.chunk(mesh.size, dim=2)[mesh.rank], "up_bias": None, "down_bias": None}
+    down = down.chunk(mesh.size, dim=2)[mesh.rank].unsqueeze(1)
+    shares = {"up": mine(up), "down": down, "up_bias": None, "down_bias": None}
     if module.has_bias:
-        shares["up_bias"] = torch.cat(parts(getattr(module, f"{name}_bias")), dim=1)
+        shares["up_bias"] = mine(getattr(module, f"{name}_bias")).flatten(1)
         shares["down_bias"] = module.down_proj_bias if mesh.rank == 0 else None  # summed, so added once
     return shares
 
@@ -156,9 +158,10 @@ def divided_experts_forward(
         if few:
             product: torch.Tensor = torch.ops.twofold.expert_linear(x, weight, expert_ids, len(weight), False)
             return product
-        return F.grouped_mm(x, weight.mT, offs=ends)
+        products = [F.grouped_mm(x, part.mT, offs=ends) for part in weight.unbind(1)]
+        return products[0] if len(products) == 1 else torch.cat(products, dim=-1)
 
-    x = torch.cat([linear(x, weight) for weight in shares["up"]], dim=-1)
+    x = linear(x, shares["up"])
     if shares["up_bias"] is not None:
         x = x + shares["up_bias"][expert_ids]
     x = linear(self._apply_gate(x) if self.has_gate else self.act_fn(x), shares["down"])
