@@ -3,8 +3,8 @@
     python benchmarks/sums.py [--output-json FILE]
 
 On GPUs x is [b, 4096] bfloat16; calls are launched one by one, and 64 of them are replayed from a CUDA graph. What
-follows a sum in a model, the residual and the norm, is timed as one more kernel, and fused with our own sum. On CPUs
-each rank has one thread. A figure is the slowest rank's microseconds of a call, the median of repeats.
+follows a sum in a model, the residual with or without the norm, is timed as one more kernel, and fused with our own
+sum. On CPUs each rank has one thread. A figure is the slowest rank's microseconds of a call, the median of repeats.
 """
 
 import argparse
@@ -67,8 +67,11 @@ def run_gpu(mesh: ProcessMesh, device: torch.device, repeats: int) -> list[dict[
             if name != "push" or push.fits(x):
                 calls[name] = one_way(measured, name)
                 calls[f"{name}, norm"] = norm_after(calls[name], add_norm, residual, weight)
+        if push.fits(x):
+            calls["push, add"] = lambda x, residual=residual: residual + push(x)
+            calls["fused add"] = partial(push, residual=residual)
         if push.fits_rows(x):
-            calls["fused"] = partial(push.add_norm, residual=residual, weight=weight, epsilon=EPSILON)
+            calls["fused norm"] = partial(push.add_norm, residual=residual, weight=weight, epsilon=EPSILON)
         for name, call in calls.items():
             launched = slowest(mesh, partial(time_launches, call, x), repeats)
             replayed = slowest(mesh, partial(time_in_graph, call, x, NUM_CALLS), 1)

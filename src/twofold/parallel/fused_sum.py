@@ -1,7 +1,7 @@
 """Sums over GPUs by kernels of our own: each rank pushes its part into its peers' memory, then adds up all parts.
 
     x ──push──► my part of every peer's buffer, my flag there = number of this sum, wait for all flags here
-    parts ──add──► sum                                     `PushSum.__call__`
+    parts ──add──► sum (──► + residual)                    `PushSum.__call__`
     parts ──add──► sum + residual ──norm──► normed         `PushSum.add_norm`
 
 Program b of a kernel waits for program b of the same kernel on the peers, and for no other.
@@ -84,6 +84,7 @@ def _exchange(
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum_kernel(
     x: tl.tensor,
+    residual: tl.tensor,
     out: tl.tensor,
     buffers: tl.tensor,
     counts: tl.tensor,
@@ -94,16 +95,35 @@ def _sum_kernel(
     size: tl.constexpr,
     padded_size: tl.constexpr,
     max_programs: tl.constexpr,
+    has_residual: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     """Grid (blocks of x)."""
     offsets = tl.program_id(0) * block + tl.arange(0, block)
     inside = offsets < numel
     values = tl.load(x + offsets, mask=inside, other=0.0)
+    if has_residual:
+        before = tl.load(residual + offsets, mask=inside, other=0.0)  # arrives while this rank waits for its peers
     total = _exchange(
         values, offsets, inside, buffers, counts, flags_bytes, part_bytes, rank, size, padded_size, max_programs
     )
+    if has_residual:
+        total = _add(total, before)
     tl.store(out + offsets, total, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add(total: tl.tensor, before: tl.tensor) -> tl.tensor:
+    return (total.to(tl.float32) + before.to(tl.float32)).to(total.dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm(after: tl.tensor, scale: tl.tensor, epsilon: tl.tensor, width: tl.constexpr) -> tl.tensor:
+    """The norm of one row after [block], in which width numbers are no padding; rounded where Llama's modules do."""
+    wide = after.to(tl.float32)
+    mean_square = tl.sum(wide * wide, axis=0) / width
+    unit = (wide * tl.rsqrt(mean_square + epsilon)).to(after.dtype)
+    return (unit.to(tl.float32) * scale.to(tl.float32)).to(after.dtype)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -135,13 +155,45 @@ def _sum_norm_kernel(
     total = _exchange(
         values, offsets, inside, buffers, counts, flags_bytes, part_bytes, rank, size, padded_size, max_programs
     )
-    # Rounded where separate kernels round.
-    after = (total.to(tl.float32) + before.to(tl.float32)).to(values.dtype)
+    after = _add(total, before)
     tl.store(added + offsets, after, mask=inside)
-    wide = after.to(tl.float32)
-    mean_square = tl.sum(wide * wide, axis=0) / width
-    unit = (wide * tl.rsqrt(mean_square + epsilon)).to(values.dtype)
-    tl.store(normed + offsets, (unit.to(tl.float32) * scale.to(tl.float32)).to(values.dtype), mask=inside)
+    tl.store(normed + offsets, _norm(after, scale, epsilon, width), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_norm_kernel(
+    total: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    added: tl.tensor,
+    normed: tl.tensor,
+    epsilon: tl.tensor,
+    width: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    """Grid (rows of total)."""
+    column = tl.arange(0, block)
+    inside = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    here = tl.load(total + offsets, mask=inside, other=0.0)
+    before = tl.load(residual + offsets, mask=inside, other=0.0)
+    scale = tl.load(weight + column, mask=inside, other=0.0)
+    after = _add(here, before)
+    tl.store(added + offsets, after, mask=inside)
+    tl.store(normed + offsets, _norm(after, scale, epsilon, width), mask=inside)
+
+
+def add_norm(
+    total: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second half of `PushSum.add_norm`, after a sum of any size."""
+    total, residual = total.contiguous(), residual.contiguous()
+    added, normed, width = torch.empty_like(total), torch.empty_like(total), total.shape[-1]
+    _add_norm_kernel[(total.numel() // width,)](
+        total, residual, weight, added, normed, epsilon,
+        width=width, block=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return added, normed
 
 
 class PushSum:
@@ -167,27 +219,33 @@ class PushSum:
     def fits(self, x: torch.Tensor) -> bool:
         return x.nbytes <= self.max_num_bytes and x.numel() <= MAX_PROGRAMS * BLOCK
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., W] of this rank → the sum over all ranks, in float32 in the order of ranks, rounded once."""
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., W] of this rank → the sum over all ranks, in float32 in the order of ranks, rounded once.
+
+        Then residual [..., W] of the same type is added, if there is one.
+        """
         x, numel = x.contiguous(), x.numel()
+        given = x if residual is None else residual.contiguous()
         out = torch.empty_like(x)
-        grid = (triton.cdiv(numel, BLOCK),)
-        _sum_kernel[grid](x, out, self._buffers, self._counts, numel, block=BLOCK, num_warps=8, **self._constants)
+        _sum_kernel[(triton.cdiv(numel, BLOCK),)](
+            x, given, out, self._buffers, self._counts, numel,
+            has_residual=residual is not None, block=BLOCK, num_warps=8, **self._constants,
+        )  # fmt: skip
         return out
 
     def fits_rows(self, x: torch.Tensor) -> bool:
-        return x.nbytes <= self.max_num_bytes and len(x) <= MAX_PROGRAMS
+        return x.nbytes <= self.max_num_bytes and x.numel() <= MAX_PROGRAMS * x.shape[-1]
 
     def add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [N, W] of this rank, residual [N, W], weight [W] → the sum over all ranks + residual, and its RMS norm.
+        """x [..., W] of this rank, residual [..., W], weight [W] → the sum over all ranks + residual, and its RMS norm.
 
-        All are contiguous and of one type. The norm is that of Llama.
+        All are of one type. The norm is that of Llama.
         """
-        num_rows, width = x.shape
+        x, residual, width = x.contiguous(), residual.contiguous(), x.shape[-1]
         added, normed = torch.empty_like(x), torch.empty_like(x)
-        _sum_norm_kernel[(num_rows,)](
+        _sum_norm_kernel[(x.numel() // width,)](
             x, residual, weight, added, normed, self._buffers, self._counts, epsilon,
             width=width, block=triton.next_power_of_2(width), num_warps=8, **self._constants,
         )  # fmt: skip
