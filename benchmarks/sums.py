@@ -3,8 +3,8 @@
     python benchmarks/sums.py [--output-json FILE]
 
 On GPUs x is [b, 4096] bfloat16; calls are launched one by one, and 64 of them are replayed from a CUDA graph. What
-follows a sum in a model, the residual and the norm, is timed as one more kernel, and fused with our own sum. On CPUs
-each rank has one thread. A figure is the slowest rank's microseconds of a call, the median of repeats.
+follows a sum in a model, the residual with or without the norm, is timed as one more kernel, and fused with our own
+sum. On CPUs each rank has one thread. A figure is the slowest rank's microseconds of a call, the median of repeats.
 """
 
 import argparse
@@ -56,19 +56,22 @@ def run_gpu(mesh: ProcessMesh, device: torch.device, repeats: int) -> list[dict[
     measured = SymmetricSum(mesh, device, BATCHES[-1] * WIDTH * 2)
     if mesh.rank == 0:
         print("measured at start-up:", measured.choices, flush=True)
-    fused = {"fused": PushSum(mesh, device, 1 << 20), "fused, packed": PushSum(mesh, device, 1 << 18, packed=True)}
+    push = PushSum(mesh, device, 1 << 20)
     weight = torch.rand(WIDTH, device=device).bfloat16()
     add_norm = torch.compile(add_then_norm)
     rows = []
     for batch in BATCHES:
         x, residual = (torch.randn(batch, WIDTH, device=device).bfloat16() for _ in range(2))
         calls: dict[str, Callable[[torch.Tensor], object]] = {}
-        for name in measured.ways_for(x):
-            calls[name] = one_way(measured, name)
-            calls[f"{name}, norm"] = norm_after(calls[name], add_norm, residual, weight)
-        for name, push in fused.items():
-            if push.fits_rows(x):
-                calls[name] = partial(push.add_norm, residual=residual, weight=weight, epsilon=EPSILON)
+        for name in ("push", "one_shot", "two_shot", "nccl"):
+            if name != "push" or push.fits(x):
+                calls[name] = one_way(measured, name)
+                calls[f"{name}, norm"] = norm_after(calls[name], add_norm, residual, weight)
+        if push.fits(x):
+            calls["push, add"] = lambda x, residual=residual: residual + push(x)
+            calls["fused add"] = partial(push, residual=residual)
+        if push.fits_rows(x):
+            calls["fused norm"] = partial(push.add_norm, residual=residual, weight=weight, epsilon=EPSILON)
         for name, call in calls.items():
             launched = slowest(mesh, partial(time_launches, call, x), repeats)
             replayed = slowest(mesh, partial(time_in_graph, call, x, NUM_CALLS), 1)

@@ -2,6 +2,7 @@
 
 import copy
 from collections import Counter
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -9,12 +10,14 @@ import torch
 from tiny_models import tiny_config, tiny_model
 from torch._dynamo.backends.common import aot_autograd
 from torch._inductor.decomposition import select_decomp_table
-from transformers import PreTrainedModel
+from transformers import AttentionInterface, PreTrainedModel
 from transformers.models.deepseek_v2.modeling_deepseek_v2 import apply_rotary_emb
 
+from twofold.models.heads import SummedLinear
 from twofold.models.transforms import compile as compiling
 from twofold.models.transforms.base import transform
 from twofold.models.transforms.compile import RewriteLayers
+from twofold.models.transforms.experts import divide_experts
 from twofold.models.transforms.packing import PackProjections, Part
 from twofold.parallel.sums import OneRank, summing
 
@@ -148,3 +151,62 @@ def test_products_of_few_rows_are_ours(
     aten = torch.ops.aten
     assert products[aten.mm.default] + products[aten.addmm.default] == (0 if calls else 3)
     assert not calls or not products[aten.permute.default]
+
+
+NORM = {
+    "sum_add_norm": 1,
+    "sum_add": 1,
+}  # of a layer: the residual and the norm after attention, the residual at its end
+
+
+@pytest.mark.parametrize(
+    ("family", "dtype", "calls"),
+    [
+        ("llama", torch.float32, NORM),
+        ("llama", torch.bfloat16, NORM),
+        ("qwen2", torch.float32, NORM),
+        ("mixtral", torch.bfloat16, NORM),
+        ("gemma", torch.bfloat16, {"sum_add": 2}),  # adds 1 to the weight of its norm
+        ("cohere", torch.float32, {"sum_add": 2}),  # has another norm, and adds attention and MLP to one residual
+        ("olmo2", torch.float32, {"sum_over_ranks": 2}),  # norms come before residuals
+    ],
+)
+@torch.inference_mode()
+def test_sums_take_along_residuals_and_norms(family: str, dtype: torch.dtype, calls: dict[str, int]) -> None:
+    """Whatever follows a sum, a layer computes the same; of Llama's kind of layers no sum is left alone."""
+    torch._dynamo.reset()
+    model = tiny_model(tiny_config(family)).to(dtype)
+    divide_experts(model.base_model, SimpleNamespace(rank=0, size=2))  # type: ignore[arg-type]
+    for parent in list(model.base_model.modules()):
+        for name in ("o_proj", "down_proj"):
+            if isinstance(linear := getattr(parent, name, None), torch.nn.Linear):
+                setattr(parent, name, SummedLinear(linear.weight, linear.bias))
+    AttentionInterface.register("values", values_alone)
+    model.config._attn_implementation = "values"
+    steps = [torch.arange(num_tokens)[None] * 3 for num_tokens in (5, 9, 1)]
+    counts: list[Counter[str]] = []
+
+    def rewrite(graph: Any, _: Any) -> Any:
+        RewriteLayers()(graph.graph)
+        graph.graph.lint()
+        graph.recompile()
+        targets = [str(node.target).split(".") for node in graph.graph.nodes]
+        counts.append(Counter(target[1] for target in targets if target[0] == "twofold"))
+        return graph
+
+    with summing(lambda x: 3 * x):
+        expected = [model(ids).logits for ids in steps]
+        backend = aot_autograd(fw_compiler=rewrite, decompositions=select_decomp_table())
+        layer = model.base_model.layers[1]
+        layer.compile(backend=backend, dynamic=True, fullgraph=True)
+        for ids, logits in zip(steps, expected, strict=True):
+            torch.testing.assert_close(model(ids).logits, logits)
+    assert counts
+    assert all(count == calls for count in counts), counts
+
+
+def values_alone(
+    module: torch.nn.Module, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, *_: Any, **__: Any
+) -> tuple[torch.Tensor, None]:
+    """Stands in for attention: each token sees itself."""
+    return value.repeat_interleave(query.shape[1] // value.shape[1], dim=1).transpose(1, 2), None

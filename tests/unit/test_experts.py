@@ -72,7 +72,7 @@ def test_experts_are_grouped(model: PreTrainedModel) -> None:
 def test_tokens_go_to_the_same_experts(model: PreTrainedModel, length: int) -> None:
     prompt = np.random.default_rng(length).integers(3, VOCAB_SIZE, length).tolist()
     num_ranks = 4
-    engine = make_engine(model, num_ranks)
+    engine = make_engine(model, num_ranks, step_layout="tokens")
     ranks = [Choices(decoder.body) for decoder in engine.executor.models]
     [found] = prompt_logprobs(engine, [prompt])
     whole = Choices(model.base_model)

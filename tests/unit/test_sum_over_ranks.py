@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import ThreadMesh
@@ -40,6 +41,33 @@ def test_sum_is_rounded_once(size: int, dtype: torch.dtype) -> None:
         for dense, strided in pool.map(run_rank, range(size)):
             assert torch.equal(dense, expected.to(dtype))
             assert torch.equal(strided, expected.to(dtype).transpose(0, 1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_sums_that_take_along_what_follows(dtype: torch.dtype) -> None:
+    """They give what separate operations give, on every rank; a sum may have another shape than the residual."""
+    xs = [torch.randn(3, 8, generator=torch.Generator().manual_seed(rank)).to(dtype) for rank in range(2)]
+    residual, weight, epsilon = torch.randn(1, 3, 8).to(dtype), torch.randn(8).to(dtype), 1e-2
+    added = residual + (xs[0] + xs[1])
+    norm = LlamaRMSNorm(8, epsilon).to(dtype)
+    norm.weight.data = weight
+    parts: list[Any] = [None] * 2
+    barrier = threading.Barrier(2, timeout=60)
+
+    def run_rank(rank: int) -> tuple[torch.Tensor, ...]:
+        ops = torch.ops.twofold
+        with summing(GatherSum(ThreadMesh(rank, parts, barrier))):
+            number = torch.tensor(epsilon, dtype=torch.float64)
+            return (
+                ops.sum_add(xs[rank], residual),
+                *ops.sum_add_norm(xs[rank], residual, weight, epsilon),
+                *ops.sum_add_norm(xs[rank], residual, weight, number),
+            )
+
+    with ThreadPoolExecutor(2) as pool:
+        for results in pool.map(run_rank, range(2)):
+            for result, expected in zip(results, [added, *[added, norm(added)] * 2], strict=True):
+                assert torch.equal(result, expected)
 
 
 def test_one_rank_gets_a_new_tensor() -> None:

@@ -1,14 +1,10 @@
 """Sums over GPUs by kernels of our own: each rank pushes its part into its peers' memory, then adds up all parts.
 
     x ──push──► my part of every peer's buffer, my flag there = number of this sum, wait for all flags here
-    parts ──add──► sum                                     `PushSum.__call__`
+    parts ──add──► sum (──► + residual)                    `PushSum.__call__`
     parts ──add──► sum + residual ──norm──► normed         `PushSum.add_norm`
 
 Program b of a kernel waits for program b of the same kernel on the peers, and for no other.
-
-A flag may be seen only after the part, which costs a round trip to the peer. If `packed`, each number of a part travels
-with the number of the sum in one word of 8 bytes instead: whoever finds the number of the sum there has the part. That
-is faster for small parts ("LL" in NCCL).
 
 There are two buffers, used in turn. A rank that pushes its part of sum n + 2 has finished kernel n + 1, which saw flags
 n + 1 of all peers. A peer sets those when its kernel n has ended, and so has read all parts of sum n. The number of the
@@ -29,87 +25,6 @@ FLAG_BYTES = 8
 
 
 @triton.jit  # type: ignore[untyped-decorator]
-def _push(
-    values: tl.tensor,
-    offsets: tl.tensor,
-    inside: tl.tensor,
-    buffers: tl.tensor,
-    place: tl.tensor,
-    rank: tl.constexpr,
-    size: tl.constexpr,
-) -> None:
-    """Writes my values to byte `place` of every peer's buffer."""
-    for distance in tl.static_range(1, size):  # no two ranks push to the same peer at the same time
-        part = tl.load(buffers + (rank + distance) % size) + place
-        numbers = tl.multiple_of(part.to(tl.pointer_type(values.dtype)), 16)  # so that 16 bytes travel together
-        tl.store(numbers + offsets, values, mask=inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _signal_and_wait(
-    number: tl.tensor,
-    mine: tl.tensor,
-    buffers: tl.tensor,
-    rank: tl.constexpr,
-    size: tl.constexpr,
-    padded_size: tl.constexpr,
-) -> None:
-    """Says to all peers that this program has pushed part `number`, and waits until theirs have."""
-    program = tl.program_id(0)
-    # All threads have pushed before one of them says so; the release covers what the barrier has ordered before it.
-    tl.debug_barrier()
-    peers = tl.arange(0, padded_size)
-    theirs = tl.load(buffers + peers, mask=peers < size, other=0).to(tl.pointer_type(tl.int64))
-    is_peer = (peers < size) & (peers != rank)
-    tl.atomic_xchg(theirs + program * size + rank, number, mask=is_peer, sem="release", scope="sys")
-    flags = mine.to(tl.pointer_type(tl.int64)) + program * size
-    for distance in tl.static_range(1, size):
-        flag = flags + (rank + distance) % size
-        while tl.atomic_add(flag, 0, sem="acquire", scope="sys") < number:
-            pass
-    tl.debug_barrier()
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _push_words(
-    values: tl.tensor,
-    offsets: tl.tensor,
-    inside: tl.tensor,
-    number: tl.tensor,
-    buffers: tl.tensor,
-    place: tl.tensor,
-    rank: tl.constexpr,
-    size: tl.constexpr,
-) -> None:
-    """The same in words: the lower half of the sum's number above, a value below."""
-    if values.dtype.primitive_bitwidth == 16:
-        bits = values.to(tl.int16, bitcast=True).to(tl.int64) & 0xFFFF
-    else:
-        bits = values.to(tl.int32, bitcast=True).to(tl.int64) & 0xFFFFFFFF
-    for distance in tl.static_range(1, size):
-        part = tl.load(buffers + (rank + distance) % size) + place
-        words = tl.multiple_of(part.to(tl.pointer_type(tl.int64)), 16)
-        tl.store(words + offsets, (number << 32) | bits, mask=inside)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _wait_for_words(
-    pushed: tl.tensor, offsets: tl.tensor, inside: tl.tensor, number: tl.tensor, dtype: tl.constexpr
-) -> tl.tensor:
-    """A peer's values, as soon as all of them are in my buffer, at address `pushed`."""
-    places = tl.multiple_of(pushed.to(tl.pointer_type(tl.int64)), 16) + offsets
-    mark = (number << 32) >> 32
-    words = tl.load(places, mask=inside, other=number << 32, volatile=True)
-    while tl.max(((words >> 32) != mark).to(tl.int32), axis=0) > 0:
-        words = tl.load(places, mask=inside, other=number << 32, volatile=True)
-    if dtype.primitive_bitwidth == 16:
-        values = words.to(tl.int16).to(dtype, bitcast=True)
-    else:
-        values = words.to(tl.int32).to(dtype, bitcast=True)
-    return values
-
-
-@triton.jit  # type: ignore[untyped-decorator]
 def _exchange(
     values: tl.tensor,
     offsets: tl.tensor,
@@ -122,29 +37,38 @@ def _exchange(
     size: tl.constexpr,
     padded_size: tl.constexpr,
     max_programs: tl.constexpr,
-    packed: tl.constexpr,
 ) -> tl.tensor:
     """My `values`, which are at `offsets` of x → their sum over all ranks, rounded once."""
     program = tl.program_id(0)
     number = tl.load(counts + program) + 1
     turn = (number % 2) * (size * part_bytes) + flags_bytes
+    for distance in tl.static_range(1, size):  # no two ranks push to the same peer at the same time
+        part = tl.load(buffers + (rank + distance) % size) + turn + rank * part_bytes
+        pushed = tl.multiple_of(part.to(tl.pointer_type(values.dtype)), 16)  # so that 16 bytes travel together
+        tl.store(pushed + offsets, values, mask=inside)
+
+    # All threads have pushed before one of them says so; the release covers what the barrier has ordered before it.
+    tl.debug_barrier()
+    peers = tl.arange(0, padded_size)
+    theirs = tl.load(buffers + peers, mask=peers < size, other=0).to(tl.pointer_type(tl.int64))
+    is_peer = (peers < size) & (peers != rank)
+    tl.atomic_xchg(theirs + program * size + rank, number, mask=is_peer, sem="release", scope="sys")
+
     mine = tl.load(buffers + rank)
-    if packed:
-        _push_words(values, offsets, inside, number, buffers, turn + rank * part_bytes, rank, size)
-    else:
-        _push(values, offsets, inside, buffers, turn + rank * part_bytes, rank, size)
-        _signal_and_wait(number, mine, buffers, rank, size, padded_size)
+    flags = mine.to(tl.pointer_type(tl.int64)) + program * size
+    for distance in tl.static_range(1, size):
+        flag = flags + (rank + distance) % size
+        while tl.atomic_add(flag, 0, sem="acquire", scope="sys") < number:
+            pass
+    tl.debug_barrier()
 
     total = values.to(tl.float32)
     for source in tl.static_range(size):
         part = values
         if source != rank:
-            pushed = mine + turn + source * part_bytes
-            if packed:
-                part = _wait_for_words(pushed, offsets, inside, number, values.dtype)
-            else:
-                numbers = tl.multiple_of(pushed.to(tl.pointer_type(values.dtype)), 16)
-                part = tl.load(numbers + offsets, mask=inside, other=0.0, cache_modifier=".cg")
+            address = mine + turn + source * part_bytes
+            pushed = tl.multiple_of(address.to(tl.pointer_type(values.dtype)), 16)
+            part = tl.load(pushed + offsets, mask=inside, other=0.0, cache_modifier=".cg")
         if source == 0:
             total = part.to(tl.float32)
         else:
@@ -160,6 +84,7 @@ def _exchange(
 @triton.jit  # type: ignore[untyped-decorator]
 def _sum_kernel(
     x: tl.tensor,
+    residual: tl.tensor,
     out: tl.tensor,
     buffers: tl.tensor,
     counts: tl.tensor,
@@ -170,17 +95,35 @@ def _sum_kernel(
     size: tl.constexpr,
     padded_size: tl.constexpr,
     max_programs: tl.constexpr,
-    packed: tl.constexpr,
+    has_residual: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     """Grid (blocks of x)."""
     offsets = tl.program_id(0) * block + tl.arange(0, block)
     inside = offsets < numel
     values = tl.load(x + offsets, mask=inside, other=0.0)
+    if has_residual:
+        before = tl.load(residual + offsets, mask=inside, other=0.0)  # arrives while this rank waits for its peers
     total = _exchange(
-        values, offsets, inside, buffers, counts, flags_bytes, part_bytes, rank, size, padded_size, max_programs, packed
+        values, offsets, inside, buffers, counts, flags_bytes, part_bytes, rank, size, padded_size, max_programs
     )
+    if has_residual:
+        total = _add(total, before)
     tl.store(out + offsets, total, mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add(total: tl.tensor, before: tl.tensor) -> tl.tensor:
+    return (total.to(tl.float32) + before.to(tl.float32)).to(total.dtype)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _norm(after: tl.tensor, scale: tl.tensor, epsilon: tl.tensor, width: tl.constexpr) -> tl.tensor:
+    """The norm of one row after [block], in which width numbers are no padding; rounded where Llama's modules do."""
+    wide = after.to(tl.float32)
+    mean_square = tl.sum(wide * wide, axis=0) / width
+    unit = (wide * tl.rsqrt(mean_square + epsilon)).to(after.dtype)
+    return (unit.to(tl.float32) * scale.to(tl.float32)).to(after.dtype)
 
 
 @triton.jit  # type: ignore[untyped-decorator]
@@ -200,7 +143,6 @@ def _sum_norm_kernel(
     size: tl.constexpr,
     padded_size: tl.constexpr,
     max_programs: tl.constexpr,
-    packed: tl.constexpr,
     block: tl.constexpr,
 ) -> None:
     """Grid (rows of x)."""
@@ -211,26 +153,56 @@ def _sum_norm_kernel(
     before = tl.load(residual + offsets, mask=inside, other=0.0)  # these arrive while this rank waits for its peers
     scale = tl.load(weight + column, mask=inside, other=0.0)
     total = _exchange(
-        values, offsets, inside, buffers, counts, flags_bytes, part_bytes, rank, size, padded_size, max_programs, packed
+        values, offsets, inside, buffers, counts, flags_bytes, part_bytes, rank, size, padded_size, max_programs
     )
-    # Rounded where separate kernels round.
-    after = (total.to(tl.float32) + before.to(tl.float32)).to(values.dtype)
+    after = _add(total, before)
     tl.store(added + offsets, after, mask=inside)
-    wide = after.to(tl.float32)
-    mean_square = tl.sum(wide * wide, axis=0) / width
-    unit = (wide * tl.rsqrt(mean_square + epsilon)).to(values.dtype)
-    tl.store(normed + offsets, (unit.to(tl.float32) * scale.to(tl.float32)).to(values.dtype), mask=inside)
+    tl.store(normed + offsets, _norm(after, scale, epsilon, width), mask=inside)
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _add_norm_kernel(
+    total: tl.tensor,
+    residual: tl.tensor,
+    weight: tl.tensor,
+    added: tl.tensor,
+    normed: tl.tensor,
+    epsilon: tl.tensor,
+    width: tl.constexpr,
+    block: tl.constexpr,
+) -> None:
+    """Grid (rows of total)."""
+    column = tl.arange(0, block)
+    inside = column < width
+    offsets = tl.program_id(0).to(tl.int64) * width + column
+    here = tl.load(total + offsets, mask=inside, other=0.0)
+    before = tl.load(residual + offsets, mask=inside, other=0.0)
+    scale = tl.load(weight + column, mask=inside, other=0.0)
+    after = _add(here, before)
+    tl.store(added + offsets, after, mask=inside)
+    tl.store(normed + offsets, _norm(after, scale, epsilon, width), mask=inside)
+
+
+def add_norm(
+    total: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The second half of `PushSum.add_norm`, after a sum of any size."""
+    total, residual = total.contiguous(), residual.contiguous()
+    added, normed, width = torch.empty_like(total), torch.empty_like(total), total.shape[-1]
+    _add_norm_kernel[(total.numel() // width,)](
+        total, residual, weight, added, normed, epsilon,
+        width=width, block=triton.next_power_of_2(width), num_warps=8,
+    )  # fmt: skip
+    return added, normed
 
 
 class PushSum:
     """Sums of up to `max_num_bytes`, with or without the residual and the norm that follow."""
 
-    def __init__(self, mesh: ProcessMesh, device: torch.device, max_num_bytes: int, packed: bool = False) -> None:
+    def __init__(self, mesh: ProcessMesh, device: torch.device, max_num_bytes: int) -> None:
         size = mesh.size
-        self.max_num_bytes, self._packed = max_num_bytes, packed
-        # Packed, two bytes take eight; a type of four bytes has room for half as much.
-        part_bytes = -(-max_num_bytes // 128) * 128 * (4 if packed else 1)
-        flags_bytes = MAX_PROGRAMS * size * FLAG_BYTES
+        self.max_num_bytes = max_num_bytes
+        flags_bytes, part_bytes = MAX_PROGRAMS * size * FLAG_BYTES, -(-max_num_bytes // 128) * 128
         self._buffer = symmetric_memory.empty(flags_bytes + 2 * size * part_bytes, dtype=torch.uint8, device=device)
         self._buffer.zero_()
         self._handle = symmetric_memory.rendezvous(self._buffer, mesh.group)
@@ -239,38 +211,41 @@ class PushSum:
         self._counts = torch.zeros(MAX_PROGRAMS, dtype=torch.long, device=device)  # program -> sums so far
         self._constants = {
             "flags_bytes": flags_bytes, "part_bytes": part_bytes, "rank": mesh.rank, "size": size,
-            "padded_size": triton.next_power_of_2(size), "max_programs": MAX_PROGRAMS, "packed": packed,
+            "padded_size": triton.next_power_of_2(size), "max_programs": MAX_PROGRAMS,
         }  # fmt: skip
         self._handle.barrier(channel=0)  # no flag is set before all are zero
         torch.cuda.synchronize(device)
 
     def fits(self, x: torch.Tensor) -> bool:
-        return self._has_room(x) and x.numel() <= MAX_PROGRAMS * BLOCK
+        return x.nbytes <= self.max_num_bytes and x.numel() <= MAX_PROGRAMS * BLOCK
 
-    def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        """x [..., W] of this rank → the sum over all ranks, in float32 in the order of ranks, rounded once."""
+    def __call__(self, x: torch.Tensor, residual: torch.Tensor | None = None) -> torch.Tensor:
+        """x [..., W] of this rank → the sum over all ranks, in float32 in the order of ranks, rounded once.
+
+        Then residual [..., W] of the same type is added, if there is one.
+        """
         x, numel = x.contiguous(), x.numel()
+        given = x if residual is None else residual.contiguous()
         out = torch.empty_like(x)
-        grid = (triton.cdiv(numel, BLOCK),)
-        _sum_kernel[grid](x, out, self._buffers, self._counts, numel, block=BLOCK, num_warps=8, **self._constants)
+        _sum_kernel[(triton.cdiv(numel, BLOCK),)](
+            x, given, out, self._buffers, self._counts, numel,
+            has_residual=residual is not None, block=BLOCK, num_warps=8, **self._constants,
+        )  # fmt: skip
         return out
 
     def fits_rows(self, x: torch.Tensor) -> bool:
-        return self._has_room(x) and len(x) <= MAX_PROGRAMS
-
-    def _has_room(self, x: torch.Tensor) -> bool:
-        return (2 * x.numel() if self._packed else x.nbytes) <= self.max_num_bytes
+        return x.nbytes <= self.max_num_bytes and x.numel() <= MAX_PROGRAMS * x.shape[-1]
 
     def add_norm(
         self, x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: float
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        """x [N, W] of this rank, residual [N, W], weight [W] → the sum over all ranks + residual, and its RMS norm.
+        """x [..., W] of this rank, residual [..., W], weight [W] → the sum over all ranks + residual, and its RMS norm.
 
-        All are contiguous and of one type. The norm is that of Llama.
+        All are of one type. The norm is that of Llama.
         """
-        num_rows, width = x.shape
+        x, residual, width = x.contiguous(), residual.contiguous(), x.shape[-1]
         added, normed = torch.empty_like(x), torch.empty_like(x)
-        _sum_norm_kernel[(num_rows,)](
+        _sum_norm_kernel[(x.numel() // width,)](
             x, residual, weight, added, normed, self._buffers, self._counts, epsilon,
             width=width, block=triton.next_power_of_2(width), num_warps=8, **self._constants,
         )  # fmt: skip

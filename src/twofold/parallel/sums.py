@@ -5,6 +5,11 @@
 
 A model calls the opaque op `torch.ops.twofold.sum_over_ranks`; `summing` says which `Sum` it uses. A sum that one rank
 makes in another order than the others would let ranks disagree about a token.
+
+In a compiled layer the op takes along what follows it (`models/transforms/compile.py`), which saves a kernel each:
+
+    sum_add(x, residual)                         residual + sum
+    sum_add_norm(x, residual, weight, epsilon)   residual + sum, and its norm
 """
 
 import itertools
@@ -14,7 +19,7 @@ import platform
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
 from typing import Any, Protocol
@@ -30,7 +35,7 @@ NUM_LOOKS = 100  # at a peer's flag, some microseconds, before others may have t
 YIELD_SECONDS = 2e-3  # that a rank looks again at once; then it sleeps between looks
 SLEEP_SECONDS = 200e-6
 NUM_SHAPES = 256  # whose views of the shared memory are kept
-PUSH_BYTES, PACKED_BYTES = 1 << 20, 128 << 10  # of a rank's x that our own kernels have room for
+PUSH_BYTES = 1 << 20  # of a rank's x that our own kernel has room for
 LEAST_TIMED_BYTES = 4 << 10
 NUM_TIMED_CALLS, NUM_TIMED_REPLAYS = 16, 10  # of one way and size when ranks start
 
@@ -151,7 +156,6 @@ class SymmetricSum:
     """GPUs that reach each other's memory: for each size the way that was fastest when the ranks started.
 
         push        our kernel pushes x into every peer's buffer; each rank adds up all parts (`fused_sum.py`)
-        packed      the same, and each number travels with the number of the sum
         one_shot    x is copied into my buffer; each rank reads all buffers, and adds them up
         two_shot    the same for a share of x; then each rank reads the shares of all ranks
         nccl        NCCL's all-reduce, also for all that the buffers have no room for
@@ -172,27 +176,27 @@ class SymmetricSum:
         self._max_num_bytes = -(-max_num_bytes // 16) * 16
         self._buffer = symmetric_memory.empty(self._max_num_bytes, dtype=torch.uint8, device=device)
         self._handle = symmetric_memory.rendezvous(self._buffer, mesh.group)
-        self._pushes = {
-            "push": PushSum(mesh, device, min(self._max_num_bytes, PUSH_BYTES)),
-            "packed": PushSum(mesh, device, min(self._max_num_bytes, PACKED_BYTES), packed=True),
-        }
+        self.push = PushSum(mesh, device, min(self._max_num_bytes, PUSH_BYTES))
         self._view = lru_cache(NUM_SHAPES)(self._make_view)
         self._ways: dict[str, Sum] = {
-            **self._pushes, "one_shot": self._one_shot, "two_shot": self._two_shot, "nccl": AllReduce(mesh),
+            "push": self.push, "one_shot": self._one_shot, "two_shot": self._two_shot, "nccl": AllReduce(mesh),
         }  # fmt: skip
         self.choices = self._measure(mesh, device) if choices is None else choices
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        way = next((way for num_bytes, way in self.choices if x.nbytes <= num_bytes), "nccl")
-        return self._ways[way if self._can(way, x) else "nccl"](x)
+        return self._ways[self._choose(x)](x)
 
-    def ways_for(self, x: torch.Tensor) -> list[str]:
-        """The ways that have room for x and take its type."""
-        return [way for way in self._ways if self._can(way, x)]
+    def pushes(self, x: torch.Tensor) -> bool:
+        """Whether x goes through our own kernel, which can add a residual."""
+        return self._choose(x) == "push"
+
+    def _choose(self, x: torch.Tensor) -> str:
+        way = next((way for num_bytes, way in self.choices if x.nbytes <= num_bytes), "nccl")
+        return way if self._can(way, x) else "nccl"
 
     def _can(self, way: str, x: torch.Tensor) -> bool:
-        if way in self._pushes:
-            return self._pushes[way].fits(x)
+        if way == "push":
+            return self.push.fits(x)
         is_kind = x.dtype in (torch.float32, torch.bfloat16) and x.nbytes % 16 == 0
         return way == "nccl" or (is_kind and x.nbytes <= self._max_num_bytes)
 
@@ -226,8 +230,9 @@ class SymmetricSum:
         times = torch.full((len(sizes), len(ways)), torch.inf, device=device)
         for i, num_bytes in enumerate(sizes):
             x = torch.zeros(num_bytes // 2, dtype=torch.bfloat16, device=device)
-            for way in self.ways_for(x):
-                times[i, ways.index(way)] = time_in_graph(self._ways[way], x)
+            for j, way in enumerate(ways):
+                if self._can(way, x):
+                    times[i, j] = time_in_graph(self._ways[way], x)
         torch.cuda.empty_cache()
         choices = agree(mesh, sizes, ways, times)
         logger.info("sums over ranks, up to so many bytes: %s", choices)
@@ -304,7 +309,59 @@ def _sum_over_ranks(x: torch.Tensor) -> torch.Tensor:
     return result
 
 
+def _sum_add(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    """x of this rank, as large as residual [..., W] → residual + the sum over all ranks [..., W].
+
+    The sum is rounded before the residual is added, as it is where both are computed one after the other.
+    """
+    way: Sum = _current.sum
+    x = x.reshape(residual.shape)
+    if isinstance(way, SymmetricSum) and way.pushes(x):
+        return way.push(x, residual)
+    return residual + way(x)
+
+
+def _sum_add_norm(
+    x: torch.Tensor, residual: torch.Tensor, weight: torch.Tensor, epsilon: torch.Tensor | float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """→ what `_sum_add` gives, and its RMS norm times weight [W], rounded where Llama's modules round.
+
+    (A compiler that fuses the norm's operations does not round between them.)
+    """
+    way: Sum = _current.sum
+    x, epsilon = x.reshape(residual.shape), float(epsilon)
+    if isinstance(way, SymmetricSum) and way.pushes(x) and way.push.fits_rows(x):
+        return way.push.add_norm(x, residual, weight, epsilon)
+    total = way(x)
+    if total.is_cuda:
+        from twofold.parallel import fused_sum  # Triton is on GPU machines only
+
+        return fused_sum.add_norm(total, residual, weight, epsilon)
+    added = residual + total
+    wide = added.float()
+    unit = wide * torch.rsqrt(wide.pow(2).mean(-1, keepdim=True) + epsilon)
+    return added, weight * unit.to(added.dtype)
+
+
+def _like_residual(x: torch.Tensor, residual: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(residual.shape)
+
+
 _library = torch.library.Library("twofold", "FRAGMENT")
-_library.define("sum_over_ranks(Tensor x) -> Tensor")
-_library.impl("sum_over_ranks", _sum_over_ranks, "CompositeExplicitAutograd")
-torch.library.register_fake("twofold::sum_over_ranks", lambda x: x.new_empty(x.shape), lib=_library)
+
+
+def _define(schema: str, op: Callable[..., Any], fake: Callable[..., Any]) -> None:
+    name = schema.partition("(")[0]
+    _library.define(schema)
+    _library.impl(name, op, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"twofold::{name}", fake, lib=_library)
+
+
+_define("sum_over_ranks(Tensor x) -> Tensor", _sum_over_ranks, lambda x: x.new_empty(x.shape))
+_define("sum_add(Tensor x, Tensor residual) -> Tensor", _sum_add, _like_residual)
+for _overload, _kind in (("", "Tensor"), (".constant", "float")):
+    _define(
+        f"sum_add_norm{_overload}(Tensor x, Tensor residual, Tensor weight, {_kind} epsilon) -> (Tensor, Tensor)",
+        _sum_add_norm,
+        lambda x, residual, weight, epsilon: (_like_residual(x, residual), _like_residual(x, residual)),
+    )

@@ -77,9 +77,7 @@ class Outputs:
 
     hidden_states: torch.Tensor  # [N, hidden_size], or of each row's last token [V', hidden_size]
     logits: torch.Tensor | None = None  # [V', vocab_size or this rank's part of it] of each row's last token
-    greedy_token_ids: torch.Tensor | None = (
-        None  # [P, V'] of all ranks' rows; by heads [1, V'], the same on all
-    )
+    greedy_token_ids: torch.Tensor | None = None  # [P, V'] of all ranks' rows; by heads [1, V'], the same on all
 
 
 class CUDAGraphs:
