@@ -124,9 +124,9 @@ def name(tuning: Tuning) -> str:
 def time_shape(shape: str, num_rows: int, copies: list[list[torch.Tensor]]) -> dict[str, Any]:
     inputs, outputs = copies[0][0].shape[1], sum(len(weight) for weight in copies[0])
     x = torch.randn(num_rows, inputs, device="cuda").bfloat16()
-    chosen = choose(min(num_rows, 16), outputs)
+    chosen = choose(num_rows, outputs)
     us: dict[str, float] = {}
-    for tuning in dict.fromkeys([*configurations(num_rows), chosen]):
+    for tuning in dict.fromkeys([*configurations(num_rows), *([chosen] if chosen else [])]):
         call: Call = lambda x, weights, tuning=tuning: launch(x, weights, tuning)  # type: ignore[misc]  # noqa: E731
         try:
             check(call, x, copies[0])
@@ -134,7 +134,7 @@ def time_shape(shape: str, num_rows: int, copies: list[list[torch.Tensor]]) -> d
         except Exception as error:  # the others are still worth knowing
             print(f"{shape}, {num_rows} rows, {name(tuning)}: {str(error).strip().splitlines()[0]}", flush=True)
     return {
-        "shape": shape, "rows": num_rows, "bytes": 2 * inputs * outputs, "chosen": name(chosen),
+        "shape": shape, "rows": num_rows, "bytes": 2 * inputs * outputs, "chosen": name(chosen) if chosen else "library",
         "library_us": time_us(library, x, copies), "us": us,
     }  # fmt: skip
 

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-MAX_ROWS = 16
+MAX_ROWS = 32
 MAX_WEIGHTS = 3  # of a launch
 DTYPES = (torch.bfloat16, torch.float16)
 
@@ -29,17 +29,17 @@ class Tuning:
     overlap: bool = False  # programs start, and read weights, while the kernel before ends
 
 
-# (most rows of x, most outputs in all, how): the first that fits; chosen with `benchmarks/few_row_linear.py`.
+# (most rows of x, most outputs in all, how; None is the library): the first that fits, by
+# `benchmarks/few_row_linear.py`.
 TUNINGS = (
-    (1, None, Tuning(block_n=4, block_k=1024, num_warps=4)),
-    (2, None, Tuning(block_n=4, block_k=1024, num_warps=4)),
-    (4, None, Tuning(block_n=2, block_k=1024, num_warps=4)),
-    (16, 8192, Tuning(block_n=16, block_k=256, num_warps=4, num_stages=5, by_dot=True)),
-    (16, None, Tuning(block_n=32, block_k=128, num_warps=4, num_stages=5, by_dot=True)),
+    (1, None, Tuning(block_n=2, block_k=2048, num_warps=8)),
+    (2, None, Tuning(block_n=2, block_k=1024, num_warps=4)),
+    (MAX_ROWS, 8192, Tuning(block_n=32, block_k=256, num_warps=4, num_stages=4, by_dot=True)),
+    (MAX_ROWS, None, None),
 )
 
 
-def choose(num_rows: int, num_outputs: int) -> Tuning:
+def choose(num_rows: int, num_outputs: int) -> Tuning | None:
     return next(
         tuning
         for max_rows, max_outputs, tuning in TUNINGS
@@ -60,11 +60,12 @@ def is_served(x: torch.Tensor, weights: list[torch.Tensor]) -> bool:
 
 def _few_row_linear(x: torch.Tensor, weights: list[torch.Tensor]) -> list[torch.Tensor]:
     """As `multiply`. A weight's rows may lie any distance apart."""
-    if not is_served(x, weights):
+    tuning = choose(len(x), sum(map(len, weights))) if is_served(x, weights) else None
+    if tuning is None:
         return multiply(x, weights)
     from twofold.models.transforms.few_row_kernels import launch  # Triton is on GPU machines only
 
-    return launch(x, weights, choose(len(x), sum(map(len, weights))))
+    return launch(x, weights, tuning)
 
 
 _library = torch.library.Library("twofold", "FRAGMENT")
