@@ -2,7 +2,6 @@
 
     python benchmarks/gpu_kernels.py --output-json benchmarks/results/gpu_kernels.json
     python benchmarks/gpu_kernels.py --sweep          # what `Tuning` should be
-    python benchmarks/gpu_kernels.py --merge          # merging runs of keys in the decode kernel, or in another one
     python benchmarks/gpu_kernels.py --shared-prefix  # what `shared_prefix.MIN_SAVED_TOKENS` should be
 
 Decode calls are captured in a CUDA graph that goes round the caches of several layers, as a model does. They are more
@@ -41,7 +40,6 @@ LATENT = AttentionSpec(
     num_heads=16, num_kv_heads=1, qk_head_dim=576, v_head_dim=512, scaling=192**-0.5, values_in_keys=True
 )
 DECODE = [(1, 1024), (1, 8192), (1, 131072), (32, 1024), (32, 8192), (128, 1024)]
-MERGE = [(1, 1024), (1, 65536), (32, 1024), (32, 65536)]
 LATENT_DECODE = [(1, 8192), (32, 1024), (32, 8192)]
 # rows, tokens that they share, tokens of each row's own
 SHARED_PREFIX = [(8, 58880, 1000), *itertools.product((2, 8, 32), (1024, 2048, 4096, 8192, 16384, 65536), (300,))]
@@ -116,33 +114,6 @@ def time_decode(repeats: int) -> list[dict[str, Any]]:
                 {"kernel": name, "batch": num_rows, "context": seq_len, "us": us, "gb_per_s": case.bytes / us / 1e3}
             )
             print(f"{name:14} {num_rows:4} x {seq_len:6}  {us:9.1f} us  {rows[-1]['gb_per_s']:7.0f} GB/s", flush=True)
-    return rows
-
-
-def time_merge(repeats: int) -> list[dict[str, Any]]:
-    """Runs of keys merged by another kernel, or by the last program of each row, which may change how many pay."""
-    rows = []
-    for name, spec in (("32 / 8 heads", LLAMA), ("16 / 4 heads", HALF_LLAMA)):
-        for num_rows, seq_len in MERGE:
-            case = DecodeCase(spec, num_rows, seq_len)
-            apart = case.time(PagedDecode(replace(HEADS, max_fan=0)), repeats)
-            inside = {
-                programs: case.time(PagedDecode(replace(HEADS, programs=programs)), repeats)
-                for programs in (256, 396, 512, 768)
-            }
-            floor = case.bytes / 3.35e6  # an H100's bandwidth
-            rows.append(
-                {
-                    "kernel": "merge", "heads": name, "batch": num_rows, "context": seq_len,
-                    "us_apart": apart, "us_by_programs": inside, "us_floor": floor,
-                }
-            )  # fmt: skip
-            print(
-                f"{name} {num_rows:3} x {seq_len:6}: merged apart {apart:8.2f} us; in the kernel, by programs: "
-                + ", ".join(f"{programs}: {us:.2f}" for programs, us in inside.items())
-                + f"; floor {floor:.2f}",
-                flush=True,
-            )
     return rows
 
 
@@ -349,7 +320,6 @@ def _describe(tuning: Tuning) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sweep", action="store_true", help="try the constants of the decode kernels")
-    parser.add_argument("--merge", action="store_true", help="only where runs of keys are merged")
     parser.add_argument("--shared-prefix", action="store_true", help="only rows that share a prefix")
     parser.add_argument("--repeats", type=int, default=15)
     parser.add_argument("--output-json", type=Path)
@@ -359,8 +329,6 @@ def main() -> None:
     torch.manual_seed(0)
     if args.sweep:
         rows = sweep(args.repeats)
-    elif args.merge:
-        rows = time_merge(args.repeats)
     elif args.shared_prefix:
         rows = time_shared_prefix(args.repeats) + time_prefix_alone(args.repeats)
     else:

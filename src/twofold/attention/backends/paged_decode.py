@@ -33,7 +33,7 @@ MAX_SHARED_MEMORY = 224 * 1024  # bytes of a program
 LOG2E = tl.constexpr(math.log2(math.e))  # exponentials are powers of 2 throughout
 LN2 = tl.constexpr(math.log(2))
 MERGED_NUMBERS = 64  # that a thread merges at once
-MIN_FAN = 8  # runs that a program must be able to merge at once
+LEAST_FAN, MOST_FAN = 8, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,7 +48,6 @@ class Tuning:
     enough: int = 256  # programs; where there are so many rows and heads, rows are cut into runs no shorter than
     long_run: int = 2048  # keys
     shared_memory: int = 192 * 1024  # bytes that the blocks on their way may take
-    max_fan: int = 32  # runs that a program merges at once; 0: another kernel merges
 
 
 HEADS, LATENTS = Tuning(), Tuning(programs=256)
@@ -117,8 +116,8 @@ class PagedDecode:
         num_slots = min(num_rows + budget, num_rows * max(1, triton.cdiv(most_keys, min_run)))
         partial, partial_lse = self._partials(num_slots, num_heads, v_dim, query.device)
         merge_h = min(block_h, triton.next_power_of_2(group))
-        fan = min(tuning.max_fan, MERGED_NUMBERS * 32 * num_warps // (merge_h * padded_v_dim))
-        is_merged_apart = fan < MIN_FAN
+        fan = min(MOST_FAN, MERGED_NUMBERS * 32 * num_warps // (merge_h * padded_v_dim))
+        is_merged_apart = fan < LEAST_FAN
         counters = self._zeros((num_slots + num_rows) * num_kv_heads * head_blocks, query.device)
 
         plan = {
