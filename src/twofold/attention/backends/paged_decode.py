@@ -8,16 +8,8 @@ runs of about equal length. Each program attends to one run for all query heads 
     runs          |  0   |  1   |     2      |   3   |   4   |   5   |  6  |            slots 7, 8, ...: nothing to do
 
 The number of slots follows from shapes alone. Each program finds its slot's run from the lengths on the device, so one
-CUDA graph serves all lengths and block tables. A row of one run or none is finished by the program that has it.
-
-Other rows are merged by those who come last, in the order of runs whatever the order of arrival. A *bunch* is `fan`
-runs of a row. Whoever finishes a bunch merges it, and whoever finishes the last bunch of a row merges the bunches:
-
-    runs       | 0 1 2 ... 15 | 16 17 ... 31 | 32 33 |
-    bunches    |      0       |      1       |   2   |      each at the slot of its first run
-
-Counters of arrivals are on the device; whoever comes last sets them back to 0. Where query heads that share a key-value
-head are many and wide (latents), this would be too much for one program: a second kernel merges rows, head by head.
+CUDA graph serves all lengths and block tables. A row of one run is finished by the program that read it. A second
+kernel merges the runs of the other rows.
 """
 
 import math
@@ -32,8 +24,6 @@ from twofold.attention.spec import AttentionSpec
 MAX_SHARED_MEMORY = 224 * 1024  # bytes of a program
 LOG2E = tl.constexpr(math.log2(math.e))  # exponentials are powers of 2 throughout
 LN2 = tl.constexpr(math.log(2))
-MERGED_NUMBERS = 64  # that a thread merges at once
-LEAST_FAN, MOST_FAN = 8, 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,7 +49,6 @@ class PagedDecode:
     def __init__(self, tuning: Tuning | None = None) -> None:
         self._tuning = tuning
         self._scratch: dict[tuple[torch.device, int], torch.Tensor] = {}
-        self._counters: dict[tuple[torch.device, int], torch.Tensor] = {}
 
     def __call__(
         self,
@@ -113,12 +102,8 @@ class PagedDecode:
         most_keys = block_tables.shape[1] * block_size
         if spec.sliding_window is not None:
             most_keys = min(most_keys, spec.sliding_window + block_n)
-        num_slots = min(num_rows + budget, num_rows * max(1, triton.cdiv(most_keys, min_run)))
+        num_slots = min(num_rows + budget, num_rows * triton.cdiv(most_keys, min_run))
         partial, partial_lse = self._partials(num_slots, num_heads, v_dim, query.device)
-        merge_h = min(block_h, triton.next_power_of_2(group))
-        fan = min(MOST_FAN, MERGED_NUMBERS * 32 * num_warps // (merge_h * padded_v_dim))
-        is_merged_apart = fan < LEAST_FAN
-        counters = self._zeros((num_slots + num_rows) * num_kv_heads * head_blocks, query.device)
 
         plan = {
             "seq_lens": seq_lens,
@@ -142,7 +127,6 @@ class PagedDecode:
             lse,
             partial,
             partial_lse,
-            counters,
             query.stride(0),
             query.stride(1),
             keys.stride(0),
@@ -168,26 +152,23 @@ class PagedDecode:
             v_dim=v_dim,
             padded_v_dim=padded_v_dim,
             values_in_keys=values_in_keys,
-            merge_h=merge_h,
-            fan=0 if is_merged_apart else fan,
             num_warps=num_warps,
             num_stages=num_stages,
         )
-        if is_merged_apart and num_slots > num_rows:
-            _merge_runs[(num_heads, num_rows)](
-                partial,
-                partial_lse,
-                out,
-                lse,
-                lse.stride(0),
-                lse.stride(1),
-                **plan,
-                num_heads=num_heads,
-                v_dim=v_dim,
-                padded_v_dim=padded_v_dim,
-                chunk=min(64, triton.next_power_of_2(max(2, budget)), max(2, 8192 // padded_v_dim)),
-                num_warps=4,
-            )
+        _merge_runs[(num_heads, num_rows)](
+            partial,
+            partial_lse,
+            out,
+            lse,
+            lse.stride(0),
+            lse.stride(1),
+            **plan,
+            num_heads=num_heads,
+            v_dim=v_dim,
+            padded_v_dim=padded_v_dim,
+            chunk=min(64, triton.next_power_of_2(max(2, budget)), max(2, 8192 // padded_v_dim)),
+            num_warps=4,
+        )
         return out, lse
 
     def _partials(
@@ -200,13 +181,6 @@ class PagedDecode:
             self._scratch[device, capacity] = torch.empty(capacity, dtype=torch.float32, device=device)
         scratch = self._scratch[device, capacity]
         return scratch[: size * v_dim], scratch[size * v_dim :]
-
-    def _zeros(self, num_counters: int, device: torch.device) -> torch.Tensor:
-        """Lasting counters of arrivals, which are 0 between calls."""
-        capacity = triton.next_power_of_2(num_counters)
-        if (device, capacity) not in self._counters:
-            self._counters[device, capacity] = torch.zeros(capacity, dtype=torch.int32, device=device)
-        return self._counters[device, capacity]
 
 
 def _pieces(dim: int) -> tuple[int, int]:
@@ -226,14 +200,14 @@ def _plan(
     block_n: tl.constexpr,
     rows_pad: tl.constexpr,
 ) -> tl.tuple:
-    """Rows, their lengths and their numbers of runs, each [rows_pad]. A row without keys has one run, of no keys."""
+    """Rows, their lengths and their numbers of runs, each [rows_pad]."""
     rows = tl.arange(0, rows_pad)
     lengths = tl.load(seq_lens + rows, mask=rows < num_rows, other=0)
     num_keys = lengths
     if window > 0:
         num_keys -= tl.maximum(lengths - window, 0) // block_n * block_n
     run = tl.maximum(tl.cdiv(tl.sum(num_keys, 0), budget), min_run)
-    return rows, lengths, tl.where(rows < num_rows, tl.maximum(tl.cdiv(num_keys, run), 1), 0)
+    return rows, lengths, tl.cdiv(num_keys, run)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
@@ -247,7 +221,6 @@ def _attend_run(
     lse: tl.tensor,
     partial: tl.tensor,
     partial_lse: tl.tensor,
-    counters: tl.tensor,
     row_stride: tl.tensor,
     head_stride: tl.tensor,
     block_stride: tl.tensor,
@@ -279,10 +252,8 @@ def _attend_run(
     v_dim: tl.constexpr,
     padded_v_dim: tl.constexpr,
     values_in_keys: tl.constexpr,
-    merge_h: tl.constexpr,
-    fan: tl.constexpr,
 ) -> None:
-    """Grid (blocks of query heads, slots). `fan` is 0 where another kernel merges runs."""
+    """Grid (blocks of query heads, slots)."""
     slot = tl.program_id(1)
     rows, lengths, counts = _plan(seq_lens, num_rows, budget, min_run, window, block_n, rows_pad)
     ends = tl.cumsum(counts, 0)
@@ -322,7 +293,7 @@ def _attend_run(
     # Where a block holds whole tiles there is one to look up, else one for each key; always for the next tile,
     # because a copy that waits for its address is not on its way.
     ahead = begin if block_size % block_n == 0 else begin + offsets
-    block = tl.load(table + tl.minimum(tl.maximum(ahead, low), last) // block_size, mask=seq_len > 0, other=0)
+    block = tl.load(table + tl.minimum(tl.maximum(ahead, low), last) // block_size)
     for start in range(begin, end, block_n):
         # Where the row has no key its nearest one is read: finite, and in a block that is its own.
         keys = start + offsets
@@ -365,132 +336,17 @@ def _attend_run(
         peak = new_peak
 
     total = tl.sum(totals, 1)
-    result = acc / tl.where(total > 0, total, 1.0)[:, None]
-    result_lse = peak + tl.log2(total)
     mine = member < group
-    lse_row = lse + row.to(tl.int64) * lse_row_stride
-    out_row = out + row.to(tl.int64) * (num_heads * v_dim)
+    stored = mine[:, None] & (dv[None, :] < v_dim)
     if count == 1:
-        tl.store(lse_row + heads * lse_head_stride, result_lse * LN2, mask=mine)
-        _store(out_row, result, heads, mine, v_dim, padded_v_dim)
+        lse_row = lse + row.to(tl.int64) * lse_row_stride
+        tl.store(lse_row + heads * lse_head_stride, (peak + tl.log2(total)) * LN2, mask=mine)
+        out_rows = (out + row.to(tl.int64) * (num_heads * v_dim)) + heads[:, None] * v_dim
+        tl.store(out_rows + dv[None, :], (acc / total[:, None]).to(out.dtype.element_ty), mask=stored)
     else:
-        tl.store(partial_lse + slot * num_heads + heads, result_lse, mask=mine)
-        _store(partial + slot * (num_heads * v_dim), result, heads, mine, v_dim, padded_v_dim)
-        if fan > 0:
-            merged = tl.program_id(0) % head_blocks * block_h + tl.arange(0, merge_h)  # no padding, or little
-            _merge_if_last(
-                partial, partial_lse, counters, out_row, lse_row, lse_head_stride, slot - run, run, count, row,
-                kv_head * group + merged, merged < group, num_heads, v_dim, padded_v_dim, fan,
-            )  # fmt: skip
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _merge_if_last(
-    partial: tl.tensor,
-    partial_lse: tl.tensor,
-    counters: tl.tensor,
-    out_row: tl.tensor,
-    lse_row: tl.tensor,
-    lse_head_stride: tl.tensor,
-    row_slot: tl.tensor,
-    run: tl.tensor,
-    count: tl.tensor,
-    row: tl.tensor,
-    heads: tl.tensor,
-    mine: tl.tensor,
-    num_heads: tl.constexpr,
-    v_dim: tl.constexpr,
-    padded_v_dim: tl.constexpr,
-    fan: tl.constexpr,
-) -> None:
-    """Merges what this run of a row completes: its bunch, then the row, whose runs are at slots from row_slot."""
-    bunch, num_bunches = run // fan, tl.cdiv(count, fan)
-    size = tl.minimum(count - bunch * fan, fan)
-    slot = row_slot + bunch * fan
-    if _is_last(counters, slot, size):
-        values, values_lse = _merge(
-            partial, partial_lse, slot, 1, size, heads, mine, num_heads, v_dim, padded_v_dim, fan
-        )
-        is_last = num_bunches == 1
-        if num_bunches > 1:
-            tl.debug_barrier()  # all threads have read the run whose place the bunch takes
-            tl.store(partial_lse + slot * num_heads + heads, values_lse, mask=mine)
-            _store(partial + slot * (num_heads * v_dim), values, heads, mine, v_dim, padded_v_dim)
-            is_last = _is_last(counters, tl.num_programs(1) + row, num_bunches)
-            if is_last:
-                values, values_lse = _merge(
-                    partial, partial_lse, row_slot, fan, num_bunches, heads, mine, num_heads, v_dim, padded_v_dim, fan
-                )
-        if is_last:
-            tl.store(lse_row + heads * lse_head_stride, values_lse * LN2, mask=mine)
-            _store(out_row, values, heads, mine, v_dim, padded_v_dim)
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _store(
-    place: tl.tensor,
-    values: tl.tensor,
-    heads: tl.tensor,
-    mine: tl.tensor,
-    v_dim: tl.constexpr,
-    padded_v_dim: tl.constexpr,
-) -> None:
-    """Stores values [h, padded_v_dim] of `heads`, of which some are `mine`, in place [H, v_dim]."""
-    dv = tl.arange(0, padded_v_dim)
-    places = place + heads[:, None] * v_dim + dv[None, :]
-    tl.store(places, values.to(place.dtype.element_ty), mask=mine[:, None] & (dv[None, :] < v_dim))
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _is_last(counters: tl.tensor, index: tl.tensor, count: tl.tensor) -> tl.tensor:
-    """Whether `count` programs with this block of heads have arrived here, with this one. The last sees all results.
-
-    All threads have stored before one of them says so; the release covers what the barrier has ordered before it. It
-    also acquires, before the threads meet again to learn of the number.
-    """
-    counter = counters + index * tl.num_programs(0) + tl.program_id(0)
-    tl.debug_barrier()
-    is_last = tl.atomic_add(counter, 1, sem="acq_rel", scope="gpu") == count - 1
-    if is_last:
-        tl.store(counter, 0)
-    return is_last
-
-
-@triton.jit  # type: ignore[untyped-decorator]
-def _merge(
-    partial: tl.tensor,
-    partial_lse: tl.tensor,
-    first: tl.tensor,
-    step: tl.constexpr,
-    count: tl.tensor,
-    heads: tl.tensor,
-    mine: tl.tensor,
-    num_heads: tl.constexpr,
-    v_dim: tl.constexpr,
-    padded_v_dim: tl.constexpr,
-    fan: tl.constexpr,
-) -> tl.tuple:
-    """Merges the results at slots first, first + step, ... → output [h, padded_v_dim], log-sum-exp to base 2 [h]."""
-    dv = tl.arange(0, padded_v_dim)
-    peak = tl.full(heads.shape, float("-inf"), tl.float32)
-    total = tl.zeros(heads.shape, tl.float32)
-    acc = tl.zeros([heads.shape[0], padded_v_dim], tl.float32)
-    for begin in range(0, count, fan):
-        run = begin + tl.arange(0, fan)
-        indices = (first + run * step)[:, None] * num_heads + heads[None, :]  # [fan, h]
-        inside = (run < count)[:, None] & mine[None, :]
-        # Other programs have written these: what this processor has cached may be old.
-        run_lse = tl.load(partial_lse + indices, mask=inside, other=float("-inf"), cache_modifier=".cg")
-        places = partial + indices[:, :, None] * v_dim + dv[None, None, :]
-        here = inside[:, :, None] & (dv[None, None, :] < v_dim)
-        values = tl.load(places, mask=here, other=0.0, cache_modifier=".cg")
-        new_peak = tl.maximum(peak, tl.max(run_lse, 0))
-        weights = tl.exp2(run_lse - new_peak[None, :])
-        shrink = tl.exp2(peak - new_peak)
-        total = total * shrink + tl.sum(weights, 0)
-        acc = acc * shrink[:, None] + tl.sum(weights[:, :, None] * values, 0)
-        peak = new_peak
-    return acc / total[:, None], peak + tl.log2(total)
+        indices = slot * num_heads + heads
+        tl.store(partial + indices[:, None] * v_dim + dv[None, :], acc / total[:, None], mask=stored)
+        tl.store(partial_lse + indices, peak + tl.log2(total), mask=mine)
 
 
 @triton.jit(  # type: ignore[untyped-decorator]
@@ -515,12 +371,12 @@ def _merge_runs(
     padded_v_dim: tl.constexpr,
     chunk: tl.constexpr,
 ) -> None:
-    """Grid (query heads, rows), for heads that `_attend_run` does not merge."""
+    """Grid (query heads, rows)."""
     head = tl.program_id(0)
     row = tl.program_id(1)
     rows, _, counts = _plan(seq_lens, num_rows, budget, min_run, window, block_n, rows_pad)
     count = tl.sum(tl.where(rows == row, counts, 0), 0)
-    if count <= 1:  # finished already
+    if count == 1:  # finished already
         return
     first = tl.sum(tl.where(rows < row, counts, 0), 0)
     dv = tl.arange(0, padded_v_dim)
@@ -539,7 +395,8 @@ def _merge_runs(
         total = total * shrink + tl.sum(weights, 0)
         acc = acc * shrink + tl.sum(weights[:, None] * values, 0)
         peak = new_peak
+    # A row without keys has 0 and -inf.
     lse_row = lse + row.to(tl.int64) * lse_row_stride
     tl.store(lse_row + head * lse_head_stride, (peak + tl.log2(total)) * LN2)
-    acc = acc / total
+    acc = acc / tl.where(total > 0, total, 1.0)
     tl.store(out + (row.to(tl.int64) * num_heads + head) * v_dim + dv, acc.to(out.dtype.element_ty), mask=dv < v_dim)
