@@ -117,14 +117,19 @@ def test_in_a_graph(name: str, backend: AttentionBackend) -> None:
     ) -> torch.Tensor:
         return case.attend(input_ids, metadata, backend)
 
-    graphs = CUDAGraphs(forward, limits, Exchange(SingleRank(), OneRank()), DEVICE)
+    def finish(hidden_states: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return hidden_states[:, :1], None
+
+    pool = torch.cuda.graph_pool_handle()
+    graphs = CUDAGraphs(forward, finish, limits, Exchange(SingleRank(), OneRank()), DEVICE, pool)
     graphs.capture(8, True, shares_prefix=True)  # the only one, so it is the one that is replayed
     for num_shared_blocks, num_sharing, num_others in ((50, 8, 0), (3, 3, 2), (30, 2, 6), (1, 5, 0)):
         batch = case.step(num_shared_blocks, num_sharing, num_others, graphs.buckets)
         count = num_sharing + num_others
         assert len(batch.input_ids) == 8
-        found = graphs.replay(batch)
-        assert found is not None
+        outputs = graphs.replay(batch)
+        assert outputs is not None
+        found = outputs.hidden_states
         plain = case.attend(batch.input_ids, replace(batch.metadata, shared_prefix=None), backend)
         assert_close(found[:count], plain[:count], torch.bfloat16)
         assert bool((found[count:, : -case.spec.num_heads] == 0).all()), "rows of padding"
