@@ -134,8 +134,8 @@ def time_shape(shape: str, num_rows: int, copies: list[list[torch.Tensor]]) -> d
         except Exception as error:  # the others are still worth knowing
             print(f"{shape}, {num_rows} rows, {name(tuning)}: {str(error).strip().splitlines()[0]}", flush=True)
     return {
-        "shape": shape, "rows": num_rows, "bytes": 2 * inputs * outputs, "chosen": name(chosen) if chosen else "library",
-        "library_us": time_us(library, x, copies), "us": us,
+        "shape": shape, "rows": num_rows, "bytes": 2 * inputs * outputs,
+        "chosen": name(chosen) if chosen else "library", "library_us": time_us(library, x, copies), "us": us,
     }  # fmt: skip
 
 

@@ -6,6 +6,7 @@ and its inputs are copied to where the graph reads them. The shape follows from 
 all ranks replay the same graph, collectives included, however many tokens each of them has.
 """
 
+from bisect import bisect_left
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -21,10 +22,11 @@ from twofold.worker.input_batch import InputBatch
 Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan, bool], torch.Tensor]
 Finish = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
-DECODE_ROUNDING = 8
+FEW_DECODES = (1, 2, 4, 8, 16, 24, 32)
+DECODE_ROUNDING = 32  # of more: their weights take as long to read for some rows of padding
 MAX_SHARED_PREFIX_ROWS = 32  # decodes in the largest graph that reads a shared prefix once
 PREFILL_ROUNDING = ((2048, 128), (4096, 256), (8192, 512))  # up to the first number of tokens, multiples of the second
-HEADS_PREFILL = (32, 64, *range(128, 1024, 128), *range(1024, 2049, 256))  # by heads; longer steps run by tokens
+HEADS_PREFILL = (32, 64, 128, 256, 384, 512, 768, 1024, 1536, 2048)  # by heads; longer steps run by tokens
 MAX_LOGIT_ROWS = 64  # rows of a graph that ends with logits; more take longer than launching their head does
 PREFILL_ROWS = 8  # of a rank, including the row of padding
 PREFILL_DECODE_LEN = 8192  # longest request with a one-token row that a prefill graph accepts: it is attended unsplit
@@ -42,8 +44,9 @@ class CaptureLimits:
     max_copied_tokens: int | None  # in blocks that attention copies for its rows; None if it copies none
 
     def buckets(self) -> Buckets:
-        most = self.layout.max_decodes(self.max_num_seqs) + DECODE_ROUNDING
-        decode = [size for size in (1, 2, 4) if size < most] + list(range(DECODE_ROUNDING, most, DECODE_ROUNDING))
+        most = self.layout.max_decodes(self.max_num_seqs)
+        sizes = [*FEW_DECODES, *range(2 * DECODE_ROUNDING, most + DECODE_ROUNDING, DECODE_ROUNDING)]
+        decode = sizes[: bisect_left(sizes, most) + 1]
         prefill: list[int] = []
         for end, rounding in PREFILL_ROUNDING:
             start = prefill[-1] if prefill else 0
