@@ -24,6 +24,7 @@ import torch.multiprocessing as mp
 
 from twofold.bench.report import environment, print_table
 from twofold.parallel.mesh import ProcessMesh
+from twofold.parallel.shared_memory import Rendezvous
 from twofold.parallel.sums import AllReduce, GatherSum, SharedMemorySum, Sum, SymmetricSum, summing, time_in_graph
 
 CPU_SHAPES = [(1, 576), (32, 576), (1, 1024), (32, 1024)]
@@ -36,8 +37,10 @@ def run_cpu(mesh: ProcessMesh, folder: str, repeats: int) -> list[dict[str, Any]
     torch.set_num_threads(1)
     file = os.open(f"{folder}/sums", os.O_RDWR | os.O_CREAT)
     ways: dict[str, Sum] = {
-        "all_reduce": AllReduce(mesh), "gather": GatherSum(mesh), "shared_memory": SharedMemorySum(mesh, 1 << 20, file),
-    }  # fmt: skip
+        "all_reduce": AllReduce(mesh),
+        "gather": GatherSum(mesh),
+        "shared_memory": SharedMemorySum(mesh, Rendezvous(mesh, 1 << 20, file)),
+    }
     rows = []
     for dtype in (torch.float32, torch.bfloat16):
         for shape in CPU_SHAPES:

@@ -16,7 +16,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from sum_steps import MAX_NUM_ROWS, WIDTH, assert_right, take_sums
 
 from twofold.parallel.mesh import ProcessMesh
-from twofold.parallel.sums import YIELD_SECONDS, GatherSum, SharedMemorySum, make_sum
+from twofold.parallel.shared_memory import YIELD_SECONDS
+from twofold.parallel.sums import GatherSum, SharedMemorySum, make_sum
 
 CPU = torch.device("cpu")
 WAYS = ("gather", "made", "without_room")

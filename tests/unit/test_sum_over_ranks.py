@@ -16,6 +16,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from harness import ThreadMesh
 
 from twofold.parallel.mesh import SingleRank
+from twofold.parallel.shared_memory import Rendezvous
 from twofold.parallel.sums import GatherSum, SharedMemorySum, agree, make_sum, summing
 
 CPU = torch.device("cpu")
@@ -107,8 +108,12 @@ def test_waiting_for_a_lost_rank_leaves_the_cores_to_others() -> None:
     barrier = threading.Barrier(2, timeout=60)
     file = os.memfd_create("sums")
     x = torch.randn(3, 8)
+
+    def make_one(mesh: ThreadMesh) -> SharedMemorySum:
+        return SharedMemorySum(mesh, Rendezvous(mesh, 256, file))
+
     with ThreadPoolExecutor(2) as pool:
-        first, second = pool.map(lambda rank: SharedMemorySum(ThreadMesh(rank, parts, barrier), 256, file), range(2))
+        first, second = pool.map(lambda rank: make_one(ThreadMesh(rank, parts, barrier)), range(2))
         waiting = pool.submit(first, x)
         busy = time.process_time()
         time.sleep(0.5)

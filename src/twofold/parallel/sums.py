@@ -14,11 +14,9 @@ In a compiled layer the op takes along what follows it (`models/transforms/compi
 
 import itertools
 import logging
-import os
 import platform
 import statistics
 import threading
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -28,12 +26,8 @@ import torch
 import torch.distributed as dist
 
 from twofold.parallel.mesh import Mesh, ProcessMesh
-from twofold.parallel.shared_memory import share
+from twofold.parallel.shared_memory import Rendezvous
 
-CACHE_LINE = 64  # bytes
-NUM_LOOKS = 100  # at a peer's flag, some microseconds, before others may have this core
-YIELD_SECONDS = 2e-3  # that a rank looks again at once; then it sleeps between looks
-SLEEP_SECONDS = 200e-6
 NUM_SHAPES = 256  # whose views of the shared memory are kept
 PUSH_BYTES = 1 << 20  # of a rank's x that our own kernel has room for
 LEAST_TIMED_BYTES = 4 << 10
@@ -81,63 +75,16 @@ def add_in_order(parts: tuple[torch.Tensor, ...]) -> torch.Tensor:
 
 
 class SharedMemorySum:
-    """CPU ranks of one machine write their parts into memory that all of them map, and each adds all parts up.
+    """CPU ranks of one machine hand each other their parts through shared memory, and each adds all parts up."""
 
-        x ──copy──► my part of the buffer, my flag = number of this sum, wait for all flags, parts ──add──► sum
-
-    A flag has a cache line of its own, and only its rank writes it. There are two buffers, used in turn: a rank that
-    writes sum n + 2 has seen all flags of sum n + 1, which its peers set after they had read all parts of sum n.
-
-    Nothing here orders memory but the processor. x86 does: it keeps a core's stores in order, its loads in order, and
-    loads before later stores, so whoever sees a flag sees the part, and whoever sets one has read what it read before.
-    """
-
-    def __init__(self, mesh: Mesh, max_num_bytes: int, file: int) -> None:
-        """`max_num_bytes` of a rank's x have room; larger ones are gathered. `file` is new.
-
-        Raises:
-            OSError: there is no room in memory. Every rank raises it.
-        """
-        self._gather = GatherSum(mesh)
-        self._rank, self._size = mesh.rank, mesh.size
-        part_bytes = -(-max_num_bytes // CACHE_LINE) * CACHE_LINE
-        memory = share(mesh, file, mesh.size * (CACHE_LINE + 2 * part_bytes))
-        flags, parts = memory.split([mesh.size * CACHE_LINE, 2 * mesh.size * part_bytes])
-        self._flags = memoryview(flags.numpy()).cast("Q")  # looks cost a tenth of a tensor's
-        self._parts = parts.view(2, mesh.size, part_bytes)
-        self._max_num_bytes, self._num_sums = max_num_bytes, 0
-        self._others = [rank * (CACHE_LINE // 8) for rank in range(mesh.size) if rank != mesh.rank]
-        self._views = lru_cache(NUM_SHAPES)(self._make_views)
+    def __init__(self, mesh: Mesh, rendezvous: Rendezvous) -> None:
+        """Parts that have no room at the `rendezvous` are gathered."""
+        self._gather, self._rendezvous = GatherSum(mesh), rendezvous
 
     def __call__(self, x: torch.Tensor) -> torch.Tensor:
-        if x.nbytes > self._max_num_bytes:
+        if x.nbytes > self._rendezvous.max_num_bytes:
             return self._gather(x)
-        self._num_sums += 1
-        parts = self._views(self._num_sums % 2, x.shape, x.dtype)
-        parts[self._rank].copy_(x)
-        self._flags[self._rank * (CACHE_LINE // 8)] = self._num_sums
-        for flag in self._others:
-            self._wait(flag)
-        return add_in_order(parts)
-
-    @torch.inference_mode(False)  # a view from inside may not be written to outside
-    def _make_views(self, turn: int, shape: torch.Size, dtype: torch.dtype) -> tuple[torch.Tensor, ...]:
-        """Every rank's part [*shape] of a buffer."""
-        num_bytes = shape.numel() * dtype.itemsize
-        return tuple(part[:num_bytes].view(dtype).view(shape) for part in self._parts[turn])
-
-    def _wait(self, flag: int) -> None:
-        """Waits until a rank has written its part. If that rank was lost, the engine ends this one."""
-        flags, number = self._flags, self._num_sums
-        for _ in range(NUM_LOOKS):
-            if flags[flag] >= number:
-                return
-        sleepless = time.monotonic() + YIELD_SECONDS
-        while flags[flag] < number:
-            if time.monotonic() < sleepless:
-                os.sched_yield()
-            else:
-                time.sleep(SLEEP_SECONDS)
+        return add_in_order(self._rendezvous(x))
 
 
 class AllReduce:
@@ -282,9 +229,10 @@ def make_sum(mesh: Mesh, device: torch.device, max_num_bytes: int, file: int) ->
         if mesh.size <= torch.cuda.device_count() and all(torch.cuda.can_device_access_peer(*pair) for pair in pairs):
             return SymmetricSum(mesh, device, max_num_bytes)
         return AllReduce(mesh)
-    if platform.machine() in ("x86_64", "AMD64"):  # see `SharedMemorySum`
+    if platform.machine() in ("x86_64", "AMD64"):  # see `Rendezvous`
         try:
-            return SharedMemorySum(mesh, max_num_bytes, file)
+            mesh.rendezvous = Rendezvous(mesh, max_num_bytes, file)
+            return SharedMemorySum(mesh, mesh.rendezvous)
         except OSError as error:
             logger.warning("sums are gathered, since ranks cannot share memory for them: %s", error)
     return GatherSum(mesh)
