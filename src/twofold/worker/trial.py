@@ -23,9 +23,11 @@ from twofold.worker.model_runner import ModelRunner
 MIN_TOKENS_TO_CAPTURE, MAX_TOKENS_TO_CAPTURE = PREFILL_ROUNDING[0][0], PREFILL_ROUNDING[-1][0]  # of a rank
 
 # Numbers of tokens whose steps are timed in both layouts; between them costs are interpolated.
-GPU_SIZES = {"decode": (1, 4, 16, 64, 256), "prefill": (16, 64, 256, 512, 1024, 2048)}
-CPU_SIZES = {"decode": (1, 8, 32), "prefill": (16, 64, 256)}
-NUM_TIMED = 3  # steps, of which the fastest counts
+SIZES = {
+    "cuda": {"decode": (1, 4, 16, 64, 256), "prefill": (16, 64, 256, 512, 1024, 2048)},
+    "cpu": {"decode": (1, 8), "prefill": (16, 64)},
+}
+NUM_RUNS = {"cuda": 4, "cpu": 2}  # of a step that is timed; the fastest counts, so not the one that compiles kernels
 
 
 class TrialSteps:
@@ -83,7 +85,8 @@ class TrialSteps:
 
     def measure_costs(self) -> StepCosts:
         """Milliseconds of steps in either layout; of the slowest rank, so the same on every rank."""
-        sizes = GPU_SIZES if self.runner.device.torch_device.type == "cuda" else CPU_SIZES
+        kind_of_device = self.runner.device.torch_device.type
+        sizes, num_runs = SIZES[kind_of_device], NUM_RUNS[kind_of_device]
         most = {
             "decode": self.runtime.engine.max_num_seqs,
             "prefill": min(self.runtime.max_num_batched_tokens, self.runtime.max_model_len - 1),
@@ -91,8 +94,8 @@ class TrialSteps:
         kinds = {kind: [size for size in sizes[kind] if size <= limit] or [1] for kind, limit in most.items()}
         seconds = []
         for self._by_heads in (False, True):
-            seconds += [self._seconds_of_decodes(size) for size in kinds["decode"]]
-            seconds += [self._seconds_of(size, NUM_TIMED) for size in kinds["prefill"]]
+            seconds += [self._seconds_of_decodes(size, num_runs) for size in kinds["decode"]]
+            seconds += [self._seconds_of(size, num_runs) for size in kinds["prefill"]]
         mine = torch.tensor(seconds, dtype=torch.float64, device=self.runner.device.torch_device)
         everyones = mine.new_empty(self.runner.mesh.size * len(mine))
         self.runner.mesh.all_gather(everyones, mine)
@@ -114,15 +117,15 @@ class TrialSteps:
         self.runner.mesh.all_gather(everyones, mine)  # graphs have collectives in them: all ranks capture the same
         return int(min(max(float(everyones.max()), MIN_TOKENS_TO_CAPTURE), MAX_TOKENS_TO_CAPTURE))
 
-    def _seconds_of_decodes(self, num_requests: int) -> float:
+    def _seconds_of_decodes(self, num_requests: int, num_runs: int) -> float:
         """Time of a step of so many decodes."""
         new = self._new_requests([2] * num_requests, [SamplingParams(temperature=0)] * num_requests)
         step = Step(-1, (), new, {}, ScheduledBatch.of([1] * num_requests, [1] * num_requests))
-        return self._least_seconds(lambda: self._run(step), NUM_TIMED)
+        return _least_seconds(lambda: self._run(step), num_runs)
 
-    def _seconds_of(self, num_tokens: int, num_timed: int = 1) -> float:
+    def _seconds_of(self, num_tokens: int, num_runs: int = 2) -> float:
         """Time of a prefill of so many tokens over all ranks."""
-        return self._least_seconds(lambda: self._run_tokens(num_tokens), num_timed)
+        return _least_seconds(lambda: self._run_tokens(num_tokens), num_runs)
 
     def _run_tokens(self, num_tokens: int) -> None:
         """Runs a prefill of so many tokens, in as few requests as can have them."""
@@ -130,16 +133,6 @@ class TrialSteps:
         full, rest = divmod(min(num_tokens, self.runtime.max_num_batched_tokens), longest)
         lengths = ([longest] * full + [rest] * (rest > 0))[: self.runtime.engine.max_num_seqs]
         self._run_prefill(lengths, [SamplingParams(temperature=0)] * len(lengths))
-
-    def _least_seconds(self, run: Callable[[], None], num_timed: int) -> float:
-        """The least time of a few runs, after one in which kernels are compiled."""
-        least = float("inf")
-        for number in range(num_timed + 1):
-            start = time.perf_counter()
-            run()
-            if number:
-                least = min(least, time.perf_counter() - start)
-        return least
 
     def _measure_graphs(self) -> int:
         """Bytes that CUDA graphs will take: they share memory, as much as the largest one needs."""
@@ -173,3 +166,12 @@ class TrialSteps:
         self.runner.collect(self.runner.launch(replace(step, by_heads=self._by_heads)))
         removed = tuple(new.state_idx for new in step.new)
         self.runner.states.apply(Step(-1, removed, (), {}, step.batch))
+
+
+def _least_seconds(run: Callable[[], None], num_runs: int) -> float:
+    times = []
+    for _ in range(num_runs):
+        start = time.perf_counter()
+        run()
+        times.append(time.perf_counter() - start)
+    return min(times)
