@@ -23,7 +23,7 @@ from twofold.worker.model_runner import ModelRunner
 MIN_TOKENS_TO_CAPTURE, MAX_TOKENS_TO_CAPTURE = PREFILL_ROUNDING[0][0], PREFILL_ROUNDING[-1][0]  # of a rank
 
 # Numbers of tokens whose steps are timed in both layouts; between them costs are interpolated.
-SIZES = {
+SIZES: dict[str, dict[str, tuple[int, ...]]] = {
     "cuda": {"decode": (1, 4, 16, 64, 256), "prefill": (16, 64, 256, 512, 1024, 2048)},
     "cpu": {"decode": (1, 8), "prefill": (16, 64)},
 }
