@@ -89,8 +89,21 @@ def divide(whole: DecoderModel, mesh: Mesh, total: Sum) -> DecoderModel:
     Raises:
         ModelError: the model has no plan, nothing of it divides, or results would differ; the same on every rank.
     """
-    part = _copy(whole)
+    try:
+        part, num_divided = _divided(whole, mesh)
+    except Exception as error:  # a family may do anything with its modules
+        raise ModelError(f"it cannot be divided ({error})") from error
+    if not num_divided:
+        raise ModelError("no projection of it is known to divide")
     part.sum = total
+    _verify(whole, part, mesh)
+    _divide_head(whole, part, mesh)
+    return part
+
+
+def _divided(whole: DecoderModel, mesh: Mesh) -> tuple[DecoderModel, int]:
+    """A copy of `whole` with what divides divided, and how much that is, in groups of projections and experts."""
+    part = _copy(whole)
     layers = [spec.num_heads % mesh.size == spec.num_kv_heads % mesh.size == 0 for spec in part.specs]
     attentions = {id(module): layer for layer, module in enumerate(part.attentions)}
     divided_layers: set[int] = set()
@@ -105,12 +118,7 @@ def divide(whole: DecoderModel, mesh: Mesh, total: Sum) -> DecoderModel:
                 divided_layers.add(layer)
     for layer in divided_layers:
         part.specs[layer] = _divide_attention(part.attentions[layer], part.specs[layer], mesh)
-    num_divided += divide_experts(part.body, mesh)
-    if not num_divided:
-        raise ModelError("no projection of it is known to divide")
-    _verify(whole, part, mesh)
-    _divide_head(whole, part, mesh)
-    return part
+    return part, num_divided + divide_experts(part.body, mesh)
 
 
 def _copy(whole: DecoderModel) -> DecoderModel:
