@@ -90,7 +90,9 @@ def test_ranks_that_cannot_share_memory_answer_alike(folder: Path, expected: lis
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr
     assert [[int(token) for token in line.split()] for line in done.stdout.splitlines()] == expected
-    weights, entries = done.stderr.splitlines()
+    weights, entries, sums = done.stderr.splitlines()
+    assert sums.startswith("sums are gathered")
+    assert sums.endswith("File too large")
     assert weights.startswith("each rank loads weights of its own")
     assert entries.startswith("KV entries travel by all-gather")
     assert weights.endswith("File too large")

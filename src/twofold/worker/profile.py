@@ -9,8 +9,14 @@ from torch.profiler import ProfilerActivity, profile
 from twofold.contract import Breakdown
 
 KINDS = (  # the first that matches a kernel's name
-    ("exchange", re.compile(r"nccl|AllGather|_scatter_kernel|index_copy|indexFunc|Memcpy PtoP|barrier", re.I)),
-    ("attention", re.compile(r"flash|fmha|paged|attention|_attend_run|_merge_runs|_gather_kernel", re.I)),
+    (
+        "exchange",
+        re.compile(
+            r"nccl|AllGather|_scatter_kernel|index_copy|indexFunc|Memcpy PtoP|barrier|_all_reduce|_sum_(norm_)?kernel",
+            re.I,
+        ),
+    ),
+    ("attention", re.compile(r"flash|fmha|paged|attention|_attend_run|_merge_r(un|ow)s|_gather_kernel", re.I)),
     ("projections", re.compile(r"gemm|nvjet|cutlass|cublas|xmma|splitK|gemv|group_mm|grouped|_linear_kernel", re.I)),
 )
 Interval = tuple[float, float]
