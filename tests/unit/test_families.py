@@ -180,7 +180,7 @@ def examine(model_type: str) -> str | None:
     except ModelError as error:
         return str(error)
     assert decoder.last_layer is not None or model_type not in SERVED - WHOLE, "all tokens go through its last layer"
-    compare(config, only_by_tokens=model_type in ONLY_BY_TOKENS)
+    compare(config, only_by_tokens=config.model_type in ONLY_BY_TOKENS)
     return None
 
 
