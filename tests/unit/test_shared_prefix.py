@@ -18,7 +18,7 @@ from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.shared_prefix import SharedPrefix, largest_shared_prefix
 from twofold.attention.spec import AttentionSpec
 from twofold.contract import NewRequest, ScheduledBatch, Step
-from twofold.parallel.plan import TokenLayout, plan_step
+from twofold.parallel.plan import HeadLayout, TokenLayout, plan_step
 from twofold.sampling_params import SamplingParams
 from twofold.worker.input_batch import find_shared_prefix, prepare
 from twofold.worker.request_states import RequestStates
@@ -246,6 +246,29 @@ def test_all_ranks_share_if_one_does(num_ranks: int) -> None:
         expected = attend(query, kv_cache, spec, replace(metadata, shared_prefix=None))
         torch.testing.assert_close(attend(query, kv_cache, spec, metadata), expected, rtol=0, atol=1e-5)
     assert shared_rows == (0 if num_ranks == 12 else 5)
+
+
+@pytest.mark.usefixtures("_always")
+def test_by_heads_a_row_shares_nothing_with_itself() -> None:
+    """All ranks have all rows then. A long request on two ranks once looked like two rows that share all it has, and
+    those that really share a shorter prefix did not share it.
+    """
+    tables, seq_lens = make_family(3, 3, others=0)
+    lens = [*seq_lens.tolist(), 30 * BLOCK_SIZE]
+    blocks = [*(row.tolist() for row in tables), list(range(150, 180))]
+    states = RequestStates(8, 31 * BLOCK_SIZE, BLOCK_SIZE, torch.device("cpu"))
+    new = tuple(
+        NewRequest(i, i, np.zeros(n, np.int32), n, some, SamplingParams(), 0)
+        for i, (n, some) in enumerate(zip(lens, blocks, strict=True))
+    )
+    batch = ScheduledBatch.of(np.array(lens) - 1, np.ones(4, np.int64))
+    states.apply(Step(0, (), new, {}, batch))
+    plan = plan_step(batch, HeadLayout(2))
+    for rank in range(2):
+        shared = prepare(batch, plan, states, rank, BLOCK_SIZE).metadata.shared_prefix
+        assert shared is not None
+        assert shared.rows.tolist() == [0, 1, 2]
+        assert shared.prefix.max_seq_len == 3 * BLOCK_SIZE
 
 
 # --- The engine ------------------------------------------------------------------------------------------------------

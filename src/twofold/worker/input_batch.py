@@ -151,13 +151,18 @@ def find_shared_prefix(
     """The prefix that rows of a step of decodes share, if reading it once pays on any rank.
 
     Then all ranks have one, since they replay the same CUDA graph. On a rank without such rows it is empty.
-    `metadata` has the rank's rows, all_tables [all V, B] the blocks of all ranks' rows.
+    `metadata` has the rank's rows, all_tables [all V, B] the blocks of all ranks' rows. By heads these are the same on
+    every rank, so the first rank's tell all: a row shares nothing with itself.
     """
-    all_rows, num_blocks = shared_prefix.largest_shared_prefix(all_tables, plan.start + plan.length, block_size)
-    bounds = np.searchsorted(all_rows, plan.row_ptr)  # rank -> its first row that shares the prefix
+    row_ptr, all_lens = plan.row_ptr, plan.start + plan.length
+    if plan.by_heads:
+        row_ptr, rank = row_ptr[:2], 0
+        all_tables, all_lens = all_tables[: row_ptr[1]], all_lens[: row_ptr[1]]
+    all_rows, num_blocks = shared_prefix.largest_shared_prefix(all_tables, all_lens, block_size)
+    bounds = np.searchsorted(all_rows, row_ptr)  # rank -> its first row that shares the prefix
     if (int(np.diff(bounds).max()) - 1) * num_blocks * block_size < shared_prefix.MIN_SAVED_TOKENS:
         return None
-    rows = all_rows[bounds[rank] : bounds[rank + 1]] - plan.row_ptr[rank]
+    rows = all_rows[bounds[rank] : bounds[rank + 1]] - row_ptr[rank]
     prefix_len = num_blocks * block_size if len(rows) else 0
     prefix_table = all_tables[all_rows[:1], :num_blocks]
     tables, seq_lens = metadata.block_tables_np, metadata.seq_lens_np
