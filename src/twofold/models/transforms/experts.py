@@ -74,7 +74,7 @@ def experts_forward(
     self: torch.nn.Module, hidden_states: torch.Tensor, top_k_index: torch.Tensor, top_k_weights: torch.Tensor
 ) -> torch.Tensor:
     """The function that `ExpertsInterface` knows as "twofold". hidden_states [T, H], the others [T, K] → [T, H]."""
-    expert_ids, num_tokens = top_k_index.reshape(-1), len(hidden_states)
+    expert_ids = top_k_index.reshape(-1)
     if len(expert_ids) > MAX_PAIRS:
         out: torch.Tensor = grouped_mm_experts_forward(self, hidden_states, top_k_index, top_k_weights)
         return out
@@ -91,9 +91,14 @@ def experts_forward(
     x = linear(x, "down_proj")
     if getattr(self, "has_post_expert_norm", False):
         x = self.post_expert_norm(x)  # type: ignore[operator]
+    return _weigh(x, top_k_weights).to(hidden_states.dtype)
+
+
+def _weigh(x: torch.Tensor, top_k_weights: torch.Tensor) -> torch.Tensor:
+    """x [T * K, H] of each token and each of its experts, top_k_weights [T, K] → [T, H]."""
     weighted = x * top_k_weights.reshape(-1, 1)
-    summed: torch.Tensor = weighted.view(num_tokens, -1, weighted.shape[-1]).sum(dim=1)
-    return summed.to(hidden_states.dtype)
+    summed: torch.Tensor = weighted.view(*top_k_weights.shape, -1).sum(dim=1)
+    return summed
 
 
 ExpertsInterface.register(EXPERTS_NAME, experts_forward)
@@ -147,7 +152,7 @@ def divided_experts_forward(
 ) -> torch.Tensor:
     """The function that `ExpertsInterface` knows as "twofold_divided"; arguments as of `experts_forward`."""
     shares = self.twofold_shares
-    expert_ids, (num_tokens, top_k) = top_k_index.reshape(-1), top_k_index.shape
+    expert_ids, top_k = top_k_index.reshape(-1), top_k_index.shape[1]
     few = hidden_states.is_cuda and len(expert_ids) <= MAX_PAIRS
     if few:
         x, order = hidden_states, None
@@ -172,9 +177,8 @@ def divided_experts_forward(
         x = x + shares["down_bias"][expert_ids]
     if order is not None:
         x = torch.empty_like(x).index_copy_(0, order, x)
-    weighted = x * top_k_weights.reshape(-1, 1)
-    summed = weighted.view(num_tokens, -1, weighted.shape[-1]).sum(dim=1).to(hidden_states.dtype)
-    total: torch.Tensor = torch.ops.twofold.sum_over_ranks(summed)
+    mine = _weigh(x, top_k_weights).to(hidden_states.dtype)
+    total: torch.Tensor = torch.ops.twofold.sum_over_ranks(mine)
     return total
 
 
