@@ -21,7 +21,7 @@ from transformers.dynamic_module_utils import init_hf_modules
 
 from twofold.attention.backends import make_backend
 from twofold.attention.backends.base import AttentionBackend
-from twofold.attention.spec import AttentionSpec, LatentSpec
+from twofold.attention.spec import AttentionSpec
 from twofold.channel import Channel, RankChannel
 from twofold.config import RuntimeConfig
 from twofold.contract import (
@@ -117,9 +117,6 @@ class Rank:
         layout = self.runtime.engine.step_layout
         if layout == "tokens" or self.mesh.size == 1:
             return "step_layout is tokens" if layout == "tokens" else "there is one rank"
-        has_latents = any(isinstance(spec, LatentSpec) for spec in self.model.specs)
-        if layout == "auto" and has_latents and self.device.torch_device.type == "cuda":
-            return "models with latents have not been measured by heads on a GPU; step_layout='heads' asks for it"
         try:
             with self.phase("heads"):
                 self.runner.add_heads(divide(self.model, self.mesh, self._sum))
