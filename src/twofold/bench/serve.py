@@ -22,6 +22,7 @@ from tqdm import tqdm
 
 from twofold.bench.prompts import Prompt, make_prompts
 from twofold.errors import ConfigError, EngineError
+from twofold.flags import whole_number
 
 if TYPE_CHECKING:
     import httpx
@@ -66,7 +67,7 @@ def _add_server(group: _ArgumentGroup) -> None:
     group.add_argument("--backend", default="openai", choices=ENDPOINTS, help="kind of requests (default: openai)")
     group.add_argument("--base-url", help="address of the server, instead of --host and --port")
     group.add_argument("--host", default="127.0.0.1", help="(default: %(default)s)")
-    group.add_argument("--port", type=int, default=8000, metavar="N", help="(default: %(default)s)")
+    group.add_argument("--port", type=whole_number, default=8000, metavar="N", help="(default: %(default)s)")
     group.add_argument("--endpoint", help="path of the requests (default: that of the backend)")
     group.add_argument("--api-key", help="key that the server asks for")
     group.add_argument("--model", help="name of the model (default: the first that the server lists)")
@@ -78,24 +79,37 @@ def _add_prompts(group: _ArgumentGroup) -> None:
         "--dataset-name", default="random", choices=("random", "custom", "sharegpt"), help="(default: random)"
     )
     group.add_argument("--dataset-path", metavar="FILE", help="file of the prompts, if they are not random")
-    group.add_argument("--num-prompts", type=int, default=1000, metavar="N", help="number of prompts (default: 1000)")
     group.add_argument(
-        "--random-input-len", type=int, default=1024, metavar="N", help="tokens in a random prompt (default: 1024)"
+        "--num-prompts", type=whole_number, default=1000, metavar="N", help="number of prompts (default: 1000)"
     )
     group.add_argument(
-        "--random-output-len", type=int, default=128, metavar="N", help="tokens in its answer (default: 128)"
+        "--random-input-len",
+        type=whole_number,
+        default=1024,
+        metavar="N",
+        help="tokens in a random prompt (default: 1024)",
+    )
+    group.add_argument(
+        "--random-output-len", type=whole_number, default=128, metavar="N", help="tokens in its answer (default: 128)"
     )
     group.add_argument(
         "--random-range-ratio", type=float, default=0.0, metavar="X", help="random lengths vary by this share, 0 to 1"
     )
     group.add_argument(
-        "--random-prefix-len", type=int, default=0, metavar="N", help="tokens that all random prompts begin with"
+        "--random-prefix-len",
+        type=whole_number,
+        default=0,
+        metavar="N",
+        help="tokens that all random prompts begin with",
     )
     group.add_argument(
-        "--custom-output-len", type=int, default=256, metavar="N", help="tokens in an answer (default: 256)"
+        "--custom-output-len", type=whole_number, default=256, metavar="N", help="tokens in an answer (default: 256)"
     )
     group.add_argument(
-        "--sharegpt-output-len", type=int, metavar="N", help="tokens in an answer (default: as in the data set)"
+        "--sharegpt-output-len",
+        type=whole_number,
+        metavar="N",
+        help="tokens in an answer (default: as in the data set)",
     )
 
 
@@ -111,13 +125,18 @@ def _add_load(group: _ArgumentGroup) -> None:
         help="1 is a Poisson process, less comes in bursts (default: 1)",
     )
     group.add_argument(
-        "--max-concurrency", type=int, metavar="N", help="requests that run at the same time (default: no limit)"
+        "--max-concurrency",
+        type=whole_number,
+        metavar="N",
+        help="requests that run at the same time (default: no limit)",
     )
     group.add_argument("--ignore-eos", action="store_true", help="do not end answers before their length")
     group.add_argument("--temperature", type=float, default=0.0, metavar="X", help="of the requests (default: 0)")
-    group.add_argument("--seed", type=int, default=0, metavar="N", help="for prompts and their times (default: 0)")
     group.add_argument(
-        "--num-warmups", type=int, default=0, metavar="N", help="requests before the measurement (default: 0)"
+        "--seed", type=whole_number, default=0, metavar="N", help="for prompts and their times (default: 0)"
+    )
+    group.add_argument(
+        "--num-warmups", type=whole_number, default=0, metavar="N", help="requests before the measurement (default: 0)"
     )
 
 
@@ -139,10 +158,8 @@ def _add_result(group: _ArgumentGroup) -> None:
 
 
 def run(args: Namespace) -> int:
-    try:
-        import httpx
-    except ModuleNotFoundError:
-        raise ConfigError("httpx is not installed; run: pip install '.[server]' in Twofold's checkout") from None
+    import httpx
+
     percentiles = _numbers("--metric-percentiles", args.metric_percentiles)
     shown = [name for name in args.percentile_metrics.split(",") if name]
     if wrong := [name for name in shown if name not in METRICS]:

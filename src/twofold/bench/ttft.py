@@ -7,7 +7,7 @@ median of --repeats runs after one that is not counted. On a GPU one more, profi
 import json
 import statistics
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +16,7 @@ import numpy as np
 from twofold.bench.arguments import add_common, engine_arguments, write_json
 from twofold.bench.report import bytes_per_token, describe, print_table
 from twofold.errors import ConfigError
+from twofold.flags import whole_number
 
 if TYPE_CHECKING:
     from twofold import LLM
@@ -30,12 +31,17 @@ def configure(parser: ArgumentParser) -> None:
         "--lens", default="2048,8192", metavar="N,N", help="prompt lengths in tokens (default: 2048,8192)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="measured runs for each length (default: 3)"
+        "--repeats", type=whole_number, default=3, metavar="N", help="measured runs for each length (default: 3)"
     )
     parser.add_argument(
         "--png", metavar="FILE", help="draw time against length, speed-up against ranks, and where the time goes"
     )
-    add_common(parser, several_sizes=True)
+    add_common(
+        parser,
+        {"max_model_len": "the longest prompt + 1"},
+        several_sizes=True,
+        leave_out=("enable_prefix_caching",),
+    )
 
 
 def run(args: Namespace) -> int:
@@ -124,8 +130,8 @@ def _parts(breakdowns: list["Breakdown"]) -> dict[str, Any]:
 
 def _numbers(flag: str, text: str) -> list[int]:
     try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
+        numbers = [whole_number(part) for part in text.split(",")]
+    except ArgumentTypeError:
         numbers = []
     if not numbers or min(numbers) < 1:
         field = flag.strip("-")

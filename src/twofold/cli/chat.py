@@ -40,10 +40,8 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    try:
-        import httpx
-    except ModuleNotFoundError:
-        raise ConfigError("httpx is not installed; run: pip install '.[server]' in Twofold's checkout") from None
+    import httpx
+
     key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
     timeout = httpx.Timeout(None, connect=10)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
