@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from twofold.bench.arguments import add_common, engine_arguments, write_json
-from twofold.bench.report import bytes_per_token, describe, print_table
+from twofold.bench.report import bytes_per_token, describe, machine, print_table
 from twofold.errors import ConfigError
 from twofold.flags import whole_number
+from twofold.server.config import public_name
 
 if TYPE_CHECKING:
     from twofold import LLM
@@ -34,7 +35,7 @@ def configure(parser: ArgumentParser) -> None:
         "--repeats", type=whole_number, default=3, metavar="N", help="measured runs for each length (default: 3)"
     )
     parser.add_argument(
-        "--png", metavar="FILE", help="draw time against length, speed-up against ranks, and where the time goes"
+        "--png", metavar="FILE", help="draw time against length, speed-up against ranks, and where a GPU's time goes"
     )
     add_common(
         parser,
@@ -62,7 +63,8 @@ def run(args: Namespace) -> int:
     if args.png:
         from twofold.bench.draw import draw_ttft
 
-        draw_ttft(rows, Path(args.png))
+        name = public_name(args.model)
+        draw_ttft(rows, f"{name}, {rows[0]['dtype']}, on {machine()}", Path(args.png))
     return 0
 
 
@@ -147,6 +149,6 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         str(row["pcp"]),
         f"{row['median_ms']:.1f}",
         f"{row['min_ms']:.1f}",
-        f"{base['median_ms'] / row['median_ms']:.2f}×" if base else "",
+        f"{base['median_ms'] / row['median_ms']:.2f}×" if base and len({r["pcp"] for r in rows}) > 1 else "",
         *(f"{parts[part]:.1f}" if part in parts else "" for part in PARTS),
     ]
