@@ -1,8 +1,18 @@
 """Make command-line flags from the fields of a dataclass, so that the command line and Python have the same names."""
 
-from argparse import SUPPRESS, Action, ArgumentParser, BooleanOptionalAction, Namespace, _ActionsContainer
-from collections.abc import Collection, Mapping
+import re
+from argparse import (
+    SUPPRESS,
+    Action,
+    ArgumentParser,
+    ArgumentTypeError,
+    BooleanOptionalAction,
+    Namespace,
+    _ActionsContainer,
+)
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
+from decimal import Decimal
 from types import NoneType
 from typing import Any, get_args, get_type_hints
 
@@ -28,14 +38,14 @@ ENGINE_HELP = {
     "partition_policy": f"which rank computes which part of a prompt: {_one_of(PARTITION_POLICIES)}",
     "step_layout": "how ranks share a step: by tokens (context parallel), by heads (tensor parallel), or as costs "
     f"less: {_one_of(STEP_LAYOUTS)}",
-    "step_costs": "JSON of an earlier run's log, by which auto chooses (default: measured at the start)",
-    "dtype": f"type of weights and KV cache: {_one_of(DTYPES)}",
+    "step_costs": "JSON of an earlier run's log, by which auto chooses",
+    "dtype": f"type of weights and KV cache: {_one_of(DTYPES)}; also bf16, fp16, half, fp32, float",
     "device": _one_of(DEVICES),
-    "max_model_len": "tokens of prompt and answer together (default: the positions that the model has)",
+    "max_model_len": "tokens of prompt and answer together",
     "max_num_batched_tokens": "tokens in a step, over all ranks",
     "max_num_seqs": "requests that run at the same time",
     "block_size": "tokens in a KV cache block",
-    "kv_cache_memory_bytes": "memory for the KV cache on each rank",
+    "kv_cache_memory_bytes": "memory for the KV cache on each rank: 8G",
     "gpu_memory_utilization": "share of a GPU's memory that may be used",
     "enable_prefix_caching": "reuse the KV entries of earlier prompts that begin with the same tokens",
     "tokenizer": "directory or hub name of another tokenizer than the model's",
@@ -49,35 +59,85 @@ ENGINE_HELP = {
     "seed": "for sampling, and for the random weights of --load-format dummy",
 }
 SHORT = {"prefill_context_parallel_size": ["-pcp"]}
+# What an argument that is None stands for.
+CHOSEN_LATER = {
+    "step_costs": "measured at the start",
+    "max_model_len": "the positions that the model has",
+    "max_num_batched_tokens": "2048 for each rank, 32768 for each GPU",
+    "block_size": "16, on GPUs 128",
+    "kv_cache_memory_bytes": "2G, or more for one request of max_model_len; on GPUs what is left",
+    "tokenizer": "the model's",
+}
+SPELLINGS = {"bf16": "bfloat16", "fp16": "float16", "half": "float16", "fp32": "float32", "float": "float32"}
+UNITS = {unit: 1000**power for power, unit in enumerate("kmgt", 1)}
+UNITS |= {unit.upper(): 1024**power for power, unit in enumerate("kmgt", 1)}
+
+
+def whole_number(text: str) -> int:
+    """Reads an integer, as vLLM does: 8G is 8 * 2**30, 8g is 8 * 10**9, 1.5k is 1500.
+
+    Raises:
+        ArgumentTypeError: it is none.
+    """
+    if match := re.fullmatch(r"([+-]?[0-9]+(?:\.[0-9]+)?)([kmgtKMGT]?)", text.replace("_", "").strip()):
+        number = Decimal(match[1]) * UNITS.get(match[2], 1)
+        if number == int(number):
+            return int(number)
+    raise ArgumentTypeError(f"must be an integer, such as 8192, 8k (8,000) or 8K (8,192), got {text!r}")
+
+
+def _spelling(text: str) -> str:
+    return SPELLINGS.get(text, text)
 
 
 def add_engine_arguments(
-    parser: ArgumentParser, *, positional_model: bool = False, leave_out: Collection[str] = ()
+    parser: ArgumentParser,
+    *,
+    positional_model: bool = False,
+    leave_out: Collection[str] = (),
+    defaults: Mapping[str, object] | None = None,
 ) -> None:
-    """Adds a flag for each field of EngineConfig but those to leave out. `chosen(args, EngineConfig)` reads them."""
+    """Adds a flag for each field of EngineConfig but those to leave out. `chosen(args, EngineConfig)` reads them.
+
+    `defaults` are those that differ from EngineConfig's, as the help shall tell them.
+    """
     help_of = {name: text for name, text in ENGINE_HELP.items() if name not in leave_out}
     if positional_model:
         parser.add_argument("model", metavar="MODEL", help=help_of.pop("model"))
-    add_fields(parser.add_argument_group("engine"), EngineConfig, help_of)
+    add_fields(parser.add_argument_group("engine"), EngineConfig, help_of, CHOSEN_LATER | dict(defaults or {}))
 
 
-def add_fields(group: _ActionsContainer, cls: type[Any], help_of: Mapping[str, str]) -> None:
-    """Adds a flag for each field of the dataclass that `help_of` names. A flag that is not given sets no attribute."""
+def add_fields(
+    group: _ActionsContainer,
+    cls: type[Any],
+    help_of: Mapping[str, str],
+    defaults: Mapping[str, object] | None = None,
+) -> None:
+    """Adds a flag for each field of the dataclass that `help_of` names. A flag that is not given sets no attribute.
+
+    The help ends with the default: that of `defaults`, or else the field's own, unless it is None or a switch.
+    """
     hints = get_type_hints(cls)
     field_of = {field.name: field for field in fields(cls)}
     for name, text in help_of.items():
         default = field_of[name].default
         required = default is MISSING
-        if not required and default is not None:
-            text += f" (default: {default})"
+        kind = next(kind for kind in get_args(hints[name]) or (hints[name],) if kind is not NoneType)
+        told = (defaults or {}).get(name, None if required or default is False else default)
+        if told is not None:
+            text += f" (default: {'on' if told is True else told})"
         flags = [*SHORT.get(name, []), "--" + name.replace("_", "-")]
         how: dict[str, Any] = {"dest": name, "default": SUPPRESS, "required": required, "help": text.replace("%", "%%")}
-        kind = next(kind for kind in get_args(hints[name]) or (hints[name],) if kind is not NoneType)
         if kind is bool:
             action: type[Action] | str = BooleanOptionalAction if default else "store_true"
             group.add_argument(*flags, action=action, **how)
         elif kind in (int, float, str):
-            group.add_argument(*flags, type=kind, metavar={int: "N", float: "X", str: "S"}[kind], **how)
+            read: dict[Any, Callable[[str], Any]] = {
+                int: whole_number,
+                float: float,
+                str: _spelling if name == "dtype" else str,
+            }
+            group.add_argument(*flags, type=read[kind], metavar={int: "N", float: "X", str: "S"}[kind], **how)
         else:  # a sequence
             group.add_argument(*flags, type=get_args(kind)[0], action="append", metavar="S", **how)
 

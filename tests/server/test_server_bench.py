@@ -8,6 +8,7 @@ import pytest
 from running import Server
 
 from twofold import LLM
+from twofold.bench.serve import Outcome, summarise
 from twofold.cli.main import main
 
 QUESTION, ANSWER = "The quick brown fox jumps over the lazy dog.", "A rank is lost, the others wait for it."
@@ -23,7 +24,8 @@ CONVERSATIONS = [
 FIELDS = {
     "date", "endpoint_type", "backend", "label", "model_id", "tokenizer_id", "num_prompts", "request_rate",
     "burstiness", "max_concurrency", "duration", "completed", "failed", "total_input_tokens", "total_output_tokens",
-    "request_throughput", "request_goodput", "output_throughput", "total_token_throughput", "max_concurrent_requests",
+    "total_cached_tokens", "prefix_cache_hit_rate", "turns", "request_throughput", "request_goodput",
+    "output_throughput", "total_token_throughput", "max_concurrent_requests",
     *(f"{how}_{of}_ms" for how in ("mean", "median", "std", "p50", "p99") for of in ("ttft", "tpot", "itl", "e2el")),
 }  # fmt: skip
 
@@ -86,6 +88,37 @@ def test_random(server: Server, tiny_model: Path, tmp_path: Path) -> None:
     result = bench(server, tiny_model, tmp_path, *lengths, "--goodput", "ttft:60000", "e2el:0.001")
     assert (result["total_input_tokens"], result["total_output_tokens"]) == (300, 30)
     assert result["request_goodput"] == 0
+
+
+@pytest.mark.parametrize("backend", ["openai", "openai-chat"])
+def test_conversations(
+    server: Server, tiny_model: Path, tmp_path: Path, backend: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Guards turns that append to what was said, so that only new text is computed, and prefixes that are shared."""
+    lengths = ("--shared-prefix-len", "128", "--prefix-len", "32", "--turn-len", "24", "--output-len", "12")
+    flags = ("--backend", backend, "--dataset-name", "conversations", "--num-conversations", "3", "--num-turns", "3")
+    seed = str(len(backend))  # other words than in the other case, so none is cached
+    result = bench(server, tiny_model, tmp_path, *flags, *lengths, "--think-time", "0.01", "--seed", seed)
+    assert (result["completed"], result["num_prompts"], result["total_output_tokens"]) == (9, 9, 108)
+    first, second, third = result["turns"]
+    assert [turn["completed"] for turn in result["turns"]] == [3, 3, 3]
+    # The system prompt is computed once. From then on all is cached but the newest text, as far as blocks go.
+    assert 0.3 < first["prefix_cache_hit_rate"] < 0.7
+    assert second["prefix_cache_hit_rate"] > 0.6
+    assert third["prefix_cache_hit_rate"] > 0.6
+    assert 184 <= first["mean_input_tokens"] < second["mean_input_tokens"] - 24 < third["mean_input_tokens"] - 48
+    assert result["prefix_cache_hit_rate"] == result["total_cached_tokens"] / result["total_input_tokens"]
+    told = capsys.readouterr().out
+    assert "Prefix cache hit rate (%)" in told
+    assert "Time to First Token by Turn" in told
+
+
+def test_a_server_that_does_not_tell_of_cached_tokens() -> None:
+    """Other servers count no cached tokens; nothing is no rate of 0."""
+    outcomes = [Outcome(10, success=True, ttft=0.1, latency=0.2, num_tokens=2)]
+    assert summarise(outcomes, 1.0, [99], {})["prefix_cache_hit_rate"] is None
+    outcomes.append(Outcome(30, turn=2, cached_len=15, success=True, ttft=0.1, latency=0.2, num_tokens=2))
+    assert summarise(outcomes, 1.0, [99], {})["prefix_cache_hit_rate"] == 0.5
 
 
 @pytest.mark.parametrize("content", ["", "[]", '[{"conversation": []}]', '{"a": 1}', "[3]"])

@@ -1,8 +1,10 @@
 """The command line without a process: what is refused, with which words and exit code, before a model is loaded."""
 
 import json
-from argparse import ArgumentParser
-from collections.abc import Callable
+import math
+import re
+from argparse import SUPPRESS, ArgumentParser, _SubParsersAction
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import fields
 from functools import partial
@@ -17,7 +19,7 @@ from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 import twofold
 from twofold import ConfigError, RankDiedError, SamplingParams
 from twofold.cli import generate
-from twofold.cli.main import main
+from twofold.cli.main import main, make_parser
 from twofold.config import EngineConfig
 from twofold.contract import Step
 from twofold.engine import engine as engine_module
@@ -57,13 +59,28 @@ def test_help_tells_of_every_command_and_of_exit_codes(run: Run) -> None:
     [
         ([], "COMMAND"),
         (["answer"], "invalid choice: 'answer'"),
+        (["serv", "demo"], "invalid choice: 'serv'"),
+        (["serv", "demo"], "; did you mean serve in place of serv? (see twofold --help)"),
+        (["bench", "tfft"], "; did you mean ttft in place of tfft? (see twofold bench --help)"),
+        (
+            ["generate", "--modle=demo", "--prompt", "Hi"],
+            "required: --model; did you mean --model in place of --modle?",
+        ),
+        (["serve", "demo", "--max-waiting-request", "3"], "did you mean --max-waiting-requests in place of"),
+        (["serve", "demo", "-tp", "2"], "unrecognized arguments: -tp 2; did you mean -pcp in place of -tp?"),
+        (["chat", "--jsn"], "unrecognized arguments: --jsn (see twofold chat --help)"),
+        (["serve", "demo", "--max-model-len", "128x"], "such as 8192, 8k (8,000) or 8K (8,192), got '128x'"),
+        (["serve", "demo", "--max-model-len", "1.0001k"], "must be an integer"),
         (["generate", "--prompt", "Hi"], "--model"),
         (["generate", "--model", "demo"], "no prompt; give --prompt"),
         (["generate", "--model", "demo", "--prompt"], "--prompt: expected one argument"),
         (["generate", "--model", "", "--prompt", "Hi"], "model must be a directory"),
         (["generate", "--model", "demo", "--prompt", "Hi", "--unknown"], "unrecognized arguments: --unknown"),
         (["generate", "--model", "demo", "--prompt", "Hi", "--max-tok", "3"], "unrecognized arguments: --max-tok"),
-        (["generate", "--model", "demo", "--prompt", "Hi", "-pcp", "two"], "invalid int value: 'two'"),
+        (
+            ["generate", "--model", "demo", "--prompt", "Hi", "-pcp", "two"],
+            "must be an integer, such as 8192, 8k (8,000) or 8K (8,192), got 'two'",
+        ),
         (
             ["generate", "--model", "demo", "--prompt", "Hi", "-pcp", "0"],
             "prefill_context_parallel_size must be an integer of at least 1, got 0",
@@ -154,6 +171,63 @@ def test_every_engine_argument_is_a_flag() -> None:
         "enforce_eager": True,
         "gpu_memory_utilization": 0.5,
     }
+
+
+def test_sizes_have_units_as_in_vllm() -> None:
+    parser = ArgumentParser()
+    add_engine_arguments(parser)
+    given = parser.parse_args(
+        [*("--kv-cache-memory-bytes", "8G", "--max-model-len", "128k", "--max-num-batched-tokens", "1.5K"),
+         *("--model", "m", "--max-num-seqs", "1_000", "--seed", "12", "--dtype", "bf16")]
+    )  # fmt: skip
+    assert chosen(given, EngineConfig) == {
+        "model": "m",
+        "kv_cache_memory_bytes": 8 << 30,
+        "max_model_len": 128_000,
+        "max_num_batched_tokens": 1536,
+        "max_num_seqs": 1000,
+        "seed": 12,
+        "dtype": "bfloat16",
+    }
+
+
+def _commands(parser: ArgumentParser) -> Iterator[ArgumentParser]:
+    """A command and all below it."""
+    yield parser
+    for action in parser._actions:
+        if isinstance(action, _SubParsersAction):
+            for command in action.choices.values():
+                yield from _commands(command)
+
+
+def test_help_tells_one_default_of_a_flag() -> None:
+    """`generate --help` once said of the temperature: (default: 0) (default: 1.0)."""
+    told: dict[tuple[str, str], str] = {}
+    for command in _commands(make_parser()):
+        for action in command._actions:
+            text = command._get_formatter()._expand_help(action) if action.help else ""
+            assert text.count("(default") <= 1, (command.prog, action.dest, text)
+            if match := re.search(r"\(default: (.*)\)$", text):
+                told[command.prog, action.dest] = match[1]
+            if action.default not in (None, SUPPRESS, False, [], math.inf) and action.type is not None:
+                assert match is not None, (command.prog, action.dest, text)
+                assert str(action.default).removesuffix(".0") == match[1].removesuffix(".0")
+    assert told["twofold generate", "temperature"] == "0"
+    assert told["twofold generate", "max_tokens"] == "256"
+    assert told["twofold generate", "enable_prefix_caching"] == "on"
+    assert told["twofold serve", "max_body_bytes"] == "33554432"
+    # Benchmarks choose these by the lengths of their prompts.
+    assert told["twofold bench latency", "max_num_seqs"] == "the batch size"
+    assert told["twofold bench ttft", "max_model_len"] == "the longest prompt + 1"
+
+
+def test_benchmarks_have_no_flag_that_they_would_overrule() -> None:
+    """`bench ttft --enable-prefix-caching` was taken, and did nothing."""
+    for command in _commands(make_parser()):
+        if command.prog in ("twofold bench ttft", "twofold bench latency"):
+            flags = command.format_usage()
+            assert "--max-num-seqs" in flags
+            assert not any(flag in flags for flag in ("prefix-caching", "--tokenizer", "--skip-tokenizer-init"))
 
 
 @pytest.mark.parametrize(

@@ -758,3 +758,54 @@ def test_crowds_answer_as_if_alone(depth, caching):
         num_cached += sum(r.num_cached_tokens for r in set(requests))
     assert num_preemptions > 50, "the pools were not small enough to mean anything"
     assert (num_cached > 500) == caching
+
+
+def answer_all(scheduler: Scheduler) -> None:
+    """Runs steps until nothing is left to run; each sampled token is 7."""
+    while (step := scheduler.schedule()) is not None:
+        sampled = [int(n) for n, one in zip(step.batch.numbers, step.batch.num_sampled_tokens, strict=True) if one]
+        for request in scheduler.complete(step.step_id, sampled):
+            scheduler.append(request, 7)
+
+
+def test_a_conversation_that_goes_on_keeps_its_prefix():
+    """An operator sizes the cache for long conversations: one-off requests that pass through take each other's blocks,
+    and those of conversations that ended, before those of one that goes on.
+    """
+    scheduler = make_scheduler(num_blocks=1 + 40, block_size=4, budget=200)
+    rng = np.random.default_rng(0)
+    said = {name: rng.integers(10, 99, 40).tolist() for name in ("goes on", "ended")}
+    for name in ("ended", "goes on"):
+        scheduler.add(make_request(name, said[name], max_tokens=4))
+        answer_all(scheduler)
+    for turn in range(8):
+        for i in range(2):  # in all 96 blocks, of a cache of 40
+            scheduler.add(make_request(f"one-off {turn} {i}", rng.integers(10, 99, 21), max_tokens=4))
+            answer_all(scheduler)
+        said["goes on"] += [7] * 4 + rng.integers(10, 99, 4).tolist()
+        scheduler.add(request := make_request("goes on", said["goes on"], max_tokens=4))
+        answer_all(scheduler)
+        # All but the new text, the token before it (which was never computed), and the rest of its block.
+        assert request.num_cached_tokens == (len(said["goes on"]) - 5) // 4 * 4
+    assert scheduler.block_pool.num_cached <= 40
+    scheduler.add(request := make_request("ended", said["ended"], max_tokens=4))
+    answer_all(scheduler)
+    assert request.num_cached_tokens == 0
+
+
+def test_a_turn_that_waits_keeps_its_prefix():
+    """A turn's prefix was evicted while the turn waited behind other prompts: the cache knew of its use only when it
+    began to run.
+    """
+    scheduler = make_scheduler(num_blocks=1 + 24, block_size=4, seqs=1, budget=200)
+    rng = np.random.default_rng(0)
+    said = rng.integers(10, 99, 40).tolist()
+    scheduler.add(make_request("first turn", said, max_tokens=4))
+    answer_all(scheduler)
+    scheduler.add(make_request("one-off before", rng.integers(10, 99, 41), max_tokens=4))
+    answer_all(scheduler)
+    for i in range(2):
+        scheduler.add(make_request(f"one-off {i}", rng.integers(10, 99, 21), max_tokens=4))
+    scheduler.add(request := make_request("second turn", [*said, *[7] * 4, *rng.integers(10, 99, 4)], max_tokens=4))
+    answer_all(scheduler)
+    assert request.num_cached_tokens == 40

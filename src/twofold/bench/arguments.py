@@ -2,29 +2,53 @@
 
 import json
 from argparse import ArgumentParser, Namespace
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from twofold.bench.report import environment
 from twofold.config import EngineConfig
-from twofold.flags import add_engine_arguments, chosen
+from twofold.flags import add_engine_arguments, chosen, whole_number
+
+FIXED = {"skip_tokenizer_init": True}  # prompts are token ids
 
 
-def add_lengths(parser: ArgumentParser, input_len: int) -> None:
+def add_lengths(
+    parser: ArgumentParser,
+    input_len: int,
+    *,
+    leave_out: tuple[str, ...] = (),
+    defaults: Mapping[str, object] | None = None,
+) -> None:
     """Adds --input-len, --output-len and the flags of `add_common`. The names are vLLM's."""
     parser.add_argument(
-        "--input-len", type=int, default=input_len, metavar="N", help=f"tokens in each prompt (default: {input_len})"
+        "--input-len",
+        type=whole_number,
+        default=input_len,
+        metavar="N",
+        help=f"tokens in each prompt (default: {input_len})",
     )
-    parser.add_argument("--output-len", type=int, default=128, metavar="N", help="tokens in each answer (default: 128)")
-    add_common(parser)
+    parser.add_argument(
+        "--output-len", type=whole_number, default=128, metavar="N", help="tokens in each answer (default: 128)"
+    )
+    add_common(parser, {"max_model_len": "both lengths + 1"} | dict(defaults or {}), leave_out=leave_out)
 
 
-def add_common(parser: ArgumentParser, *, several_sizes: bool = False) -> None:
-    """Adds --output-json and the engine's arguments. With `several_sizes` -pcp takes a list: the text `args.sizes`."""
+def add_common(
+    parser: ArgumentParser,
+    defaults: Mapping[str, object],
+    *,
+    several_sizes: bool = False,
+    leave_out: tuple[str, ...] = (),
+) -> None:
+    """Adds --output-json and the engine's arguments but those to leave out, with defaults that differ from its own.
+
+    With `several_sizes` -pcp takes a list: the text `args.sizes`.
+    """
     parser.add_argument("--output-json", metavar="FILE", help="write all figures to this file")
-    leave_out: tuple[str, ...] = ()
+    leave_out = ("tokenizer", *FIXED, *leave_out)
     if several_sizes:
-        leave_out = ("prefill_context_parallel_size",)
+        leave_out = (*leave_out, "prefill_context_parallel_size")
         parser.add_argument(
             *("-pcp", "--prefill-context-parallel-size"),
             dest="sizes",
@@ -32,12 +56,12 @@ def add_common(parser: ArgumentParser, *, several_sizes: bool = False) -> None:
             metavar="N,N",
             help="numbers of ranks, with commas between them (default: 1)",
         )
-    add_engine_arguments(parser, leave_out=leave_out)
+    add_engine_arguments(parser, leave_out=leave_out, defaults=defaults)
 
 
 def engine_arguments(args: Namespace, max_model_len: int, **fixed: Any) -> dict[str, Any]:
     """Arguments for `LLM`: those of the command line, `fixed`, no tokenizer, and by default this `max_model_len`."""
-    return {"max_model_len": max_model_len} | chosen(args, EngineConfig) | {"skip_tokenizer_init": True} | fixed
+    return {"max_model_len": max_model_len} | chosen(args, EngineConfig) | FIXED | fixed
 
 
 def write_json(args: Namespace, result: dict[str, Any]) -> None:

@@ -14,6 +14,7 @@ import numpy as np
 from twofold.bench.arguments import add_lengths, engine_arguments, write_json
 from twofold.bench.report import bytes_per_token, describe
 from twofold.engine.drive import Drive
+from twofold.flags import whole_number
 from twofold.outputs import OutputKind
 from twofold.sampling_params import SamplingParams
 
@@ -24,12 +25,20 @@ NUM_PROFILED = 16  # decode steps
 
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("--batch-size", type=int, default=8, metavar="N", help="prompts in a batch (default: 8)")
     parser.add_argument(
-        "--num-iters-warmup", type=int, default=1, metavar="N", help="batches that are not measured (default: 1)"
+        "--batch-size", type=whole_number, default=8, metavar="N", help="prompts in a batch (default: 8)"
     )
-    parser.add_argument("--num-iters", type=int, default=3, metavar="N", help="batches that are measured (default: 3)")
-    add_lengths(parser, input_len=32)
+    parser.add_argument(
+        "--num-iters-warmup",
+        type=whole_number,
+        default=1,
+        metavar="N",
+        help="batches that are not measured (default: 1)",
+    )
+    parser.add_argument(
+        "--num-iters", type=whole_number, default=3, metavar="N", help="batches that are measured (default: 3)"
+    )
+    add_lengths(parser, input_len=32, leave_out=("enable_prefix_caching",), defaults={"max_num_seqs": "the batch size"})
 
 
 def run(args: Namespace) -> int:

@@ -1,10 +1,11 @@
-"""Prompts for the server benchmark: random, or from a file or data set."""
+"""Prompts for the server benchmark: random, conversations, or from a file or data set."""
 
 import json
 import math
+import re
 from argparse import Namespace
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,16 +23,27 @@ class Prompt:
     content: str | list[int]
     num_tokens: int
     max_tokens: int
+    history: list[dict[str, str]] = field(default_factory=list)  # what was said before, as a chat's messages
+    later: list[str] = field(default_factory=list)  # what the same user says after each answer
+    turn: int = 1
+
+    def next(self, answer: str) -> "Prompt":
+        """The next turn of a conversation: all that was said, and more."""
+        assert isinstance(self.content, str)
+        history = [*self.history, {"role": "user", "content": self.content}, {"role": "assistant", "content": answer}]
+        return Prompt(self.later[0], 0, self.max_tokens, history, self.later[1:], self.turn + 1)
 
 
 def make_prompts(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
-    """Makes `args.num_prompts` prompts, the same for the same seed.
+    """Makes `args.num_prompts` prompts, or the first of each conversation, the same for the same seed.
 
     Raises:
         ConfigError: the file cannot be read, or has no prompts.
     """
     if args.dataset_name == "random":
         return _random_prompts(args, tokenizer)
+    if args.dataset_name == "conversations":
+        return _conversations(args, tokenizer)
     if args.dataset_path is None:
         raise ConfigError(f"--dataset-name {args.dataset_name} needs --dataset-path", field="dataset_path")
     try:
@@ -65,6 +77,30 @@ def _random_prompts(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> li
             prompts.append(Prompt(text, len(tokenizer.encode(text)), num_out))
         else:
             prompts.append(Prompt(tokens, len(tokens), num_out))
+    return prompts
+
+
+def _conversations(args: Namespace, tokenizer: "PreTrainedTokenizerBase") -> list[Prompt]:
+    """The first turns of `args.num_conversations` conversations.
+
+        system: shared prefix | user: own prefix, new text | assistant: answer | user: new text | assistant: answer …
+
+    Text is of words that are one token each, as far as the tokenizer has such words, so lengths are nearly exact.
+    """
+    rng = np.random.default_rng(args.seed)
+    words = [text for text in map(tokenizer.decode, range(len(tokenizer))) if re.fullmatch(" [a-zA-Z]+", text)]
+
+    def text(num_tokens: int) -> str:
+        return "".join(rng.choice(words, num_tokens)) if num_tokens else ""
+
+    shared = [text(args.shared_prefix_len) for _ in range(args.num_shared_prefixes)]
+    prompts = []
+    for i in range(args.num_conversations):
+        first, *later = (text(args.turn_len) for _ in range(args.num_turns))
+        prefix = shared[i % len(shared)]
+        history = [{"role": "system", "content": prefix}] if prefix else []
+        num_tokens = args.shared_prefix_len + args.prefix_len + args.turn_len
+        prompts.append(Prompt(text(args.prefix_len) + first, num_tokens, args.output_len, history, later))
     return prompts
 
 

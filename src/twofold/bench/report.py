@@ -37,6 +37,12 @@ def environment() -> dict[str, Any]:
     }
 
 
+def machine() -> str:
+    """The GPUs if there are any, or else the processor and the cores that this process may use."""
+    hardware = environment()["hardware"]
+    return str(hardware.get("gpu") or f"{hardware['cores']} cores of {hardware['cpu']}")
+
+
 def _program(path: str) -> list[str]:
     is_script = path.endswith(".py") and Path(path).stem not in ("main", "__main__")  # these are `python -m twofold...`
     return ["python", path] if is_script else ["twofold"]
@@ -81,7 +87,8 @@ def describe(engine: "LLMEngine") -> dict[str, Any]:
 
 
 def print_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints right-aligned columns."""
-    widths = [max(len(line[column]) for line in [header, *rows]) for column in range(len(header))]
-    for line in [header, *rows]:
+    """Prints right-aligned columns, but those that are empty in all rows."""
+    columns = [column for column in zip(header, *rows, strict=True) if any(column[1:])]
+    widths = [max(map(len, column)) for column in columns]
+    for line in zip(*columns, strict=True):
         print("  ".join(cell.rjust(width) for cell, width in zip(line, widths, strict=True)))

@@ -10,10 +10,13 @@ import numpy as np
 
 from twofold.bench.arguments import add_lengths, engine_arguments, write_json
 from twofold.bench.report import describe
+from twofold.flags import whole_number
 
 
 def configure(parser: ArgumentParser) -> None:
-    parser.add_argument("--num-prompts", type=int, default=64, metavar="N", help="number of prompts (default: 64)")
+    parser.add_argument(
+        "--num-prompts", type=whole_number, default=64, metavar="N", help="number of prompts (default: 64)"
+    )
     add_lengths(parser, input_len=1024)
 
 

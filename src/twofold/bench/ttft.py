@@ -7,15 +7,17 @@ median of --repeats runs after one that is not counted. On a GPU one more, profi
 import json
 import statistics
 import time
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from twofold.bench.arguments import add_common, engine_arguments, write_json
-from twofold.bench.report import bytes_per_token, describe, print_table
+from twofold.bench.report import bytes_per_token, describe, machine, print_table
 from twofold.errors import ConfigError
+from twofold.flags import whole_number
+from twofold.server.config import public_name
 
 if TYPE_CHECKING:
     from twofold import LLM
@@ -30,12 +32,17 @@ def configure(parser: ArgumentParser) -> None:
         "--lens", default="2048,8192", metavar="N,N", help="prompt lengths in tokens (default: 2048,8192)"
     )
     parser.add_argument(
-        "--repeats", type=int, default=3, metavar="N", help="measured runs for each length (default: 3)"
+        "--repeats", type=whole_number, default=3, metavar="N", help="measured runs for each length (default: 3)"
     )
     parser.add_argument(
-        "--png", metavar="FILE", help="draw time against length, speed-up against ranks, and where the time goes"
+        "--png", metavar="FILE", help="draw time against length, speed-up against ranks, and where a GPU's time goes"
     )
-    add_common(parser, several_sizes=True)
+    add_common(
+        parser,
+        {"max_model_len": "the longest prompt + 1"},
+        several_sizes=True,
+        leave_out=("enable_prefix_caching",),
+    )
 
 
 def run(args: Namespace) -> int:
@@ -56,7 +63,8 @@ def run(args: Namespace) -> int:
     if args.png:
         from twofold.bench.draw import draw_ttft
 
-        draw_ttft(rows, Path(args.png))
+        name = public_name(args.model)
+        draw_ttft(rows, f"{name}, {rows[0]['dtype']}, on {machine()}", Path(args.png))
     return 0
 
 
@@ -124,8 +132,8 @@ def _parts(breakdowns: list["Breakdown"]) -> dict[str, Any]:
 
 def _numbers(flag: str, text: str) -> list[int]:
     try:
-        numbers = [int(part) for part in text.split(",")]
-    except ValueError:
+        numbers = [whole_number(part) for part in text.split(",")]
+    except ArgumentTypeError:
         numbers = []
     if not numbers or min(numbers) < 1:
         field = flag.strip("-")
@@ -141,6 +149,6 @@ def _cells(row: dict[str, Any], rows: list[dict[str, Any]]) -> list[str]:
         str(row["pcp"]),
         f"{row['median_ms']:.1f}",
         f"{row['min_ms']:.1f}",
-        f"{base['median_ms'] / row['median_ms']:.2f}×" if base else "",
+        f"{base['median_ms'] / row['median_ms']:.2f}×" if base and len({r["pcp"] for r in rows}) > 1 else "",
         *(f"{parts[part]:.1f}" if part in parts else "" for part in PARTS),
     ]

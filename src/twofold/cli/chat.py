@@ -1,7 +1,7 @@
 """talk to a running server, and see its progress with a long prompt
 
-Type a message and press Enter. /file PATH puts a file's text before the next message, /new starts a new conversation,
-/quit or Ctrl-D ends, Ctrl-C stops an answer. With MESSAGE the command prints one answer on stdout and ends.
+Type a message and press Enter; /help lists the commands. What is typed during an answer becomes the next message.
+Ctrl-C stops an answer. With MESSAGE the command prints one answer on stdout and ends.
 """
 
 import contextlib
@@ -15,12 +15,19 @@ from typing import TYPE_CHECKING, Any
 
 from rich.console import Console
 
+from twofold.cli.keyboard import Keyboard
 from twofold.errors import ConfigError, EngineError
 
 if TYPE_CHECKING:
     import httpx
 
 BAR_WIDTH = 30
+HELP = """\
+/file PATH  put a file's text before the next message
+/new        start a new conversation
+/quit       end, as Ctrl-D does
+Ctrl-C      stop an answer
+What you type during an answer is shown after it, and becomes the next message."""
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -40,10 +47,8 @@ def configure(parser: ArgumentParser) -> None:
 
 
 def run(args: Namespace) -> int:
-    try:
-        import httpx
-    except ModuleNotFoundError:
-        raise ConfigError("httpx is not installed; run: pip install '.[server]' in Twofold's checkout") from None
+    import httpx
+
     key = args.api_key or os.environ.get("OPENAI_API_KEY", "")
     timeout = httpx.Timeout(None, connect=10)
     headers = {"Authorization": f"Bearer {key}"} if key else {}
@@ -58,30 +63,37 @@ def run(args: Namespace) -> int:
 
 def _talk(chat: "Chat", files: list[str]) -> int:
     """Answers messages from the terminal until its input ends → the exit code."""
-    with contextlib.suppress(ImportError):
-        import readline  # noqa: F401 - input() then has editing and a history
-    chat.console.print(f"{chat.model}. /file PATH, /new, /quit", style="dim")
+    keyboard = Keyboard()
+    chat.console.print(f"{chat.model}. /help lists the commands", style="dim")
     while True:
         try:
-            line = input("> ").strip()
+            line = keyboard.read_line("> ").strip()
         except EOFError:
             return 0
+        except KeyboardInterrupt:
+            chat.console.print("\n/quit or Ctrl-D ends", style="dim")
+            continue
         command, _, rest = line.partition(" ")
         try:
             if command == "/quit":
                 return 0
-            if command == "/new":
+            if command == "/help":
+                chat.console.print(HELP, style="dim")
+            elif command == "/new":
                 chat.forget()
             elif command == "/file":
                 files.append(_read(rest.strip()))
                 chat.console.print(f"{len(files[-1])} characters", style="dim")
+            elif command.startswith("/") and command[1:].isalpha():
+                raise ConfigError(f"there is no command {command}; /help lists them")
             elif line:
-                chat.ask("\n\n".join([*files, line]))
+                with keyboard.typing_ahead():
+                    chat.ask("\n\n".join([*files, line]))
                 files.clear()
         except (ConfigError, EngineError) as error:
             chat.console.print(f"error: {error}", style="red")
         except KeyboardInterrupt:
-            chat.console.print("stopped", style="dim")
+            chat.console.print("\nstopped", style="dim")
 
 
 def _read(path: str) -> str:

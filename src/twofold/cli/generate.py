@@ -27,11 +27,11 @@ from twofold.flags import add_engine_arguments, add_fields, chosen
 if TYPE_CHECKING:
     from twofold import LLM
 
-DEFAULTS = {"temperature": 0.0, "max_tokens": 256}  # those that differ from SamplingParams
+DEFAULTS = {"temperature": 0, "max_tokens": 256}  # those that differ from SamplingParams
 SAMPLING_HELP = {
-    "max_tokens": f"largest number of tokens in an answer (default: {DEFAULTS['max_tokens']})",
+    "max_tokens": "largest number of tokens in an answer",
     "min_tokens": "smallest number of tokens in an answer",
-    "temperature": f"0 always takes the most likely token (default: {DEFAULTS['temperature']:g})",
+    "temperature": "0 always takes the most likely token",
     "top_k": "sample from the N most likely tokens; 0 is off",
     "top_p": "sample from the most likely tokens that have this probability together",
     "min_p": "sample from tokens at least this likely, relative to the most likely one",
@@ -66,7 +66,7 @@ def configure(parser: ArgumentParser) -> None:
     output = parser.add_argument_group("output")
     output.add_argument("--json", action="store_true", help="print one line of JSON for each prompt")
     output.add_argument("-q", "--quiet", action="store_true", help="no progress on stderr")
-    add_fields(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP)
+    add_fields(parser.add_argument_group("sampling"), SamplingParams, SAMPLING_HELP, DEFAULTS)
     add_engine_arguments(parser)
 
 

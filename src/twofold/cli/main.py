@@ -4,27 +4,52 @@ Exit codes: see EXIT_CODES. An error is one line on stderr.
 """
 
 import os
+import re
 import sys
 from argparse import ArgumentParser, RawDescriptionHelpFormatter
 from collections.abc import Sequence
 from contextlib import suppress
+from difflib import get_close_matches
 from io import TextIOWrapper
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from twofold import EngineError, UserError, __version__, streams
 from twofold.cli import bench, chat, explain, generate, models, serve
 
 COMMANDS = {"generate": generate, "serve": serve, "chat": chat, "explain": explain, "models": models, "bench": bench}
+RANKS = dict.fromkeys(("-tp", "--tensor-parallel-size"), "-pcp")  # what vLLM's users ask for first
 EXIT_CODES = """\
 exit codes: 0 success; 1 a prompt was refused or the engine failed;
             2 wrong arguments, configuration or model; 130 interrupted (Ctrl-C)"""
 
 
 class Parser(ArgumentParser):
-    """Reports a wrong argument in one line."""
+    """Reports a wrong argument in one line, and says which one may have been meant."""
+
+    _given: Sequence[str] = ()
+
+    def parse_known_args(self, args: Any = None, namespace: Any = None) -> Any:
+        """Refuses what is not known here. argparse would leave a command's flags to its parent, which has none."""
+        self._given = sys.argv[1:] if args is None else list(args)
+        namespace, unknown = super().parse_known_args(args, namespace)
+        if unknown:
+            self.error(f"unrecognized arguments: {' '.join(unknown)}")
+        return namespace, unknown
 
     def error(self, message: str) -> NoReturn:
-        self.exit(2, f"error: {message} (see {self.prog} --help)\n")
+        self.exit(2, f"error: {message}{self._did_you_mean(message)} (see {self.prog} --help)\n")
+
+    def _did_you_mean(self, message: str) -> str:
+        if wrong := re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message):
+            words, known = [wrong[1]], re.findall(r"[\w-]+", wrong[2])
+        else:
+            words = [word.partition("=")[0] for word in self._given if word.startswith("-")]
+            known = re.findall(r"(?<![\w-])--?\w[\w-]*", self.format_usage())
+        for word in words:
+            near = [RANKS[word]] if word in RANKS else get_close_matches(word, known, 1, cutoff=0.65)
+            if word not in known and near and near[0] in known:
+                return f"; did you mean {near[0]} in place of {word}?"
+        return ""
 
 
 def make_parser() -> ArgumentParser:

@@ -10,25 +10,30 @@ import sys
 from argparse import ArgumentParser, Namespace
 
 from twofold.config import EngineConfig
-from twofold.errors import ConfigError
 from twofold.flags import add_engine_arguments, add_fields, chosen
 from twofold.server.config import ServerConfig, bind
 
 SERVER_HELP = {
     "host": "address to listen on; 0.0.0.0 is all addresses",
     "port": "port to listen on; 0 takes a free one",
-    "api_key": "key that clients must send; may be given more than once (default: $TWOFOLD_API_KEY)",
-    "served_model_name": "name of the model for clients; may be given more than once (default: MODEL without path)",
+    "api_key": "key that clients must send; may be given more than once",
+    "served_model_name": "name of the model for clients; may be given more than once",
     "max_waiting_requests": "prompts that may wait for their first token; more are refused with 429",
-    "max_waiting_tokens": "tokens that waiting prompts may have (default: 4 x max_model_len, at least 1000000)",
-    "max_body_bytes": "largest size of a request",
+    "max_waiting_tokens": "tokens that waiting prompts may have",
+    "max_body_bytes": "largest size of a request: 32M",
     "drain_timeout": "seconds that answers under way may still take after SIGTERM",
     "access_log": "write a line to stderr for each request",
 }
 
+CHOSEN_LATER = {
+    "api_key": "$TWOFOLD_API_KEY",
+    "served_model_name": "MODEL without its path",
+    "max_waiting_tokens": "4 x max_model_len, at least 1000000",
+}
+
 
 def configure(parser: ArgumentParser) -> None:
-    add_fields(parser.add_argument_group("server"), ServerConfig, SERVER_HELP)
+    add_fields(parser.add_argument_group("server"), ServerConfig, SERVER_HELP, CHOSEN_LATER)
     add_engine_arguments(parser, positional_model=True)
 
 
@@ -41,10 +46,6 @@ def run(args: Namespace) -> int:
     if not server.api_key and server.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"warning: no --api-key: everyone who reaches {server.host}:{server.port} can use it", file=sys.stderr)
     with bind(server) as listener:
-        try:
-            from twofold.server.run import load, serve
-        except ModuleNotFoundError as error:
-            raise ConfigError(
-                f"{error.name} is not installed; run: pip install '.[server]' in Twofold's checkout"
-            ) from None
+        from twofold.server.run import load, serve
+
         return serve(server, load(config), listener)

@@ -100,6 +100,12 @@ class BlockPool:
                 del self._evictable[block]
             self._num_refs[block] += 1
 
+    def refresh(self, blocks: Sequence[int]) -> None:
+        """Count a prefix found by `find_prefix` as used now, without a reference to it."""
+        for block in reversed(blocks):  # as `free` does: the head is evicted last
+            if block in self._evictable:
+                self._evictable.move_to_end(block)
+
     def free(self, blocks: Sequence[int]) -> None:
         """Give back one reference to each of a request's blocks, listed from its first token on.
 

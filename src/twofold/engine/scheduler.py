@@ -121,6 +121,7 @@ class Scheduler:
         request.max_num_tokens = min(request.max_num_tokens, self.max_num_tokens)
         self._requests[request.number] = request
         self._waiting.append(request)
+        self.block_pool.refresh(self._find_prefix(request))  # else those before it may take what it will read
 
     def abort(self, request: Request) -> None:
         """Finish a request as aborted, unless it has finished."""

@@ -5,7 +5,6 @@ import os
 import socket
 import subprocess
 import sys
-import tempfile
 import time
 import weakref
 from collections.abc import Iterable, Iterator
@@ -226,21 +225,14 @@ def _shared_files() -> Iterator[SharedFiles]:
     with contextlib.ExitStack() as stack:
         files = []
         for name in ("store", "weights", "entries", "sums"):
-            files.append(_file_in_memory(f"twofold-{name}"))
+            files.append(os.memfd_create(f"twofold-{name}"))
             stack.callback(os.close, files[-1])
         yield SharedFiles(*files)
-
-
-def _file_in_memory(name: str) -> int:
-    if sys.platform == "linux":
-        return os.memfd_create(name)
-    with tempfile.TemporaryFile() as file:  # it has no name either
-        return os.dup(file.fileno())
 
 
 def _is_stopped(pid: int) -> bool:
     try:
         stat = Path(f"/proc/{pid}/stat").read_text()
-    except OSError:  # it has ended, or this is no Linux
+    except OSError:  # it has ended
         return False
     return stat.rpartition(")")[2].split()[0] == "T"

@@ -40,7 +40,7 @@ def resolve(config: EngineConfig) -> ModelSource:
             raise ModelError(
                 f"model {config.model!r} is a file; give a directory, a hub name or a .gguf file", field="model"
             )
-        return _gguf(path)
+        return ModelSource(str(path.parent), path.name)
     if path.is_dir():
         if not (path / "config.json").is_file():
             ggufs = sorted(p.name for p in path.glob("*.gguf"))
@@ -48,7 +48,7 @@ def resolve(config: EngineConfig) -> ModelSource:
                 is_adapter = (path / "adapter_config.json").is_file()
                 way_out = "it is an adapter: merge it into its base model" if is_adapter else "save the model there"
                 raise ModelError(f"model directory {config.model!r} has no config.json; {way_out}", field="model")
-            return _gguf(path / ggufs[0])
+            return ModelSource(config.model, ggufs[0])
         if config.load_format != "dummy":
             weight_files(path)
     elif not path.exists() and (config.model.startswith(("/", ".", "~")) or config.model.count("/") > 1):
@@ -56,15 +56,6 @@ def resolve(config: EngineConfig) -> ModelSource:
             f"there is no directory or file {config.model!r}, and no hub name looks like that", field="model"
         )
     return ModelSource(config.model)
-
-
-def _gguf(path: Path) -> ModelSource:
-    if importlib.util.find_spec("gguf") is None:
-        raise ModelError(
-            f"model {str(path)!r} is a GGUF file, and the library that reads it is not installed; pip install gguf",
-            field="model",
-        )
-    return ModelSource(str(path.parent), path.name)
 
 
 def load_config(source: ModelSource, trust_remote_code: bool = False) -> PretrainedConfig:

@@ -1,1 +1,1 @@
-"""The OpenAI-compatible server: `twofold serve`. It needs the extra `server`."""
+"""The OpenAI-compatible server: `twofold serve`."""
