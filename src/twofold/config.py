@@ -40,6 +40,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and answer together
     max_num_batched_tokens: int | None = None  # tokens in a step, over all ranks
     max_num_seqs: int = 256
+    max_logprobs: int = 20  # that a request may ask for at each token; -1: all of the vocabulary
     block_size: int | None = None  # tokens in a KV cache block
     kv_cache_memory_bytes: int | None = None  # of each rank
     gpu_memory_utilization: float = 0.9
@@ -57,6 +58,8 @@ class EngineConfig:
         for name in ("max_model_len", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
+        logprobs = self.max_logprobs
+        _check(isinstance(logprobs, int) and logprobs >= -1, "max_logprobs", logprobs, "an integer of at least -1")
         _check_choice("partition_policy", self.partition_policy, PARTITION_POLICIES)
         _check_choice("step_layout", self.step_layout, STEP_LAYOUTS)
         _check_choice("device", self.device, DEVICES)

@@ -34,6 +34,7 @@ ENGINE_HELP = {
     "max_model_len": "tokens of prompt and answer together (default: the positions that the model has)",
     "max_num_batched_tokens": "tokens in a step, over all ranks",
     "max_num_seqs": "requests that run at the same time",
+    "max_logprobs": "log-probabilities that a request may ask for at each token; -1 is no limit",
     "block_size": "tokens in a KV cache block",
     "kv_cache_memory_bytes": "memory for the KV cache on each rank",
     "gpu_memory_utilization": "share of a GPU's memory that may be used",

@@ -29,8 +29,8 @@ from twofold.engine.engine import LLMEngine
 from twofold.engine.prompts import Prompt
 from twofold.engine.stats import EngineSnapshot
 from twofold.errors import GIVEN_UP, EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
-from twofold.outputs import OutputKind, RequestOutput
-from twofold.sampling_params import SamplingParams
+from twofold.outputs import RequestOutput
+from twofold.sampling_params import RequestOutputKind, SamplingParams
 
 CHECK_SECONDS = 1.0  # between looks at idle ranks
 STOP_SECONDS = 2.0  # wait for a thread that is starting new ranks; they end with this process anyway
@@ -237,11 +237,12 @@ class AsyncEngine:
             UnavailableError: the server is stopping, or its engine has failed.
         """
         self.check()
+        params = self.engine.checked(params)
         self._check_room_for_prompts(len(prompts))
         answer = Answer(params, time.monotonic(), self)
         self.num_waiting_requests += len(prompts)
         try:
-            texts_and_ids = [await self.in_tokenizer_thread(self._tokenize, prompt) for prompt in prompts]
+            texts_and_ids = [await self.in_tokenizer_thread(self._tokenize, prompt, params) for prompt in prompts]
             self.check()
             self._check_room_for_tokens([len(token_ids) for _, token_ids in texts_and_ids], params.n, num_asked)
         except BaseException:
@@ -288,10 +289,10 @@ class AsyncEngine:
         """Runs a function that uses `tokenizer`, one at a time."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, partial(function, *args))
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _tokenize(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str) and self.tokenizer is not None:
             prompt = {"prompt": prompt, "prompt_token_ids": self.encode(prompt)}
-        return self.engine.tokenize(prompt)
+        return self.engine.tokenize(prompt, params.truncate_prompt_tokens)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Needs a tokenizer, and runs in its thread.
@@ -424,7 +425,7 @@ class AsyncEngine:
     def _add(self, part: Part) -> None:
         prompt = {"prompt": part.text, "prompt_token_ids": part.token_ids}
         try:
-            self.engine.add_request(part.request_id, prompt, part.answer.params, output_kind=OutputKind.DELTA)
+            self.engine.add_request(part.request_id, prompt, part.answer.params, output_kind=RequestOutputKind.DELTA)
         except TwofoldError as error:
             self._in_loop(part.answer.fail, error)
         else:

@@ -9,8 +9,8 @@ from tqdm import tqdm
 from twofold.engine.prompts import Prompt
 from twofold.errors import RequestError
 from twofold.interrupts import held_back
-from twofold.outputs import OutputKind, RequestOutput
-from twofold.sampling_params import SamplingParams
+from twofold.outputs import RequestOutput
+from twofold.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from twofold.engine.engine import LLMEngine
@@ -30,14 +30,14 @@ class Drive:
         output_kind: which outputs the requests give.
         recover: whether lost ranks are replaced. Without it a step that fails raises an EngineError.
         show_progress: show computed prompt tokens, finished answers and generated tokens on stderr. Needs final
-            outputs with all tokens, so not OutputKind.DELTA.
+            outputs with all tokens, so not RequestOutputKind.DELTA.
     """
 
     def __init__(
         self,
         engine: "LLMEngine",
         *,
-        output_kind: OutputKind = OutputKind.FINAL_ONLY,
+        output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
         recover: bool = True,
         show_progress: bool = False,
     ) -> None:

@@ -42,8 +42,8 @@ class PromptReader:
         self.tokenizer = tokenizer
         self.vocab_size, self.max_num_tokens, self.max_model_len = vocab_size, max_num_tokens, max_model_len
 
-    def read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """→ text if there was one, checked token ids.
+    def read(self, prompt: Prompt, truncate_prompt_tokens: int | None = None) -> tuple[str | None, list[int]]:
+        """→ text if there was one, checked token ids: the last so many if that is given, for -1 all there may be.
 
         Raises:
             RequestError: the prompt cannot be served.
@@ -58,6 +58,8 @@ class PromptReader:
         if not len(token_ids):
             raise _wrong("the prompt is empty (0 tokens); it needs at least 1")
         limit = self.max_num_tokens - 1
+        if truncate_prompt_tokens is not None:
+            token_ids = token_ids[-(limit if truncate_prompt_tokens == -1 else truncate_prompt_tokens) :]
         if len(token_ids) > limit:
             raise _wrong(
                 f"the prompt has {len(token_ids)} tokens, more than the {limit} that max_model_len="
