@@ -71,3 +71,20 @@ class RequestOutput:
     finished: bool = False
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One answer of a beam search."""
+
+    tokens: list[int]  # of prompt and answer
+    cum_logprob: float  # of the answer
+    text: str | None = None  # of prompt and answer, without special tokens
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The answers to a prompt, the best one first."""
+
+    sequences: list[BeamSearchSequence]

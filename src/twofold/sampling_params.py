@@ -198,3 +198,29 @@ def _check_name(name: str) -> None:
 # Otherwise `help` and notebooks show the signature of `__new__`, which has no fields.
 _init = inspect.signature(SamplingParams.__init__)
 SamplingParams.__signature__ = _init.replace(parameters=[*_init.parameters.values()][1:])  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """How a beam search goes. A score is an answer's log-probability over (number of its tokens) ** length_penalty.
+
+    Raises:
+        RequestError: a value has a wrong type or is out of range; `field` is its name.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False  # whether an answer keeps its end-of-sequence token
+
+    def __post_init__(self) -> None:
+        _integer("beam_width", self.beam_width, 1, 1024)
+        _integer("max_tokens", self.max_tokens, 1, _MAX_INT)
+        _number("length_penalty", self.length_penalty, -100.0, 100.0)
+        if self.temperature != 0:
+            raise _wrong("temperature", "0 in a beam search, which draws nothing", self.temperature)
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, "True or False", getattr(self, name))

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from twofold.bench.report import environment
-from twofold.config import EngineConfig
-from twofold.flags import add_engine_arguments, chosen
+from twofold.flags import add_engine_arguments, chosen_engine_arguments
 
 
 def add_lengths(parser: ArgumentParser, input_len: int) -> None:
@@ -37,7 +36,7 @@ def add_common(parser: ArgumentParser, *, several_sizes: bool = False) -> None:
 
 def engine_arguments(args: Namespace, max_model_len: int, **fixed: Any) -> dict[str, Any]:
     """Arguments for `LLM`: those of the command line, `fixed`, no tokenizer, and by default this `max_model_len`."""
-    return {"max_model_len": max_model_len} | chosen(args, EngineConfig) | {"skip_tokenizer_init": True} | fixed
+    return {"max_model_len": max_model_len} | chosen_engine_arguments(args) | {"skip_tokenizer_init": True} | fixed
 
 
 def write_json(args: Namespace, result: dict[str, Any]) -> None:

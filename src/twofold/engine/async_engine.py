@@ -16,7 +16,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -206,6 +206,10 @@ class AsyncEngine:
         return self.engine.runtime.max_model_len
 
     @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        return self.engine.runtime.sampling_defaults
+
+    @property
     def vocab_size(self) -> int:
         return self.engine.vocab_size
 
@@ -366,13 +370,16 @@ class AsyncEngine:
 
     async def stop(self) -> None:
         """Ends the engine's thread and its ranks at once."""
+        await asyncio.to_thread(self.end)
+
+    def end(self) -> None:
+        """`stop`, and waits. Must be called after `start`, by any thread but the engine's."""
         if self.state is not State.DEAD:
             self.state = State.DRAINING
         self._closing.set()
         self._inbox.put(lambda: None)
         self.engine.kill()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+        self._thread.join(STOP_SECONDS)
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
 
     def _fail_all(self, error: TwofoldError) -> None:

@@ -175,6 +175,18 @@ def checked_params(given: object, num_prompts: int) -> list[SamplingParams]:
     return list(given)
 
 
+def check_extras(lora_request: object, priority: object) -> None:
+    """Refuses what vLLM's methods take and Twofold does not have. What asks for nothing is taken.
+
+    Raises:
+        RequestError: there is a LoRA request, or a priority.
+    """
+    if any(one is not None for one in (lora_request if isinstance(lora_request, list) else [lora_request])):
+        raise RequestError("there is no LoRA; merge the adapter into its base model", field="lora_request")
+    if any(priority if isinstance(priority, list) else [priority]):
+        raise RequestError("requests run in the order of their arrival; leave priority out", field="priority")
+
+
 def _wrong_params(name: str, given: object) -> RequestError:
     way_out = "SamplingParams(temperature=0)"
     if isinstance(given, dict) and given and all(isinstance(key, str) and key.isidentifier() for key in given):
