@@ -1,5 +1,7 @@
 """Engine arguments, as given and as settled for this machine. The names are vLLM's, where vLLM has one."""
 
+import secrets
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -10,6 +12,9 @@ if TYPE_CHECKING:
     from transformers import PretrainedConfig
 
 DTYPES = ("auto", "float32", "bfloat16", "float16")
+DTYPE_ALIASES = {
+    "half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32",
+}  # fmt: skip
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn")
@@ -28,6 +33,12 @@ class EngineConfig:
 
     model: str
     tokenizer: str | None = None
+    revision: str | None = None  # of a model on the hub
+    tokenizer_revision: str | None = None
+    download_dir: str | None = None
+    hf_overrides: dict[str, Any] | None = None  # values in place of those in the model's configuration
+    generation_config: str = "auto"  # where default sampling parameters come from
+    override_generation_config: dict[str, Any] | None = None
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
     prefill_context_parallel_size: int = 1
@@ -40,6 +51,7 @@ class EngineConfig:
     max_model_len: int | None = None  # tokens of prompt and answer together
     max_num_batched_tokens: int | None = None  # tokens in a step, over all ranks
     max_num_seqs: int = 256
+    max_logprobs: int = 20  # that a request may ask for at each token; -1: all of the vocabulary
     block_size: int | None = None  # tokens in a KV cache block
     kv_cache_memory_bytes: int | None = None  # of each rank
     gpu_memory_utilization: float = 0.9
@@ -48,18 +60,29 @@ class EngineConfig:
     exchange: str = "auto"
     enforce_eager: bool = False
     step_timeout: float = 20.0  # seconds that a step may take beyond what its tokens need
-    seed: int = 0
+    seed: int = 0  # None draws one
 
     def __post_init__(self) -> None:
         _check(isinstance(self.model, str) and bool(self.model), "model", self.model, "a directory, hub name or 'demo'")
+        for name in ("revision", "tokenizer_revision", "download_dir"):
+            value = getattr(self, name)
+            _check(value is None or (isinstance(value, str) and bool(value)), name, value, "a string or None")
+        for name in ("hf_overrides", "override_generation_config"):
+            value = getattr(self, name)
+            _check(isinstance(value, dict | None), name, value, "a dict or None")
+        folder = self.generation_config
+        _check(isinstance(folder, str) and bool(folder), "generation_config", folder, "auto, vllm or a directory")
         for name in ("prefill_context_parallel_size", "max_num_seqs"):
             _check_count(name, getattr(self, name))
         for name in ("max_model_len", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
+        logprobs = self.max_logprobs
+        _check(isinstance(logprobs, int) and logprobs >= -1, "max_logprobs", logprobs, "an integer of at least -1")
         _check_choice("partition_policy", self.partition_policy, PARTITION_POLICIES)
         _check_choice("step_layout", self.step_layout, STEP_LAYOUTS)
         _check_choice("device", self.device, DEVICES)
+        object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
@@ -73,6 +96,8 @@ class EngineConfig:
         )
         timeout = self.step_timeout
         _check(isinstance(timeout, int | float) and 0 < timeout < 1e6, "step_timeout", timeout, "above 0 and below 1e6")
+        if self.seed is None:
+            object.__setattr__(self, "seed", secrets.randbits(63))
         _check(isinstance(self.seed, int) and 0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")
 
 
@@ -82,10 +107,19 @@ class ModelSource:
 
     path: str  # a directory or a hub name
     gguf_file: str | None = None  # within the directory
+    revision: str | None = None
+    cache_dir: str | None = None
 
     @property
     def arguments(self) -> dict[str, Any]:
-        return {} if self.gguf_file is None else {"gguf_file": self.gguf_file}
+        """For `from_pretrained`."""
+        return self.place if self.gguf_file is None else self.place | {"gguf_file": self.gguf_file}
+
+    @property
+    def place(self) -> dict[str, Any]:
+        """Where the hub's files are."""
+        given = {"revision": self.revision, "cache_dir": self.cache_dir}
+        return {name: value for name, value in given.items() if value is not None}
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,10 +137,17 @@ class RuntimeConfig:
     attention_backend: str
     eos_token_ids: frozenset[int]
     num_threads: int  # CPU threads of each rank
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # of the model: for `SamplingParams`
 
     @property
     def num_ranks(self) -> int:
         return self.engine.prefill_context_parallel_size
+
+
+def _dtype_name(given: Any) -> Any:
+    """Of a name that vLLM or PyTorch has for it, or of PyTorch's type itself."""
+    name = str(given).removeprefix("torch.")
+    return DTYPE_ALIASES.get(name, name) if isinstance(given, str) or type(given).__module__ == "torch" else given
 
 
 def _check(ok: bool, name: str, value: object, limit: str) -> None:

@@ -1,5 +1,6 @@
 """Make command-line flags from the fields of a dataclass, so that the command line and Python have the same names."""
 
+import json
 import re
 from argparse import (
     SUPPRESS,
@@ -14,7 +15,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import MISSING, fields
 from decimal import Decimal
 from types import NoneType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args, get_origin, get_type_hints
 
 from twofold.config import (
     ATTENTION_BACKENDS,
@@ -26,6 +27,7 @@ from twofold.config import (
     STEP_LAYOUTS,
     EngineConfig,
 )
+from twofold.vllm_arguments import FOREIGN, SHORT_FOREIGN
 
 
 def _one_of(choices: Any) -> str:
@@ -44,11 +46,19 @@ ENGINE_HELP = {
     "max_model_len": "tokens of prompt and answer together",
     "max_num_batched_tokens": "tokens in a step, over all ranks",
     "max_num_seqs": "requests that run at the same time",
+    "max_logprobs": "log-probabilities that a request may ask for at each token; -1 is no limit",
     "block_size": "tokens in a KV cache block",
     "kv_cache_memory_bytes": "memory for the KV cache on each rank: 8G",
     "gpu_memory_utilization": "share of a GPU's memory that may be used",
     "enable_prefix_caching": "reuse the KV entries of earlier prompts that begin with the same tokens",
     "tokenizer": "directory or hub name of another tokenizer than the model's",
+    "revision": "branch, tag or commit of a model on the hub",
+    "tokenizer_revision": "the same for the tokenizer (default: that of --revision)",
+    "download_dir": "where files of the hub are kept (default: the hub's cache)",
+    "hf_overrides": "JSON: values in place of those in the model's configuration",
+    "generation_config": "default sampling parameters: auto (the model's generation_config.json), vllm (none), or a "
+    "directory with that file",
+    "override_generation_config": "JSON: values in place of those in generation_config.json",
     "skip_tokenizer_init": "load no tokenizer: prompts are token ids and answers have no text",
     "trust_remote_code": "run Python code that comes with the model",
     "load_format": f"format of the weights: {_one_of(LOAD_FORMATS)}",
@@ -94,17 +104,42 @@ def add_engine_arguments(
     parser: ArgumentParser,
     *,
     positional_model: bool = False,
+    required: bool = True,
     leave_out: Collection[str] = (),
     defaults: Mapping[str, object] | None = None,
 ) -> None:
-    """Adds a flag for each field of EngineConfig but those to leave out. `chosen(args, EngineConfig)` reads them.
+    """Adds a flag for each field of EngineConfig but those to leave out. `EngineArgs.from_cli_args` reads them.
 
+    vLLM's other flags are taken, too, and help does not show them. `required` is whether a model must be given.
     `defaults` are those that differ from EngineConfig's, as the help shall tell them.
     """
     help_of = {name: text for name, text in ENGINE_HELP.items() if name not in leave_out}
     if positional_model:
         parser.add_argument("model", metavar="MODEL", help=help_of.pop("model"))
-    add_fields(parser.add_argument_group("engine"), EngineConfig, help_of, CHOSEN_LATER | dict(defaults or {}))
+    group = parser.add_argument_group("engine")
+    add_fields(group, EngineConfig, help_of, CHOSEN_LATER | dict(defaults or {}), required=required)
+    _add_foreign(group)
+
+
+def _add_foreign(group: _ActionsContainer) -> None:
+    for name, foreign in FOREIGN.items():
+        flags = ["--" + name.replace("_", "-")]
+        if flags[0] in group._option_string_actions:  # one of the server's own
+            continue
+        flags += [SHORT_FOREIGN[name]] if name in SHORT_FOREIGN else []
+        how: dict[str, Any] = {"dest": name, "default": SUPPRESS, "help": SUPPRESS}
+        if foreign.is_flag:
+            group.add_argument(*flags, action=BooleanOptionalAction, **how)
+        else:
+            group.add_argument(*flags, type=_literal, **how)
+
+
+def _literal(text: str) -> Any:
+    """A value of any type: JSON, or else text."""
+    try:
+        return json.loads(text)
+    except ValueError:
+        return None if text == "None" else text
 
 
 def add_fields(
@@ -112,6 +147,8 @@ def add_fields(
     cls: type[Any],
     help_of: Mapping[str, str],
     defaults: Mapping[str, object] | None = None,
+    *,
+    required: bool = True,
 ) -> None:
     """Adds a flag for each field of the dataclass that `help_of` names. A flag that is not given sets no attribute.
 
@@ -121,13 +158,14 @@ def add_fields(
     field_of = {field.name: field for field in fields(cls)}
     for name, text in help_of.items():
         default = field_of[name].default
-        required = default is MISSING
+        is_needed = default is MISSING
         kind = next(kind for kind in get_args(hints[name]) or (hints[name],) if kind is not NoneType)
-        told = (defaults or {}).get(name, None if required or default is False else default)
+        told = (defaults or {}).get(name, None if is_needed or default is False else default)
         if told is not None:
             text += f" (default: {'on' if told is True else told})"
         flags = [*SHORT.get(name, []), "--" + name.replace("_", "-")]
-        how: dict[str, Any] = {"dest": name, "default": SUPPRESS, "required": required, "help": text.replace("%", "%%")}
+        how: dict[str, Any] = {"dest": name, "default": SUPPRESS, "help": text.replace("%", "%%")}
+        how["required"] = required and is_needed
         if kind is bool:
             action: type[Action] | str = BooleanOptionalAction if default else "store_true"
             group.add_argument(*flags, action=action, **how)
@@ -138,8 +176,16 @@ def add_fields(
                 str: _spelling if name == "dtype" else str,
             }
             group.add_argument(*flags, type=read[kind], metavar={int: "N", float: "X", str: "S"}[kind], **how)
+        elif get_origin(kind) is dict:
+            group.add_argument(*flags, type=json.loads, metavar="JSON", **how)
         else:  # a sequence
             group.add_argument(*flags, type=get_args(kind)[0], action="append", metavar="S", **how)
+
+
+def chosen_engine_arguments(args: Namespace) -> dict[str, Any]:
+    """The engine arguments that were given on the command line, vLLM's among them."""
+    known = {*EngineConfig.__dataclass_fields__, *FOREIGN}
+    return {name: value for name, value in vars(args).items() if name in known}
 
 
 def chosen(args: Namespace, cls: type[Any]) -> dict[str, Any]:

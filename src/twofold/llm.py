@@ -2,22 +2,29 @@
 
 import reprlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import count
 from types import TracebackType
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
-from twofold.config import EngineConfig
+from twofold.contract import Breakdown
+from twofold.engine.beam_search import beam_search
 from twofold.engine.drive import Drive
-from twofold.engine.prompts import Prompt, checked_params, split_prompts
-from twofold.errors import ConfigError, RequestError, UserError
+from twofold.engine.prompts import Prompt, check_extras, checked_params, split_prompts
+from twofold.engine_args import EngineArgs
+from twofold.errors import RequestError, UserError
 from twofold.launch import start_engine
-from twofold.outputs import RequestOutput
-from twofold.sampling_params import SamplingParams
+from twofold.llm_engine import LLMEngine
+from twofold.metrics import Metric
+from twofold.outputs import BeamSearchOutput, RequestOutput
+from twofold.sampling_params import BeamSearchParams, SamplingParams
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerBase
 
 
 class LLM:
-    """A model that answers prompts. Keyword arguments are the fields of `EngineConfig`.
+    """A model that answers prompts. Keyword arguments are those of `EngineArgs`.
 
     Several threads may call it; one call runs after the other.
 
@@ -29,10 +36,7 @@ class LLM:
     """
 
     def __init__(self, model: str, **engine_args: Any) -> None:
-        known = EngineConfig.__dataclass_fields__
-        if unknown := [name for name in engine_args if name not in known]:
-            raise ConfigError(f"unknown engine argument {unknown[0]!r}; known are {', '.join(known)}", field=unknown[0])
-        self.engine = start_engine(EngineConfig(model=model, **engine_args))
+        self.engine = start_engine(EngineArgs(model, **engine_args))
         self._ids = count()
         self._lock = threading.Lock()  # held by the call that uses the engine or the tokenizer
 
@@ -41,7 +45,9 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = True,
+        use_tqdm: bool | Callable[..., Any] = True,
+        lora_request: object = None,
+        priority: list[int] | None = None,
     ) -> list[RequestOutput]:
         """Answers every prompt. Outputs come in the order of the prompts.
 
@@ -52,15 +58,18 @@ class LLM:
         Args:
             prompts: one prompt or a list. A prompt is text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
                 Token ids are a list, a numpy array or a tensor of one dim.
-            sampling_params: for all prompts, or one for each. Without it, `SamplingParams()`.
-            use_tqdm: show progress on stderr.
+            sampling_params: for all prompts, or one for each. Without it, `get_default_sampling_params()`.
+            use_tqdm: show progress on stderr; or a function that makes the bar, as `tqdm` does.
+            lora_request, priority: vLLM's; only values that ask for nothing are taken.
 
         Raises:
             RequestError: a prompt or its parameters cannot be served. No prompt of the call is run then.
             EngineError: ranks were lost and could not be started again.
         """
+        check_extras(lora_request, priority)
         batch = split_prompts(prompts)
-        params = checked_params(sampling_params, len(batch))
+        given = self.get_default_sampling_params() if sampling_params is None else sampling_params
+        params = checked_params(given, len(batch))
         ids = [str(next(self._ids)) for _ in batch]
         finished: dict[str, RequestOutput] = {}
         with self._lock, Drive(self.engine, show_progress=use_tqdm) as drive:
@@ -111,6 +120,55 @@ class LLM:
         with self._lock:
             text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
             return {"prompt": text, "prompt_token_ids": self.engine.prompts.encode(text, add_special_tokens=False)}
+
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        lora_request: object = None,
+        use_tqdm: bool = False,
+    ) -> list[BeamSearchOutput]:
+        """The most likely answers to each prompt that a beam search finds, the best one first.
+
+        Raises:
+            RequestError: a prompt cannot be served, or `max_logprobs` is below twice the `beam_width`.
+        """
+        check_extras(lora_request, None)
+        with self._lock:
+            return beam_search(self.engine, split_prompts(prompts), params, show_progress=use_tqdm)
+
+    @property
+    def llm_engine(self) -> LLMEngine:
+        """The same engine, step by step."""
+        return LLMEngine(self.engine)
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """Those of the model's generation_config.json, and vLLM's defaults for what it leaves out."""
+        return SamplingParams(**self.engine.runtime.sampling_defaults)
+
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        """None with `skip_tokenizer_init`."""
+        return self.engine.tokenizer
+
+    def get_metrics(self) -> list[Metric]:
+        """What the engine has counted since it started, and its state."""
+        return self.llm_engine.get_metrics()
+
+    def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes."""
+        with self._lock:
+            return self.engine.reset_prefix_cache()
+
+    def start_profile(self) -> None:
+        """Starts timing the kernels of every rank's GPU. Nothing is timed on a CPU."""
+        with self._lock:
+            self.llm_engine.start_profile()
+
+    def stop_profile(self) -> list[Breakdown | None]:
+        """→ where each rank's time went since `start_profile`; None on a CPU."""
+        with self._lock:
+            return self.llm_engine.stop_profile()
 
     def shutdown(self) -> None:
         """Ends the ranks. The object cannot be used afterwards."""

@@ -1,18 +1,9 @@
 """Outputs of a request, with vLLM's names."""
 
 from dataclasses import dataclass, field
-from enum import Enum, auto
 from typing import Literal
 
 FinishReason = Literal["stop", "length", "abort", "error"]
-
-
-class OutputKind(Enum):
-    """Which outputs a request gives while it runs."""
-
-    CUMULATIVE = auto()  # after each of its steps, all tokens so far
-    DELTA = auto()  # after each of its steps, what is new since the last output
-    FINAL_ONLY = auto()  # one, when it ends
 
 
 @dataclass(slots=True)
@@ -70,7 +61,7 @@ class CompletionOutput:
 
 @dataclass(slots=True)
 class RequestOutput:
-    """A request and its answers: all of them so far, or what is new of them (see OutputKind)."""
+    """A request and its answers: all of them so far, or what is new of them (see RequestOutputKind)."""
 
     request_id: str
     prompt: str | None
@@ -80,3 +71,20 @@ class RequestOutput:
     finished: bool = False
     metrics: RequestMetrics | None = None
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+
+
+@dataclass(slots=True)
+class BeamSearchSequence:
+    """One answer of a beam search."""
+
+    tokens: list[int]  # of prompt and answer
+    cum_logprob: float  # of the answer
+    text: str | None = None  # of prompt and answer, without special tokens
+    finish_reason: FinishReason | None = None
+
+
+@dataclass(slots=True)
+class BeamSearchOutput:
+    """The answers to a prompt, the best one first."""
+
+    sequences: list[BeamSearchSequence]

@@ -1,17 +1,26 @@
 """Decides every `None` and `auto` of the engine arguments, once, by the model's files and the machine."""
 
-import contextlib
 import os
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
 
 import torch
-from transformers import GenerationConfig, PretrainedConfig, PreTrainedTokenizerBase
+from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from twofold.config import EngineConfig, ModelSource, RuntimeConfig
-from twofold.errors import ConfigError, ModelError
-from twofold.models.source import check_weights, load_config, load_tokenizer, resolve
+from twofold.errors import ConfigError, ModelError, RequestError
+from twofold.models.source import check_weights, load_config, load_generation_config, load_tokenizer, resolve
 from twofold.models.support import model_class, refusal
 from twofold.parallel.costs import StepCosts
+from twofold.sampling_params import SamplingParams
 
+# generation_config.json -> SamplingParams, as in vLLM
+SAMPLING_NAMES = {
+    "repetition_penalty": "repetition_penalty", "temperature": "temperature", "top_k": "top_k", "top_p": "top_p",
+    "min_p": "min_p", "max_new_tokens": "max_tokens",
+}  # fmt: skip
+LONGER_ROPE = ("yarn", "linear", "dynamic")  # kinds that serve `factor` times as many positions
 RANKS_PER_CORE = 4  # more ranks would only wait for each other
 
 
@@ -25,13 +34,19 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
     if config.step_costs is not None:
         StepCosts.from_json(config.step_costs)
     source = resolve(config)
-    model_config = load_config(source, config.trust_remote_code)
+    overrides = dict(config.hf_overrides or {})
+    if (length := overrides.pop("max_model_len", None)) is not None and config.max_model_len is None:
+        config = replace(config, max_model_len=length)
+    model_config = load_config(source, config.trust_remote_code, overrides)
     if reason := refusal(model_config, config.trust_remote_code):
         raise ModelError(f"model {config.model!r} ({model_config.model_type}) is not served: {reason}", field="model")
     device = _device(config)
     tokenizer = (
-        None if config.skip_tokenizer_init else load_tokenizer(config.tokenizer, source, config.trust_remote_code)
+        None
+        if config.skip_tokenizer_init
+        else load_tokenizer(config.tokenizer, source, config.trust_remote_code, config.tokenizer_revision)
     )
+    generation = {} if source.gguf_file or config.load_format == "dummy" else load_generation_config(source)
     cls = model_class(model_config, config.trust_remote_code)
     if config.load_format != "dummy" and cls is not None:
         check_weights(source, model_config, cls)
@@ -45,9 +60,10 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
         max_num_batched_tokens=config.max_num_batched_tokens or _default_batched_tokens(config, device),
         block_size=config.block_size or (16 if device == "cpu" else 128),
         attention_backend=_attention_backend(config, device),
-        eos_token_ids=_eos_token_ids(config, source, model_config, tokenizer),
+        eos_token_ids=_eos_token_ids(generation, model_config, tokenizer),
         num_threads=int(os.environ.get("OMP_NUM_THREADS") or 0)
         or max(1, usable_cores() // config.prefill_context_parallel_size),
+        sampling_defaults=_sampling_defaults(config, generation),
     )
     return runtime, tokenizer
 
@@ -101,6 +117,9 @@ def _dtype(config: EngineConfig, model_config: PretrainedConfig, device: str) ->
 
 def _max_model_len(config: EngineConfig, model_config: PretrainedConfig) -> int:
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
+    rope = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
+    if limit is not None and rope.get("rope_type") in LONGER_ROPE and rope.get("original_max_position_embeddings"):
+        limit = max(limit, int(rope["original_max_position_embeddings"] * rope.get("factor", 1)))
     if config.max_model_len is None:
         return int(limit or 8192)
     if limit is not None and config.max_model_len > limit:
@@ -116,18 +135,33 @@ def _default_batched_tokens(config: EngineConfig, device: str) -> int:
     return (2048 if device == "cpu" else 32768) * config.prefill_context_parallel_size
 
 
+def _sampling_defaults(config: EngineConfig, of_model: Mapping[str, Any]) -> dict[str, Any]:
+    """Sampling parameters for requests that leave them out.
+
+    Raises:
+        ConfigError: they are not served.
+    """
+    where = config.generation_config
+    says = of_model if where == "auto" else {} if where == "vllm" else load_generation_config(ModelSource(where))
+    says = {**says, **(config.override_generation_config or {})}
+    defaults = {ours: says[name] for name, ours in SAMPLING_NAMES.items() if says.get(name) is not None}
+    try:
+        SamplingParams(**defaults)
+    except RequestError as error:
+        raise ConfigError(
+            f"the default sampling parameters of generation_config={where!r} are not served: {error}; "
+            "generation_config='vllm' does without them",
+            field="generation_config",
+        ) from None
+    return defaults
+
+
 def _eos_token_ids(
-    config: EngineConfig,
-    source: ModelSource,
-    model_config: PretrainedConfig,
-    tokenizer: PreTrainedTokenizerBase | None,
+    generation: Mapping[str, Any], model_config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase | None
 ) -> frozenset[int]:
     """The token ids that end an answer, from the model's configuration, generation configuration and tokenizer."""
     found: set[int] = set()
-    says = [getattr(model_config.get_text_config(), "eos_token_id", None), getattr(tokenizer, "eos_token_id", None)]
-    if source.gguf_file is None and config.load_format != "dummy":
-        with contextlib.suppress(OSError):  # most models have none
-            says.append(GenerationConfig.from_pretrained(source.path).eos_token_id)
-    for said in says:
+    configs = (model_config.get_text_config(), tokenizer)
+    for said in (*(getattr(config, "eos_token_id", None) for config in configs), generation.get("eos_token_id")):
         found.update([said] if isinstance(said, int) else said or ())
     return frozenset(found)

@@ -5,7 +5,8 @@ import inspect
 import math
 import reprlib
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, replace
+from enum import Enum, auto
 from typing import Any, Self
 
 import numpy as np
@@ -14,15 +15,16 @@ from twofold.errors import RequestError
 
 _GREEDY_BELOW = 1e-5
 _MAX_INT = 2**31 - 1
-_OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
+_OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs", "truncate_prompt_tokens")
 _INTEGERS = {  # lowest and highest value
     "n": (1, 128),
     "top_k": (-1, _MAX_INT),
     "seed": (-(2**63), 2**64 - 1),
     "max_tokens": (1, _MAX_INT),
     "min_tokens": (0, _MAX_INT),
-    "logprobs": (0, 20),
-    "prompt_logprobs": (0, 20),
+    "logprobs": (-1, _MAX_INT),  # the engine has a limit of its own: max_logprobs
+    "prompt_logprobs": (-1, _MAX_INT),
+    "truncate_prompt_tokens": (-1, _MAX_INT),
 }
 _NUMBERS = {  # lowest and highest value; 1e6 keeps float32 arithmetic finite
     "temperature": (0.0, 1e6),
@@ -69,16 +71,28 @@ def _number(name: str, value: object, low: float, high: float) -> float:
     raise _wrong(name, f"a finite number {lowest} and at most {high:g}", value)
 
 
-@dataclass(frozen=True, kw_only=True)
+class RequestOutputKind(Enum):
+    """Which outputs a request gives while it runs."""
+
+    CUMULATIVE = auto()  # after each of its steps, all tokens so far
+    DELTA = auto()  # after each of its steps, what is new since the last output
+    FINAL_ONLY = auto()  # one, when it ends
+
+
+@dataclass
 class SamplingParams:
     """How the tokens of a request are sampled, and when it ends.
+
+    Values may be changed later. They are checked when the object is made, and when a request uses a copy of it.
 
     temperature: below 1e-5 sampling is greedy, and `top_k`, `top_p` and `min_p` have no effect.
     top_k: 0 and -1 are off.
     max_tokens: None generates up to the engine's `max_model_len`.
     min_tokens: before so many tokens, no end-of-sequence token, `stop` or `stop_token_ids` ends the request.
-    logprobs: 0 reports the sampled token alone.
+    logprobs, prompt_logprobs: 0 reports the sampled token alone, -1 all of the vocabulary.
     stop, stop_token_ids: None, or one or several; kept as tuples.
+    truncate_prompt_tokens: keep so many of the prompt's last tokens; -1 keeps as many as the model takes.
+    output_kind: which outputs `LLMEngine.step` and `AsyncLLM.generate` give. `LLM` returns final ones.
 
     Raises:
         RequestError: a value has a wrong type or is out of range; `field` is its name.
@@ -104,21 +118,18 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    truncate_prompt_tokens: int | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Refuses, with a RequestError, what the generated `__init__` would refuse with a TypeError."""
-        if args:
-            raise RequestError(
-                f"sampling parameters must be given by name, got {reprlib.repr(args[0])} without one",
-                field="sampling_params",
-            )
-        known = [field.name for field in fields(cls)]
         for name in kwargs:
-            if name not in known:
-                close = difflib.get_close_matches(name, known, n=1)
-                hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
-                raise RequestError(f"{reprlib.repr(name)} is not a sampling parameter; {hint}", field=name)
+            _check_name(name)
         return super().__new__(cls)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        _check_name(name)
+        object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
         checked: dict[str, object] = {}
@@ -129,11 +140,15 @@ class SamplingParams:
         for name in _FLAGS:
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "True or False", getattr(self, name))
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise _wrong("output_kind", "a RequestOutputKind", self.output_kind)
         checked["stop"] = self._stop_strings()
         checked["stop_token_ids"] = self._stop_ids()
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
+        if self.truncate_prompt_tokens == 0:
+            raise _wrong("truncate_prompt_tokens", "at least 1, or -1", 0)
         if self.max_tokens is not None and self.min_tokens > self.max_tokens:
             raise _wrong("min_tokens", f"at most max_tokens, which is {self.max_tokens}", self.min_tokens)
         if self.greedy and self.n > 1:
@@ -158,12 +173,54 @@ class SamplingParams:
                 raise _wrong("stop_token_ids", f"an integer from 0 to {_MAX_INT}", one, one_of_many=True)
         return tuple(map(int, ids))
 
+    def clone(self) -> Self:
+        """A checked copy.
+
+        Raises:
+            RequestError: a value was changed to a wrong one.
+        """
+        return replace(self)
+
     @property
     def greedy(self) -> bool:
         """Whether the most likely token is always chosen."""
         return self.temperature < _GREEDY_BELOW
 
 
+def _check_name(name: str) -> None:
+    known = SamplingParams.__dataclass_fields__
+    if name not in known:
+        close = difflib.get_close_matches(name, known, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
+        raise RequestError(f"{reprlib.repr(name)} is not a sampling parameter; {hint}", field=name)
+
+
 # Otherwise `help` and notebooks show the signature of `__new__`, which has no fields.
 _init = inspect.signature(SamplingParams.__init__)
 SamplingParams.__signature__ = _init.replace(parameters=[*_init.parameters.values()][1:])  # type: ignore[attr-defined]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BeamSearchParams:
+    """How a beam search goes. A score is an answer's log-probability over (number of its tokens) ** length_penalty.
+
+    Raises:
+        RequestError: a value has a wrong type or is out of range; `field` is its name.
+    """
+
+    beam_width: int
+    max_tokens: int
+    ignore_eos: bool = False
+    temperature: float = 0.0
+    length_penalty: float = 1.0
+    include_stop_str_in_output: bool = False  # whether an answer keeps its end-of-sequence token
+
+    def __post_init__(self) -> None:
+        _integer("beam_width", self.beam_width, 1, 1024)
+        _integer("max_tokens", self.max_tokens, 1, _MAX_INT)
+        _number("length_penalty", self.length_penalty, -100.0, 100.0)
+        if self.temperature != 0:
+            raise _wrong("temperature", "0 in a beam search, which draws nothing", self.temperature)
+        for name in ("ignore_eos", "include_stop_str_in_output"):
+            if not isinstance(getattr(self, name), bool):
+                raise _wrong(name, "True or False", getattr(self, name))

@@ -11,7 +11,7 @@ from twofold import RequestError, RequestOutput, SamplingParams
 from twofold.engine.drive import Drive
 from twofold.engine.engine import LLMEngine
 from twofold.engine.output_processor import OutputProcessor
-from twofold.outputs import OutputKind
+from twofold.sampling_params import RequestOutputKind
 
 PROMPTS = [[5, 6, 7], list(range(20, 90)), [8]]
 PARAMS = SamplingParams(temperature=0, max_tokens=6)
@@ -27,7 +27,7 @@ def engine(request: pytest.FixtureRequest) -> Iterator[LLMEngine]:
 ids = map(str, count())
 
 
-def answer(engine: LLMEngine, kind: OutputKind = OutputKind.FINAL_ONLY) -> list[list[int]]:
+def answer(engine: LLMEngine, kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY) -> list[list[int]]:
     """The tokens of each answer."""
     names, tokens = [next(ids) for _ in PROMPTS], {}
     with Drive(engine, output_kind=kind) as drive:
@@ -40,7 +40,7 @@ def answer(engine: LLMEngine, kind: OutputKind = OutputKind.FINAL_ONLY) -> list[
 
 def test_answers_are_put_together_once(engine: LLMEngine, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each token of an offline answer once copied the whole answer into an output that was never read."""
-    expected = answer(engine, OutputKind.CUMULATIVE)
+    expected = answer(engine, RequestOutputKind.CUMULATIVE)
     assert [len(tokens) for tokens in expected] == [6, 6, 6]
     made = count()
     output = OutputProcessor.output

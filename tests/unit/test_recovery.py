@@ -22,8 +22,7 @@ from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import Scheduler
 from twofold.engine.watchdog import SLACK, Watchdog
 from twofold.errors import EngineError
-from twofold.outputs import OutputKind
-from twofold.sampling_params import SamplingParams
+from twofold.sampling_params import RequestOutputKind, SamplingParams
 
 
 def make_scheduler(names: str, prompt: int = 8, seqs: int = 8) -> Scheduler:
@@ -221,7 +220,7 @@ def test_answers_do_not_depend_on_losses(num_ranks: int, in_flight: int) -> None
         engine._make_executor = lambda start_timeout: FailingExecutor(model, runtime, num_blocks)
         engine.recover()
         for number, (prompt, one) in enumerate(zip(prompts, params, strict=True)):
-            engine.add_request(str(number), prompt, one, output_kind=OutputKind.DELTA)
+            engine.add_request(str(number), prompt, one, output_kind=RequestOutputKind.DELTA)
         tokens: dict[str, list[int]] = {str(number): [] for number in range(len(prompts))}
         while engine.has_unfinished_requests or engine.scheduler.num_in_flight:
             try:

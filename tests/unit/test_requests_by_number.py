@@ -19,8 +19,8 @@ from twofold.engine.engine import LLMEngine
 from twofold.engine.request import Request
 from twofold.engine.scheduler import Scheduler
 from twofold.errors import EngineError
-from twofold.outputs import OutputKind, RequestOutput
-from twofold.sampling_params import SamplingParams
+from twofold.outputs import RequestOutput
+from twofold.sampling_params import RequestOutputKind, SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=8)
 
@@ -151,7 +151,7 @@ def test_an_interrupt_at_a_step_s_end_loses_no_token(model: PreTrainedModel, mon
     that went on had one token less, or never heard of the end."""
     engine = make_engine(model, 2)
     [expected] = generate(engine, [prompt_of(9)], GREEDY)
-    engine.add_request("a", prompt_of(9), GREEDY, output_kind=OutputKind.DELTA)
+    engine.add_request("a", prompt_of(9), GREEDY, output_kind=RequestOutputKind.DELTA)
     update, tokens, num_interrupts = engine._update, [], 0
 
     def update_interrupted(results: list[StepResult]) -> list[RequestOutput]:

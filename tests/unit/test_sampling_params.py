@@ -30,12 +30,14 @@ WRONG: dict[str, list[Any]] = {
     "stop": ["", [""], ["a", ""], [1], 7, {"a": 1}, b"a"],
     "stop_token_ids": [[-1], [2**31], [True], [1.0], ["1"], 5, "12", {1: 2}, [HUGE]],
     "ignore_eos": [1, None, "yes"],
-    "logprobs": [-1, 21, True, 1.0, HUGE],
-    "prompt_logprobs": [-1, 21, True, 1.0],
+    "logprobs": [-2, 2**31, True, 1.0, HUGE],
+    "prompt_logprobs": [-2, 2**31, True, 1.0],
     "skip_special_tokens": [0, None],
     "spaces_between_special_tokens": [0, None],
     "detokenize": [1, None],
     "include_stop_str_in_output": [1, None],
+    "truncate_prompt_tokens": [0, -2, True, 1.0, HUGE],
+    "output_kind": [None, 1, "delta"],
 }
 
 
@@ -61,8 +63,8 @@ def test_messages_say_the_limit_and_the_value() -> None:
         SamplingParams(temperature=NAN)
     with pytest.raises(RequestError, match=r"^top_p must be a finite number above 0 and at most 1, got 1\.5$"):
         SamplingParams(top_p=1.5)
-    with pytest.raises(RequestError, match=r"^logprobs must be an integer from 0 to 20 or None, got 21$"):
-        SamplingParams(logprobs=21)
+    with pytest.raises(RequestError, match=r"^logprobs must be an integer from -1 to 2147483647 or None, got -2$"):
+        SamplingParams(logprobs=-2)
     with pytest.raises(RequestError, match=r"^min_tokens must be at most max_tokens, which is 16, got 17$"):
         SamplingParams(min_tokens=17)
 
@@ -127,10 +129,27 @@ def test_an_unknown_name_is_refused_with_the_nearest_known_one() -> None:
         SamplingParams(xyzzy=1)  # type: ignore[call-arg]
 
 
-def test_positional_arguments_are_refused() -> None:
-    """Guards against vLLM's order of fields being relied on by accident."""
-    with pytest.raises(RequestError, match="must be given by name, got 5"):
-        SamplingParams(5)  # type: ignore[misc]
+def test_positions_are_those_of_vllm() -> None:
+    """Guards scripts that give `n` and penalties without names."""
+    params = SamplingParams(2, 0.5, -0.5, 1.1, 0.8, 0.95, 40, 0.1, 7)
+    assert params == SamplingParams(
+        n=2, presence_penalty=0.5, frequency_penalty=-0.5, repetition_penalty=1.1, temperature=0.8, top_p=0.95,
+        top_k=40, min_p=0.1, seed=7,
+    )  # fmt: skip
+
+
+def test_values_may_be_changed_and_are_checked_when_used() -> None:
+    """Guards scripts that assign, as vLLM's do; a wrong value reaches no rank, a wrong name no field."""
+    params = SamplingParams()
+    params.max_tokens, params.stop = 8, "x"  # type: ignore[assignment]
+    copy = params.clone()
+    assert (copy.max_tokens, copy.stop) == (8, ("x",))
+    params.temperature = -1
+    assert copy.temperature == 1.0
+    with pytest.raises(RequestError, match="temperature"):
+        params.clone()
+    with pytest.raises(RequestError, match=r"did you mean temperature\?"):
+        params.temprature = 0.5  # type: ignore[attr-defined]
 
 
 def test_the_signature_names_every_field() -> None:

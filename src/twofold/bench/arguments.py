@@ -7,8 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from twofold.bench.report import environment
-from twofold.config import EngineConfig
-from twofold.flags import add_engine_arguments, chosen, whole_number
+from twofold.flags import add_engine_arguments, chosen_engine_arguments, whole_number
 
 FIXED = {"skip_tokenizer_init": True}  # prompts are token ids
 
@@ -61,7 +60,7 @@ def add_common(
 
 def engine_arguments(args: Namespace, max_model_len: int, **fixed: Any) -> dict[str, Any]:
     """Arguments for `LLM`: those of the command line, `fixed`, no tokenizer, and by default this `max_model_len`."""
-    return {"max_model_len": max_model_len} | chosen(args, EngineConfig) | FIXED | fixed
+    return {"max_model_len": max_model_len} | chosen_engine_arguments(args) | FIXED | fixed
 
 
 def write_json(args: Namespace, result: dict[str, Any]) -> None:

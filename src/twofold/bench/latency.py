@@ -15,8 +15,7 @@ from twofold.bench.arguments import add_lengths, engine_arguments, write_json
 from twofold.bench.report import bytes_per_token, describe
 from twofold.engine.drive import Drive
 from twofold.flags import whole_number
-from twofold.outputs import OutputKind
-from twofold.sampling_params import SamplingParams
+from twofold.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from twofold.engine.engine import LLMEngine
@@ -90,7 +89,7 @@ def _median_step(batches: list[tuple[float, list[float]]]) -> float | None:
 
 def start_drive(engine: "LLMEngine") -> Drive:
     """A drive in which each step gives an output for every request that got a token."""
-    return Drive(engine, output_kind=OutputKind.DELTA, recover=False)
+    return Drive(engine, output_kind=RequestOutputKind.DELTA, recover=False)
 
 
 def add_batch(drive: Drive, vocab_size: int, batch_size: int, input_len: int, output_len: int, seed: int) -> None:

@@ -21,13 +21,14 @@ from tqdm import tqdm
 from twofold import ConfigError, RequestError, RequestOutput, SamplingParams
 from twofold.config import EngineConfig
 from twofold.engine.drive import Drive
+from twofold.engine_args import EngineArgs
 from twofold.errors import GIVEN_UP, EngineError, TwofoldError
 from twofold.flags import add_engine_arguments, add_fields, chosen
 
 if TYPE_CHECKING:
     from twofold import LLM
 
-DEFAULTS = {"temperature": 0, "max_tokens": 256}  # those that differ from SamplingParams
+DEFAULTS = {"temperature": 0.0, "max_tokens": 256}  # where the model has no others; SamplingParams has others, too
 SAMPLING_HELP = {
     "max_tokens": "largest number of tokens in an answer",
     "min_tokens": "smallest number of tokens in an answer",
@@ -72,8 +73,9 @@ def configure(parser: ArgumentParser) -> None:
 
 def run(args: Namespace) -> int:
     # All errors that need no model are reported before PyTorch is imported.
-    config = EngineConfig(**chosen(args, EngineConfig))
-    params = SamplingParams(**(DEFAULTS | chosen(args, SamplingParams)))
+    config = EngineArgs.from_cli_args(args)
+    given = chosen(args, SamplingParams)
+    SamplingParams(**(DEFAULTS | given))
     if not args.prompts:
         raise ConfigError("no prompt; give --prompt, --prompt-file or --prompt-token-ids", field="prompt")
     answers = _Answers(args.prompts, args.json, args.quiet)
@@ -85,6 +87,7 @@ def run(args: Namespace) -> int:
             answers.refuse(number, error)
     if prompts:
         with _load(config, args.quiet) as llm:
+            params = SamplingParams(**{**DEFAULTS, **llm.engine.runtime.sampling_defaults, **given})
             with Drive(llm.engine, show_progress=not args.quiet) as drive:
                 for number, prompt in prompts.items():
                     try:

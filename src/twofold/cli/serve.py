@@ -9,7 +9,7 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 
-from twofold.config import EngineConfig
+from twofold.engine_args import EngineArgs
 from twofold.flags import add_engine_arguments, add_fields, chosen
 from twofold.server.config import ServerConfig, bind
 
@@ -42,7 +42,7 @@ def run(args: Namespace) -> int:
     given = chosen(args, ServerConfig)
     if key := os.environ.get("TWOFOLD_API_KEY"):
         given.setdefault("api_key", [key])
-    server, config = ServerConfig(**given), EngineConfig(**chosen(args, EngineConfig))
+    server, config = ServerConfig(**given), EngineArgs.from_cli_args(args)
     if not server.api_key and server.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"warning: no --api-key: everyone who reaches {server.host}:{server.port} can use it", file=sys.stderr)
     with bind(server) as listener:

@@ -16,7 +16,7 @@ import logging
 import queue
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
@@ -29,8 +29,8 @@ from twofold.engine.engine import LLMEngine
 from twofold.engine.prompts import Prompt
 from twofold.engine.stats import EngineSnapshot
 from twofold.errors import GIVEN_UP, EngineError, OverloadedError, RequestError, TwofoldError, UnavailableError
-from twofold.outputs import OutputKind, RequestOutput
-from twofold.sampling_params import SamplingParams
+from twofold.outputs import RequestOutput
+from twofold.sampling_params import RequestOutputKind, SamplingParams
 
 CHECK_SECONDS = 1.0  # between looks at idle ranks
 STOP_SECONDS = 2.0  # wait for a thread that is starting new ranks; they end with this process anyway
@@ -206,6 +206,10 @@ class AsyncEngine:
         return self.engine.runtime.max_model_len
 
     @property
+    def sampling_defaults(self) -> Mapping[str, Any]:
+        return self.engine.runtime.sampling_defaults
+
+    @property
     def vocab_size(self) -> int:
         return self.engine.vocab_size
 
@@ -237,11 +241,12 @@ class AsyncEngine:
             UnavailableError: the server is stopping, or its engine has failed.
         """
         self.check()
+        params = self.engine.checked(params)
         self._check_room_for_prompts(len(prompts))
         answer = Answer(params, time.monotonic(), self)
         self.num_waiting_requests += len(prompts)
         try:
-            texts_and_ids = [await self.in_tokenizer_thread(self._tokenize, prompt) for prompt in prompts]
+            texts_and_ids = [await self.in_tokenizer_thread(self._tokenize, prompt, params) for prompt in prompts]
             self.check()
             self._check_room_for_tokens([len(token_ids) for _, token_ids in texts_and_ids], params.n, num_asked)
         except BaseException:
@@ -288,10 +293,10 @@ class AsyncEngine:
         """Runs a function that uses `tokenizer`, one at a time."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, partial(function, *args))
 
-    def _tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def _tokenize(self, prompt: Prompt, params: SamplingParams) -> tuple[str | None, list[int]]:
         if isinstance(prompt, str) and self.tokenizer is not None:
             prompt = {"prompt": prompt, "prompt_token_ids": self.encode(prompt)}
-        return self.engine.tokenize(prompt)
+        return self.engine.tokenize(prompt, params.truncate_prompt_tokens)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """Token ids of a text. Needs a tokenizer, and runs in its thread.
@@ -365,13 +370,16 @@ class AsyncEngine:
 
     async def stop(self) -> None:
         """Ends the engine's thread and its ranks at once."""
+        await asyncio.to_thread(self.end)
+
+    def end(self) -> None:
+        """`stop`, and waits. Must be called after `start`, by any thread but the engine's."""
         if self.state is not State.DEAD:
             self.state = State.DRAINING
         self._closing.set()
         self._inbox.put(lambda: None)
         self.engine.kill()
-        if self._thread.is_alive():
-            await asyncio.to_thread(self._thread.join, STOP_SECONDS)
+        self._thread.join(STOP_SECONDS)
         self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
 
     def _fail_all(self, error: TwofoldError) -> None:
@@ -424,7 +432,7 @@ class AsyncEngine:
     def _add(self, part: Part) -> None:
         prompt = {"prompt": part.text, "prompt_token_ids": part.token_ids}
         try:
-            self.engine.add_request(part.request_id, prompt, part.answer.params, output_kind=OutputKind.DELTA)
+            self.engine.add_request(part.request_id, prompt, part.answer.params, output_kind=RequestOutputKind.DELTA)
         except TwofoldError as error:
             self._in_loop(part.answer.fail, error)
         else:

@@ -1,16 +1,16 @@
 """The offline loop: add requests, step the engine until nothing is left, and show the progress."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import TYPE_CHECKING, Any, Self
 
 from tqdm import tqdm
 
 from twofold.engine.prompts import Prompt
 from twofold.errors import RequestError
 from twofold.interrupts import held_back
-from twofold.outputs import OutputKind, RequestOutput
-from twofold.sampling_params import SamplingParams
+from twofold.outputs import RequestOutput
+from twofold.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from twofold.engine.engine import LLMEngine
@@ -30,16 +30,16 @@ class Drive:
         output_kind: which outputs the requests give.
         recover: whether lost ranks are replaced. Without it a step that fails raises an EngineError.
         show_progress: show computed prompt tokens, finished answers and generated tokens on stderr. Needs final
-            outputs with all tokens, so not OutputKind.DELTA.
+            outputs with all tokens, so not RequestOutputKind.DELTA. A function makes the bar in place of tqdm.
     """
 
     def __init__(
         self,
         engine: "LLMEngine",
         *,
-        output_kind: OutputKind = OutputKind.FINAL_ONLY,
+        output_kind: RequestOutputKind = RequestOutputKind.FINAL_ONLY,
         recover: bool = True,
-        show_progress: bool = False,
+        show_progress: bool | Callable[..., Any] = False,
     ) -> None:
         self._engine, self._output_kind = engine, output_kind
         self._step = engine.step_or_recover if recover else engine.step
@@ -67,7 +67,8 @@ class Drive:
         if not self._engine.has_work:
             raise StopIteration
         if self._show_progress and self._bar is None:
-            self._bar = _ProgressBar(self._engine)
+            make_bar = self._show_progress if callable(self._show_progress) else tqdm
+            self._bar = _ProgressBar(self._engine, make_bar)
         outputs = self._step()
         if self._bar is not None:
             self._bar.update(outputs)
@@ -91,12 +92,12 @@ class Drive:
 class _ProgressBar:
     """Follows the requests that are in the engine when it is made."""
 
-    def __init__(self, engine: "LLMEngine") -> None:
+    def __init__(self, engine: "LLMEngine", make_bar: Callable[..., Any]) -> None:
         self._engine = engine
         start = engine.progress()
         self._num_requests = start.num_requests
         self._num_finished = self._num_prompt_tokens = self._num_output_tokens = 0  # of finished requests
-        self._bar = tqdm(total=start.num_prompt_tokens, desc="prefill", unit="tok")
+        self._bar = make_bar(total=start.num_prompt_tokens, desc="prefill", unit="tok")
 
     def update(self, outputs: list[RequestOutput]) -> None:
         for output in outputs:

@@ -24,9 +24,9 @@ from twofold.engine.watchdog import Watchdog
 from twofold.errors import ConfigError, EngineError, RequestError, TwofoldError
 from twofold.executor.base import Executor, MakeExecutor
 from twofold.interrupts import held_back
-from twofold.outputs import OutputKind, RequestOutput
+from twofold.outputs import RequestOutput
 from twofold.parallel.costs import StepCosts
-from twofold.sampling_params import SamplingParams
+from twofold.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -138,14 +138,18 @@ class LLMEngine:
         prompt: Prompt,
         params: SamplingParams,
         *,
-        output_kind: OutputKind = OutputKind.CUMULATIVE,
+        output_kind: RequestOutputKind | None = None,
     ) -> None:
         """Queues a prompt: text, token ids, {"prompt": text} or {"prompt_token_ids": ids}.
+
+        Args:
+            output_kind: in place of the one in `params`.
 
         Raises:
             RequestError: the prompt or its parameters cannot be served; nothing else is touched.
         """
-        text, token_ids = self.tokenize(prompt)
+        params = self.checked(params)
+        text, token_ids = self.tokenize(prompt, params.truncate_prompt_tokens)
         if request_id in self.outputs.user_requests:
             raise RequestError(f"request id {request_id!r} is in use; choose another", field="request_id")
         requests = []
@@ -157,11 +161,31 @@ class LLMEngine:
         with held_back():
             for request in requests:
                 self.scheduler.add(request)
-            self.outputs.add(request_id, text, params, requests, output_kind)
+            self.outputs.add(request_id, text, params, requests, output_kind or params.output_kind)
 
-    def tokenize(self, prompt: Prompt) -> tuple[str | None, list[int]]:
+    def tokenize(self, prompt: Prompt, truncate_prompt_tokens: int | None = None) -> tuple[str | None, list[int]]:
         """→ text if there was one, checked token ids; raises RequestError where the prompt cannot be served."""
-        return self.prompts.read(prompt)
+        return self.prompts.read(prompt, truncate_prompt_tokens)
+
+    def checked(self, params: SamplingParams) -> SamplingParams:
+        """A copy of what a user gave, with the size of the vocabulary where all of its log-probabilities are asked for.
+
+        Raises:
+            RequestError: a value is wrong, or more log-probabilities are asked for than `max_logprobs`.
+        """
+        params, limit = params.clone(), self.runtime.engine.max_logprobs
+        for name in ("logprobs", "prompt_logprobs"):
+            asked: int | None = getattr(params, name)
+            if asked is None:
+                continue
+            if limit != -1 and (asked > limit or asked == -1):
+                raise RequestError(
+                    f"{name} must be at most the engine's max_logprobs={limit}, got {asked}"
+                    f"{' (all)' * (asked == -1)}; ask for fewer, or raise max_logprobs (-1 is no limit)",
+                    field=name,
+                )
+            setattr(params, name, self.vocab_size if asked == -1 else min(asked, self.vocab_size))
+        return params
 
     def _draw_seed(self) -> int:
         """The same requests in the same order draw the same seeds."""

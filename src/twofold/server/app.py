@@ -89,7 +89,7 @@ class Routes:
     # Completions
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
-        model, params = self._check_model(body.model), body.sampling_params()
+        model, params = self._check_model(body.model), body.sampling_params(self._engine.sampling_defaults)
         answer = await self._engine.submit(body.prompts, params, num_asked=body.num_asked)
         try:
             echoed = await self._texts_of_prompts(answer) if body.echo else None
@@ -99,7 +99,7 @@ class Routes:
             raise
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
-        model, params = self._check_model(body.model), body.sampling_params()
+        model, params = self._check_model(body.model), body.sampling_params(self._engine.sampling_defaults)
         self._engine.check()
         try:
             token_ids = await self._tokenize_chat(body, True)

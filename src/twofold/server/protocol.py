@@ -241,9 +241,13 @@ class Sampling(Body):
     def include_usage(self) -> bool:
         return self.stream_options is not None and self.stream_options.include_usage
 
-    def _sampling_params(self, own: Mapping[str, Any]) -> SamplingParams:
+    def _sampling_params(self, own: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
+        """`defaults` are the model's, for fields that were left out. Their max_tokens bounds what may be asked for."""
         given = {name: value for name in self._passed_on if (value := getattr(self, name)) is not None}
-        return SamplingParams(**given, **own)
+        values = {**defaults, **given, **own}
+        if (limit := defaults.get("max_tokens")) is not None:
+            values["max_tokens"] = min(limit, values["max_tokens"] or limit)
+        return SamplingParams(**values)
 
 
 class CompletionRequest(Sampling):
@@ -273,13 +277,12 @@ class CompletionRequest(Sampling):
         """Whether only the prompt's text and log-probabilities are asked for."""
         return self.max_tokens == 0
 
-    def sampling_params(self) -> SamplingParams:
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         own: dict[str, Any] = {"logprobs": self.logprobs}
-        if self.max_tokens is not None:
-            own["max_tokens"] = max(self.max_tokens, 1)
+        own["max_tokens"] = 16 if self.max_tokens is None else max(self.max_tokens, 1)
         if self.echo and self.logprobs is not None:
             own["prompt_logprobs"] = self.logprobs
-        return self._sampling_params(own)
+        return self._sampling_params(own, defaults)
 
 
 class ChatRequest(Sampling):
@@ -302,12 +305,13 @@ class ChatRequest(Sampling):
     def num_asked(self) -> int | None:
         return self.max_completion_tokens or self.max_tokens
 
-    def sampling_params(self) -> SamplingParams:
+    def sampling_params(self, defaults: Mapping[str, Any]) -> SamplingParams:
         return self._sampling_params(
             {
                 "max_tokens": self.num_asked,
                 "logprobs": (self.top_logprobs or 0) if self.logprobs else None,
-            }
+            },
+            defaults,
         )
 
 

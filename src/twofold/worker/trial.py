@@ -76,8 +76,9 @@ class TrialSteps:
         for i in range(len(lengths)):
             more = min(longest - shortest, rest)
             lengths[i], rest = lengths[i] + more, rest - more
-        costly = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=20)
-        params = [replace(costly, prompt_logprobs=20), *[costly] * (len(lengths) - 1)]
+        most = self.runner.by_tokens.model.vocab_size if engine.max_logprobs == -1 else engine.max_logprobs
+        costly = SamplingParams(temperature=1.0, top_p=0.9, repetition_penalty=1.1, logprobs=most)
+        params = [replace(costly, prompt_logprobs=most), *[costly] * (len(lengths) - 1)]
         self._run_prefill(lengths, params)
         # A decode, so that its kernels are compiled now.
         new = self._new_requests(lengths[:1], params[:1])

@@ -168,6 +168,8 @@ class Rank:
         return True
 
     def _profile(self, start: bool) -> Profiled:
+        if self.runtime.device == "cpu":  # it has no kernels to time
+            return Profiled(None)
         if start:
             self._profiler = StepProfiler()
             self._profiler.start()

@@ -1,0 +1,178 @@
+"""vLLM's engine arguments that Twofold does not have: which values ask for nothing, and why the others are refused."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from twofold.errors import ConfigError
+
+
+@dataclass(frozen=True, slots=True)
+class Foreign:
+    """An argument of vLLM's. With `any_value` all values are taken, since no answer depends on them."""
+
+    reason: str
+    neutral: tuple[Any, ...] = ()  # besides None
+    any_value: bool = False
+    is_flag: bool = False  # on the command line: --name and --no-name
+
+    def takes(self, value: object) -> bool:
+        return (
+            self.any_value
+            or value is None
+            or any(value == other and type(value) is type(other) for other in self.neutral)
+        )
+
+
+def _off(reason: str) -> Foreign:
+    return Foreign(reason, (False,), is_flag=True)
+
+
+def _hint(reason: str, *, is_flag: bool = False) -> Foreign:
+    return Foreign(reason, any_value=True, is_flag=is_flag)
+
+
+TEXT_ONLY = "prompts are text only"
+NO_LORA = "there is no LoRA; merge the adapter into its base model"
+NO_DRAFTS = "there is no speculative decoding"
+ONE_MACHINE = "all ranks are processes of this machine"
+NO_DATA_PARALLEL = "an engine has one copy of the model; start one engine for each"
+NO_QUANTIZATION = "there is no quantized computation; give a checkpoint that is not quantized, or a GGUF file"
+GRAPHS = "the engine chooses what it compiles and captures; enforce_eager=True turns both off"
+ALL_ANSWER = "generation is all that models are used for"
+
+FOREIGN: dict[str, Foreign] = {
+    # Model
+    "runner": Foreign(ALL_ANSWER, ("auto", "generate")),
+    "convert": Foreign(ALL_ANSWER, ("auto", "none")),
+    "task": Foreign(ALL_ANSWER, ("auto", "generate")),
+    "pooler_config": Foreign(ALL_ANSWER),
+    "tokenizer_mode": Foreign("tokenizers are those of Transformers; name one with tokenizer", ("auto", "hf")),
+    "quantization": Foreign(NO_QUANTIZATION),
+    "config_format": Foreign("configurations are those of Transformers", ("auto", "hf")),
+    "hf_config_path": Foreign("a model's configuration lies beside its weights; change it with hf_overrides"),
+    "hf_token": Foreign("put the token into the environment variable HF_TOKEN", (False,)),
+    "code_revision": Foreign("code comes with the model; its revision is that of revision"),
+    "model_impl": Foreign("models run with Transformers' own code", ("auto", "transformers")),
+    "logprobs_mode": Foreign("log-probabilities are those of the raw logits", ("raw_logprobs",)),
+    "enable_prompt_embeds": _off("a prompt is text or token ids"),
+    "enable_sleep_mode": _off("ranks keep their memory; end the engine with shutdown()"),
+    "disable_sliding_window": _off("windows are part of the model; lower max_model_len to the window instead"),
+    "disable_cascade_attn": _hint("shared prefixes are read once where that is quicker", is_flag=True),
+    "allowed_local_media_path": _hint(TEXT_ONLY),
+    "allowed_media_domains": _hint(TEXT_ONLY),
+    "served_model_name": _hint("the server's flag; offline no name is shown"),
+    "logits_processor_pattern": Foreign("a request cannot bring code"),
+    # Loading
+    "ignore_patterns": _hint("only the files that are needed are read"),
+    "use_tqdm_on_load": _hint("there is no progress bar while weights are loaded", is_flag=True),
+    "safetensors_load_strategy": _hint("weights are mapped, and read as they are needed"),
+    "model_loader_extra_config": Foreign("weights are loaded by Transformers", ({},)),
+    "pt_load_map_location": _hint("weights are safetensors or GGUF"),
+    # Ranks
+    "tensor_parallel_size": Foreign(
+        "use prefill_context_parallel_size=N: ranks then share each step by tokens or by heads (tensor parallel), "
+        "see step_layout",
+        (1,),
+    ),
+    "pipeline_parallel_size": Foreign("every rank has all layers; use prefill_context_parallel_size=N", (1,)),
+    "decode_context_parallel_size": Foreign(
+        "answers run by heads or by tokens (step_layout); use prefill_context_parallel_size=N", (1,)
+    ),
+    "data_parallel_size": Foreign(NO_DATA_PARALLEL, (1,)),
+    "data_parallel_size_local": Foreign(NO_DATA_PARALLEL, (1,)),
+    "data_parallel_rank": Foreign(NO_DATA_PARALLEL, (0,)),
+    "data_parallel_backend": Foreign(NO_DATA_PARALLEL, ("mp",)),
+    "data_parallel_hybrid_lb": _off(NO_DATA_PARALLEL),
+    "distributed_executor_backend": Foreign(ONE_MACHINE, ("mp", "uni")),
+    "nnodes": Foreign(ONE_MACHINE, (1,)),
+    "node_rank": Foreign(ONE_MACHINE, (0,)),
+    "ray_workers_use_nsight": _off(ONE_MACHINE),
+    "max_parallel_loading_workers": _hint("ranks load at the same time"),
+    "disable_custom_all_reduce": _hint("the way of sums is chosen when ranks start", is_flag=True),
+    "enable_expert_parallel": _off("a rank has a part of each expert, or all of all experts"),
+    "enable_eplb": _off("experts are not spread over ranks"),
+    "enable_dbo": _off("a step is one batch"),
+    "worker_cls": Foreign("ranks run Twofold's own worker", ("auto",)),
+    "worker_extension_cls": Foreign("ranks run Twofold's own worker", ("",)),
+    # Cache
+    "swap_space": _hint("preempted requests are computed again, so nothing is swapped"),
+    "kv_cache_dtype": Foreign("KV entries have the type of the model (dtype)", ("auto",)),
+    "calculate_kv_scales": _off("KV entries are not quantized"),
+    "num_gpu_blocks_override": Foreign("give the cache's size with kv_cache_memory_bytes"),
+    "cpu_offload_gb": Foreign("weights stay on the GPU; use more ranks, or a smaller model", (0, 0.0)),
+    "kv_offloading_size": Foreign("KV entries stay on the GPU"),
+    "prefix_caching_hash_algo": _hint("blocks are found by BLAKE2"),
+    "kv_sharing_fast_prefill": _off("layers that share KV entries run as the model says"),
+    # Scheduler
+    "enable_chunked_prefill": Foreign(
+        "prompts longer than max_num_batched_tokens are always cut; raise that to keep prompts whole",
+        (True,),
+        is_flag=True,
+    ),
+    "scheduling_policy": Foreign("requests run in the order of their arrival", ("fcfs",)),
+    "max_num_partial_prefills": _hint("requests run in the order of their arrival"),
+    "max_long_partial_prefills": _hint("requests run in the order of their arrival"),
+    "long_prefill_token_threshold": _hint("requests run in the order of their arrival"),
+    "num_scheduler_steps": _hint("a step gives one token"),
+    "num_lookahead_slots": _hint(NO_DRAFTS),
+    "async_scheduling": _hint("on a GPU two steps are in flight", is_flag=True),
+    "stream_interval": _hint("outputs come with every token"),
+    "preemption_mode": Foreign("preempted requests are computed again", ("recompute",)),
+    "disable_hybrid_kv_cache_manager": _hint("all layers have the same blocks", is_flag=True),
+    "scheduler_cls": Foreign("there is one scheduler"),
+    "use_v2_block_manager": _hint("there is one block pool", is_flag=True),
+    # LoRA, drafts
+    "enable_lora": _off(NO_LORA),
+    "enable_lora_bias": _off(NO_LORA),
+    "lora_modules": Foreign(NO_LORA, ([],)),
+    "max_loras": _hint("it is for enable_lora"),
+    "max_lora_rank": _hint("it is for enable_lora"),
+    "max_cpu_loras": _hint("it is for enable_lora"),
+    "lora_extra_vocab_size": _hint("it is for enable_lora"),
+    "lora_dtype": _hint("it is for enable_lora"),
+    "fully_sharded_loras": _hint("it is for enable_lora", is_flag=True),
+    "speculative_config": Foreign(NO_DRAFTS),
+    "speculative_model": Foreign(NO_DRAFTS),
+    "num_speculative_tokens": Foreign(NO_DRAFTS),
+    # Multimodal
+    "limit_mm_per_prompt": _hint(TEXT_ONLY),
+    "mm_processor_kwargs": _hint(TEXT_ONLY),
+    "mm_processor_cache_gb": _hint(TEXT_ONLY),
+    "disable_mm_preprocessor_cache": _hint(TEXT_ONLY, is_flag=True),
+    "disable_chunked_mm_input": _hint(TEXT_ONLY, is_flag=True),
+    "media_io_kwargs": _hint(TEXT_ONLY),
+    # Kernels
+    "compilation_config": _hint(GRAPHS),
+    "cuda_graph_sizes": _hint(GRAPHS),
+    "max_seq_len_to_capture": _hint(GRAPHS),
+    "optimization_level": _hint(GRAPHS),
+    # Logs and metrics
+    "disable_log_stats": _hint("numbers are in get_metrics() and /metrics, not in a log", is_flag=True),
+    "disable_log_requests": _hint("requests are not logged", is_flag=True),
+    "enable_log_requests": _off("prompts are not logged; the server's access_log has a line for each request"),
+    "max_log_len": _hint("prompts are not logged"),
+    "otlp_traces_endpoint": Foreign("there are no traces"),
+    "collect_detailed_traces": Foreign("there are no traces"),
+    "show_hidden_metrics_for_version": _hint("no metric is hidden"),
+    "kv_cache_metrics": _off("numbers of the cache are in get_metrics() and /metrics"),
+    "profiler_config": _hint("start_profile() and stop_profile() time kernels, and return the times"),
+    "disable_async_output_proc": _hint("outputs are made while ranks compute", is_flag=True),
+    # Between engines
+    "kv_transfer_config": Foreign("KV entries stay with their engine"),
+    "kv_events_config": Foreign("KV entries stay with their engine"),
+    "additional_config": Foreign("there is nothing more to configure", ({},)),
+}
+SHORT_FOREIGN = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp"}
+
+
+def without_foreign(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Engine arguments without those of vLLM's that ask for nothing.
+
+    Raises:
+        ConfigError: one asks for what Twofold does not have. The message says why, and what to use.
+    """
+    for name, value in given.items():
+        if name in FOREIGN and not FOREIGN[name].takes(value):
+            raise ConfigError(f"{name}={value!r} is not supported: {FOREIGN[name].reason}", field=name)
+    return {name: value for name, value in given.items() if name not in FOREIGN}
