@@ -131,9 +131,10 @@ class Answer:
     def push(self, part: Part, output: RequestOutput) -> None:
         for completion in output.outputs:
             if completion.finish_reason == "error":
-                reason = completion.stop_reason  # of a form that no token can continue
-                has_form = isinstance(reason, str)
-                self.fail(RequestError(reason, field="structured_outputs") if has_form else EngineError(GIVEN_UP))
+                reason = completion.stop_reason  # where no token may come next
+                self.fail(
+                    EngineError(GIVEN_UP) if reason is None else RequestError(f"{reason}", field="structured_outputs")
+                )
                 return
         part.num_computed_tokens = len(part.token_ids)
         part.finished = output.finished

@@ -13,8 +13,8 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
-from twofold.sampling_params import SamplingParams, StructuredOutputsParams
 from twofold.errors import RequestError
+from twofold.sampling_params import SamplingParams, StructuredOutputsParams
 from twofold.server import errors
 
 TEXT_ONLY = "answers are text only"
@@ -48,6 +48,7 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> reason, valu
 # The one thread of the engine searches for every stop string with every token of every answer.
 MAX_STOPS, MAX_STOP_CHARS = 128, 4096
 MAX_BIASES = 1024  # a rank takes them one by one
+MAX_ALLOWED = 1 << 18  # no vocabulary is larger
 MAX_MESSAGES, MAX_PROMPTS, MAX_STOP_TOKEN_IDS, MAX_TOKEN_IDS = 4096, 16_384, 4096, 20_000_000
 
 Integer = Annotated[int, Strict()]
@@ -307,7 +308,7 @@ class Sampling(Body):
     include_stop_str_in_output: Flag | None = None
     logit_bias: LogitBias | None = None
     bad_words: List[String] | None = Field(None, max_length=MAX_STOPS)
-    allowed_token_ids: List[Integer] | None = Field(None, min_length=1, max_length=MAX_TOKEN_IDS)
+    allowed_token_ids: List[Integer] | None = Field(None, min_length=1, max_length=MAX_ALLOWED)
     response_format: ResponseFormat | None = None
     structured_outputs: Form | None = None
     guided_json: String | dict[str, Any] | None = None
