@@ -1,8 +1,8 @@
 """Answer random JSON schemas, and check every whole answer with jsonschema; then time steps with and without a form.
 
-    python benchmarks/json_schemas.py --model demo -pcp 2 --part alone --output-json F       one request at a time
-    python benchmarks/json_schemas.py --model demo -pcp 2 --part together --output-json F    32 at once, a rank is killed
-    python benchmarks/json_schemas.py --model demo --part steps --output-json F              cost a step at batch 32
+    python benchmarks/json_schemas.py --model demo -pcp 2 --part alone --output-json F     one request at a time
+    python benchmarks/json_schemas.py --model demo -pcp 2 --part together --output-json F  32 at once; a rank is killed
+    python benchmarks/json_schemas.py --model demo --part steps --output-json F            cost a step at batch 32
 
 Parts of one file are kept beside each other, so each can be run by itself (`--first`, `--count`: some of the schemas).
 The temperature is 1. An answer that ends by its length is not whole, and is counted apart.
@@ -30,7 +30,7 @@ from twofold.flags import add_engine_arguments, chosen
 from twofold.outputs import OutputKind, RequestOutput
 from twofold.sampling_params import SamplingParams, StructuredOutputsParams
 
-MAX_TOKENS = 160
+MAX_TOKENS = 300
 AT_ONCE = 32
 NUM_STEPS = 64  # of which the median is taken
 NAMES = ("name", "id", "title", "price", "tags", "Straße", "is_open", "address", "a b", "x")
@@ -42,7 +42,7 @@ STEP_FORMS: dict[str, dict[str, Any]] = {  # what requests of a timed step ask f
     "json": {"structured_outputs": StructuredOutputsParams(json=FOREVER)},
     "regex": {"structured_outputs": StructuredOutputsParams(regex="([a-z]+ ){100000}x")},
     "bad_words": {"bad_words": ["the", "New York"]},
-    "logit_bias": {"logit_bias": {token: -5.0 for token in range(100)}},
+    "logit_bias": {"logit_bias": dict.fromkeys(range(100), -5.0)},
 }
 
 
