@@ -364,3 +364,11 @@ def test_what_needs_a_tokenizer_or_other_tokens_is_refused() -> None:
         assert refusal.value.field == field
     assert maker.compile(SamplingParams(logit_bias={39: 1})) is None
     assert maker.compile(SamplingParams(allowed_token_ids=[39])) is not None
+
+
+def test_a_tokenizer_whose_bytes_are_not_known_is_refused() -> None:
+    """Guards models of whole words: a grammar needs the bytes of tokens."""
+    words = PreTrainedTokenizerFast(tokenizer_object=Tokenizer(models.WordLevel({"a": 0, "?": 1}, unk_token="?")))
+    with pytest.raises(RequestError, match=r"^structured outputs cannot use the model's tokenizer: ") as refusal:
+        MaskMaker(words, 2, frozenset()).compile(structured({"regex": "a"}))
+    assert refusal.value.field == "structured_outputs"

@@ -204,11 +204,11 @@ class MaskMaker:
                     has = "skip_tokenizer_init is set" if self._given_tokenizer is None else "the model's has no such"
                     raise _wrong_form(f"structured outputs need a tokenizer of the tokenizers library, and {has}")
                 described = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-                self._ll_tokenizer = LLTokenizer(
-                    json.dumps(described),
-                    n_vocab=self._num_tokens,
-                    eos_token=sorted(self._eos_token_ids) or getattr(self._given_tokenizer, "eos_token_id", None),
-                )
+                eos = sorted(self._eos_token_ids) or getattr(self._given_tokenizer, "eos_token_id", None)
+                try:
+                    self._ll_tokenizer = LLTokenizer(json.dumps(described), n_vocab=self._num_tokens, eos_token=eos)
+                except ValueError as error:
+                    raise _wrong_form(f"structured outputs cannot use the model's tokenizer: {error}") from None
             return self._ll_tokenizer
 
 
