@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-MAX_CHARS = 1 << 18  # of a grammar, a schema or all choices; these compile in less than a second
+MAX_CHARS = {"json": 1 << 18, "choice": 1 << 18, "regex": 1 << 15, "grammar": 1 << 15}
+MAX_KEYS = 3000  # in all objects of a schema: its time grows with their square, and takes 0.6 s for so many
 MAX_LEXER_STATES = 50_000  # of a grammar, 1 to 2 kB each
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # without a bound, a model that has nothing to say never ends its spaces
 MAX_THREADS = 8
@@ -245,8 +246,8 @@ def _grammar(form: StructuredOutputsParams) -> str:
     name = _name(form)
     text = form.json or form.regex or form.grammar or json.dumps(form.choice)
     assert isinstance(text, str)
-    if len(text) > MAX_CHARS:
-        raise _wrong_form(f"{name} has {len(text)} characters, more than {MAX_CHARS}; send less")
+    if len(text) > (limit := MAX_CHARS.get(name, len(text))):
+        raise _wrong_form(f"{name} has {len(text)} characters, more than {limit}; send less")
     if name == "regex":
         return LLMatcher.grammar_from_regex(text)
     if name in ("grammar", "choice"):
@@ -255,6 +256,8 @@ def _grammar(form: StructuredOutputsParams) -> str:
         except ValueError as error:
             raise _cannot_compile(form, str(error)) from None
     schema = {"type": "object"} if form.json_object else _parse(text)
+    if (num_keys := _num_keys(schema)) > MAX_KEYS:
+        raise _wrong_form(f"{name} has {num_keys} keys in its objects, more than {MAX_KEYS}; send a smaller schema")
     if form.disable_additional_properties:
         schema = _closed(schema)
     whitespace = WHITESPACE if form.whitespace_pattern is None else form.whitespace_pattern
@@ -279,6 +282,12 @@ def _parse(text: str) -> Any:
         raise _wrong_form(f"json is not JSON: {error.msg} at character {error.pos}") from None
     except (ValueError, RecursionError):
         raise _wrong_form("json cannot be read: it is too deep, or has numbers of thousands of digits") from None
+
+
+def _num_keys(schema: Any) -> int:
+    if isinstance(schema, dict):
+        return len(schema) + sum(map(_num_keys, schema.values()))
+    return sum(map(_num_keys, schema)) if isinstance(schema, list) else 0
 
 
 def _closed(schema: Any) -> Any:
