@@ -19,7 +19,7 @@ from twofold.errors import (
     UserError,
 )
 from twofold.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from twofold.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams
+from twofold.sampling_params import BeamSearchParams, RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -41,6 +41,7 @@ __all__ = [
     "RequestOutput",
     "RequestOutputKind",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TwofoldError",
     "UserError",
 ]

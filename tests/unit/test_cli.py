@@ -67,7 +67,7 @@ def test_help_tells_of_every_command_and_of_exit_codes(run: Run) -> None:
             "required: --model; did you mean --model in place of --modle?",
         ),
         (["serve", "demo", "--max-waiting-request", "3"], "did you mean --max-waiting-requests in place of"),
-        (["serve", "demo", "-tp", "2"], "unrecognized arguments: -tp 2; did you mean -pcp in place of -tp?"),
+        (["serve", "demo", "-pp", "2"], "pipeline_parallel_size=2 is not supported"),
         (["chat", "--jsn"], "unrecognized arguments: --jsn (see twofold chat --help)"),
         (["serve", "demo", "--max-model-len", "128x"], "such as 8192, 8k (8,000) or 8K (8,192), got '128x'"),
         (["serve", "demo", "--max-model-len", "1.0001k"], "must be an integer"),

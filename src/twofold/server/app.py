@@ -90,7 +90,10 @@ class Routes:
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         model, params = self._check_model(body.model), body.sampling_params(self._engine.sampling_defaults)
-        answer = await self._engine.submit(body.prompts, params, num_asked=body.num_asked)
+        try:
+            answer = await self._engine.submit(body.prompts, params, num_asked=body.num_asked)
+        except RequestError as error:
+            raise errors.describe(error, form=body.form_field) from error
         try:
             echoed = await self._texts_of_prompts(answer) if body.echo else None
             return await _respond(body, request, CompletionWriter(answer, model, body, echoed))
@@ -105,7 +108,7 @@ class Routes:
             token_ids = await self._tokenize_chat(body, True)
             answer = await self._engine.submit([token_ids], params, num_asked=body.num_asked)
         except RequestError as error:
-            raise errors.describe(error, prompt="messages") from error
+            raise errors.describe(error, prompt="messages", form=body.form_field) from error
         return await _respond(body, request, ChatWriter(answer, model, body))
 
     async def _texts_of_prompts(self, answer: Answer) -> list[str]:
