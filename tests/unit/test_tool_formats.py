@@ -21,7 +21,7 @@ TOOLS = [
     {"type": "function", "function": {"name": name, "parameters": PARAMETERS}} for name in ("get_weather", "get_time")
 ]
 AUTO = Tools(TOOLS, "auto")
-WEATHER: tuple[str, dict[str, Any]] = ("get_weather", {"city": "Köln \"am\" Rhein", "days": 3})
+WEATHER: tuple[str, dict[str, Any]] = ("get_weather", {"city": 'Köln "am" Rhein', "days": 3})
 CLOCK: tuple[str, dict[str, Any]] = ("get_time", {"city": "{Paris]"})
 
 
@@ -97,7 +97,9 @@ RECORDED = {  # format -> what models of its kind write: content, then two calls
     + _each('<tool_call>{"name": "@name", "arguments": @args}</tool_call>', dumps=lambda a: json.dumps(json.dumps(a))),
     "llama3_json": "<|python_tag|>" + _each('{"name": "@name", "parameters": @args}', "; "),
     "llama3_json, bare": _each('{"type": "function", "name": "@name", "parameters": @args}', "\n"),
-    "mistral": "Let me see.[TOOL_CALLS] [" + _each('{"name": "@name", "arguments": @args, "id": "abcdefghi"}', ", ") + "]",
+    "mistral": "Let me see.[TOOL_CALLS] ["
+    + _each('{"name": "@name", "arguments": @args, "id": "abcdefghi"}', ", ")
+    + "]",
     "mistral, v11": "Let me see." + _each("[TOOL_CALLS]@name[CALL_ID]abcdefghi[ARGS]@args", ""),
     "mistral, v13": "Let me see." + _each("[TOOL_CALLS]@name[ARGS]@args", ""),
     "deepseek_v3": "Let me see.\n" + _deepseek("v3"),
@@ -133,7 +135,9 @@ def test_calls_are_found(name: str) -> None:
     assert message.content == ("" if name.startswith("llama3") else "Let me see.")
 
 
-NOISE = st.sampled_from(["", " ", "{", "}", '"', "\\", "[", "]", ",", "<tool_call>", "</tool_call>", "name", "<", "ü🦊"])
+NOISE = st.sampled_from(
+    ["", " ", "{", "}", '"', "\\", "[", "]", ",", "<tool_call>", "</tool_call>", "name", "<", "ü🦊"]
+)
 
 
 def changed(text: str, noise: list[tuple[float, str]]) -> str:
@@ -160,7 +164,7 @@ def test_every_split_gives_the_same(name: str, data: st.DataObject) -> None:
     assert parse(form, deltas) == parse(form, [text]) == parse(form, list(text))
 
 
-@given(st.text(st.sampled_from("a b\n{}[]\"<think>/\\:,")), st.sampled_from(list(FORMATS)))
+@given(st.text(st.sampled_from('a b\n{}[]"<think>/\\:,')), st.sampled_from(list(FORMATS)))
 @settings(max_examples=300, deadline=None)
 def test_a_text_without_calls_is_content(text: str, name: str) -> None:
     """Guards answers without calls: nothing is lost of them, but white space at the ends of a broken call."""

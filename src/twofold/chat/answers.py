@@ -1,7 +1,7 @@
 """What a model's chat template says about its answers, and the parser of one answer."""
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +20,9 @@ REASONING = {  # by vLLM's names: what stands before and after reasoning
     "glm45": _THINK,
     "mistral": _BRACKETS,
 }
+
+
+CHOICES = ("auto", "none")
 
 
 @dataclass(frozen=True)
@@ -58,14 +61,23 @@ class AnswerFormat:
             return f"{prompt.rstrip()}\n\n{self.reasoning[1]}\n\n"
         return prompt
 
-    def parser(self, prompt: str, tools: Tools, *, is_constrained: bool = False) -> "AnswerParser | None":
-        """The parser of an answer to `prompt`; None if all of the answer is content."""
+    @property
+    def has_short_ids(self) -> bool:
+        return self.tools is not None and self.tools.short_ids
+
+    def parser(
+        self, prompt: str, tools: Tools, *, is_constrained: bool = False, leaves_out: bool = True
+    ) -> "AnswerParser | None":
+        """The parser of an answer to `prompt`; None if all of the answer is content.
+
+        leaves_out: whether special tokens that no format knows are left out of the content.
+        """
         steps = self._steps(feed := Feed(), prompt, tools, is_constrained)
         if steps is None:
             return None
-        left_out = self.special_tokens - self._tokens(tools) if self.keeps_special_tokens(tools) else frozenset[str]()
-        if self.response_template is not None:
-            left_out = frozenset()
+        left_out: frozenset[str] = frozenset()
+        if leaves_out and self.response_template is None and self.keeps_special_tokens(tools):
+            left_out = self.special_tokens - self._tokens(tools)
         return AnswerParser(feed, steps, left_out, 1 if tools.at_most_one else None)
 
     def _steps(self, feed: Feed, prompt: str, tools: Tools, is_constrained: bool) -> Steps[None] | None:
@@ -84,9 +96,7 @@ class AnswerFormat:
             return None
         return self._reasoning_then_calls(feed, prompt, offered, tools.schemas)
 
-    def _reasoning_then_calls(
-        self, feed: Feed, prompt: str, tools: ToolFormat | None, schemas: Schemas
-    ) -> Steps[None]:
+    def _reasoning_then_calls(self, feed: Feed, prompt: str, tools: ToolFormat | None, schemas: Schemas) -> Steps[None]:
         if self.reasoning is not None:
             before, after = self.reasoning
             inside = prompt.rfind(before) > prompt.rfind(after) and prompt.rstrip().endswith(before)
@@ -204,16 +214,18 @@ class AnswerParser:
 
 
 def answer_format(
-    tokenizer: "PreTrainedTokenizerBase", template: str | None, tool_parser: str = "auto", reasoning_parser: str = "auto"
+    tokenizer: "PreTrainedTokenizerBase",
+    template: str | None,
+    tool_parser: str = "auto",
+    reasoning_parser: str = "auto",
 ) -> AnswerFormat:
     """What the template of a model's chats says about its answers, unless the parsers are named.
 
     Raises:
         ConfigError: there is no such parser.
     """
+    check_parsers(tool_parser, reasoning_parser)
     template = template or ""
-    _check("tool_call_parser", tool_parser, FORMATS)
-    _check("reasoning_parser", reasoning_parser, REASONING)
     own = getattr(tokenizer, "response_template", None)
     if tool_parser == "auto":
         tools = next((one for one in FORMATS.values() if re.search(one.shown_by, template)), None)
@@ -227,11 +239,13 @@ def answer_format(
     return AnswerFormat(tools, reasoning, own if isinstance(own, dict) else None, frozenset(special))
 
 
-def _check(field: str, name: str, known: Mapping[str, Any]) -> None:
-    if name not in ("auto", "none", *known):
-        raise ConfigError(f"{field} must be auto, none, {' or '.join(_listed(known))}, got {name!r}", field=field)
-
-
-def _listed(names: Mapping[str, Any] | Sequence[str]) -> list[str]:
-    *first, last = names
-    return [", ".join(first), last]
+def check_parsers(tool_parser: str, reasoning_parser: str) -> None:
+    """Raises ConfigError for parsers that there are not."""
+    given: list[tuple[str, str, Mapping[str, Any]]] = [
+        ("tool_call_parser", tool_parser, FORMATS),
+        ("reasoning_parser", reasoning_parser, REASONING),
+    ]
+    for field_name, name, known in given:
+        if name not in (*CHOICES, *known):
+            message = f"{field_name} must be one of {', '.join((*CHOICES, *known))}, got {name!r}"
+            raise ConfigError(message, field=field_name)
