@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from transformers import PretrainedConfig, PreTrainedModel
+from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from twofold.attention.backends import make_backend
 from twofold.config import EngineConfig, ModelSource, RuntimeConfig
-from twofold.contract import Allocate, Breakdown, Profile, RankReport, ScheduledBatch, Step, StepResult
+from twofold.contract import Allocate, Breakdown, Masks, Profile, RankReport, ScheduledBatch, Step, StepResult
 from twofold.engine.engine import LLMEngine
 from twofold.models.decoder import DecoderModel
 from twofold.outputs import RequestOutput
@@ -158,6 +158,9 @@ class ThreadExecutor:
         self.steps.append(step)
         self._send(step)
 
+    def submit_masks(self, masks: Masks) -> None:
+        self._send(masks)
+
     def collect(self, timeout: float | None = None) -> list[StepResult]:
         results: list[StepResult] = self._receive()
         self.results.append(results)
@@ -203,6 +206,7 @@ def make_engine(
     eos_token_ids: frozenset[int] = frozenset(),
     steps_in_flight: int = 1,
     step_layout: str = "mixed",
+    tokenizer: PreTrainedTokenizerBase | None = None,
     **engine_args: Any,
 ) -> LLMEngine:
     """An engine on `num_ranks` threads for a model in memory.
@@ -227,7 +231,7 @@ def make_engine(
     )
     if num_blocks is None:
         num_blocks = 4 * -(-max_model_len // block_size) + 1
-    engine = LLMEngine(runtime, None, lambda start_timeout: ThreadExecutor(model, runtime, num_blocks))
+    engine = LLMEngine(runtime, tokenizer, lambda start_timeout: ThreadExecutor(model, runtime, num_blocks))
     engine.max_steps_in_flight = steps_in_flight
     if step_layout == "mixed" and engine.executor.reports[0].only_by_tokens is None:
         engine.runs_by_heads = mixed

@@ -18,7 +18,7 @@ from twofold.errors import (
     UserError,
 )
 from twofold.outputs import CompletionOutput, Logprob, RequestMetrics, RequestOutput
-from twofold.sampling_params import SamplingParams
+from twofold.sampling_params import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 __all__ = [
@@ -34,6 +34,7 @@ __all__ = [
     "RequestMetrics",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "TwofoldError",
     "UserError",
 ]

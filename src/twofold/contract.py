@@ -5,6 +5,8 @@
     Allocate                                   Allocated
     Step, Step, ...  (a second one may follow  StepResult, StepResult, ...  (in the order of steps)
                       before the first answer)
+    Masks            (of a Step that has
+                      masked requests)
     Profile                                    Profiled
                                                Failure, in place of any of these: its last message
 
@@ -72,6 +74,18 @@ class Step:
     new_block_ids: dict[int, list[int]]  # state_idx of a continuing request -> blocks appended to its table
     batch: ScheduledBatch
     by_heads: bool = False  # the layout: by heads, or by tokens
+    masked: tuple[int, ...] = ()  # index in the batch of requests whose next token is masked; `Masks` follow
+
+
+@dataclass(frozen=True, slots=True)
+class Masks:
+    """Which tokens the masked requests of a step may get. Comes while the ranks compute the step, before the next one.
+
+    Token i is bit i % 32 of word i // 32.
+    """
+
+    step_id: int
+    words: NDArray[np.int32]  # [M, W]; W * 32 tokens or more
 
 
 @dataclass(frozen=True, slots=True)
@@ -198,4 +212,4 @@ class Profiled:
     breakdown: Breakdown | None  # None where it was asked to start
 
 
-RankMessage = RankStart | Allocate | Step | Profile
+RankMessage = RankStart | Allocate | Step | Masks | Profile

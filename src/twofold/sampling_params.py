@@ -2,9 +2,10 @@
 
 import difflib
 import inspect
+import json
 import math
 import reprlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import Any, Self
 
@@ -14,6 +15,7 @@ from twofold.errors import RequestError
 
 _GREEDY_BELOW = 1e-5
 _MAX_INT = 2**31 - 1
+_MAX_BIAS = 1e6
 _OPTIONAL = ("seed", "max_tokens", "logprobs", "prompt_logprobs")
 _INTEGERS = {  # lowest and highest value
     "n": (1, 128),
@@ -32,6 +34,7 @@ _NUMBERS = {  # lowest and highest value; 1e6 keeps float32 arithmetic finite
     "frequency_penalty": (-2.0, 2.0),
     "repetition_penalty": (1e-6, 1e6),
 }
+_FORMS = ("json", "regex", "choice", "grammar", "json_object")
 _FLAGS = (
     "ignore_eos",
     "detokenize",
@@ -69,6 +72,81 @@ def _number(name: str, value: object, low: float, high: float) -> float:
     raise _wrong(name, f"a finite number {lowest} and at most {high:g}", value)
 
 
+def _token_ids(name: str, given: object) -> tuple[int, ...]:
+    ids: object = () if given is None else given
+    if not isinstance(ids, list | tuple | set | frozenset):
+        raise _wrong(name, "a list of token ids or None", ids)
+    for one in ids:
+        if not _is_integer(one, 0, _MAX_INT):
+            raise _wrong(name, f"an integer from 0 to {_MAX_INT}", one, one_of_many=True)
+    return tuple(map(int, ids))
+
+
+@dataclass(frozen=True, kw_only=True)
+class StructuredOutputsParams:
+    """What form an answer has: one of the first five.
+
+    json: a JSON schema, as a dict or as text.
+    regex: a regular expression that the whole answer matches, in Rust's syntax.
+    choice: the texts that an answer may be.
+    grammar: a context-free grammar, Lark or EBNF (`root ::= ...`).
+    json_object: True for any JSON object.
+    disable_any_whitespace: JSON is written without spaces and line breaks.
+    disable_additional_properties: objects of the schema have only the properties that it names, unless it says more.
+    whitespace_pattern: a regular expression of what may stand between the parts of JSON.
+    disable_fallback: there is one library for grammars, and so nothing to fall back to; either value will do.
+    structural_tag: not supported.
+
+    Raises:
+        RequestError: a value has a wrong type, or there is not exactly one form.
+    """
+
+    json: str | Mapping[str, Any] | None = None
+    regex: str | None = None
+    choice: Sequence[str] | None = None
+    grammar: str | None = None
+    json_object: bool | None = None
+    disable_fallback: bool = False
+    disable_any_whitespace: bool = False
+    disable_additional_properties: bool = False
+    whitespace_pattern: str | None = None
+    structural_tag: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.structural_tag is not None:
+            raise RequestError(
+                "structural_tag is not supported; give json, or a grammar for the text around it",
+                field="structured_outputs",
+            )
+        given = [name for name in _FORMS if getattr(self, name) not in (None, False)]
+        if len(given) != 1:
+            raise _wrong("structured_outputs", f"one of {', '.join(_FORMS)}", given or None)
+        for name in ("regex", "grammar", "whitespace_pattern"):
+            if not isinstance(value := getattr(self, name), str | None) or value == "":
+                raise _wrong(name, "text that is not empty", value)
+        for name in ("json_object", "disable_fallback", "disable_any_whitespace", "disable_additional_properties"):
+            if not isinstance(value := getattr(self, name), bool | None):
+                raise _wrong(name, "True or False", value)
+        if self.choice is not None:
+            texts = isinstance(self.choice, list | tuple) and all(isinstance(text, str) for text in self.choice)
+            if not texts or not self.choice:
+                raise _wrong("choice", "a list of texts, at least one", self.choice)
+            object.__setattr__(self, "choice", tuple(self.choice))
+        if self.json is not None:
+            object.__setattr__(self, "json", _json_text(self.json))
+
+
+def _json_text(schema: object) -> str:
+    if isinstance(schema, str) and schema:
+        return schema
+    if not isinstance(schema, Mapping):
+        raise _wrong("json", "a JSON schema: a dict, or text that is not empty", schema)
+    try:
+        return json.dumps(dict(schema))
+    except (TypeError, ValueError, RecursionError) as error:
+        raise RequestError(f"json must be a JSON schema: {error}", field="json") from None
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How the tokens of a request are sampled, and when it ends.
@@ -79,6 +157,11 @@ class SamplingParams:
     min_tokens: before so many tokens, no end-of-sequence token, `stop` or `stop_token_ids` ends the request.
     logprobs: 0 reports the sampled token alone.
     stop, stop_token_ids: None, or one or several; kept as tuples.
+    logit_bias: token id -> what is added to its logit.
+    bad_words: texts that no answer has, as far as their usual tokens go; kept as a tuple.
+    allowed_token_ids: no other token is sampled; kept as a tuple. None allows all.
+    logits_processors: refused if there are any. They are functions of this process, and ranks are other processes.
+    structured_outputs: the form that the answer has.
 
     Raises:
         RequestError: a value has a wrong type or is out of range; `field` is its name.
@@ -104,6 +187,11 @@ class SamplingParams:
     skip_special_tokens: bool = True
     spaces_between_special_tokens: bool = True
     include_stop_str_in_output: bool = False
+    logit_bias: Mapping[int, float] | None = None
+    bad_words: Sequence[str] | None = None
+    allowed_token_ids: Sequence[int] | None = None
+    logits_processors: Sequence[Any] | None = None
+    structured_outputs: StructuredOutputsParams | None = None
 
     def __new__(cls, *args: object, **kwargs: object) -> Self:
         """Refuses, with a RequestError, what the generated `__init__` would refuse with a TypeError."""
@@ -130,7 +218,11 @@ class SamplingParams:
             if not isinstance(getattr(self, name), bool):
                 raise _wrong(name, "True or False", getattr(self, name))
         checked["stop"] = self._stop_strings()
-        checked["stop_token_ids"] = self._stop_ids()
+        checked["stop_token_ids"] = _token_ids("stop_token_ids", self.stop_token_ids)
+        checked["logit_bias"] = self._logit_bias()
+        checked["bad_words"] = self._bad_words()
+        if self.allowed_token_ids is not None:
+            checked["allowed_token_ids"] = _token_ids("allowed_token_ids", self.allowed_token_ids)
         for name, value in checked.items():
             object.__setattr__(self, name, value)
 
@@ -140,6 +232,7 @@ class SamplingParams:
             raise _wrong("n", "1 when sampling is greedy (raise temperature to get different answers)", self.n)
         if self.stop and not self.detokenize:
             raise _wrong("stop", "empty when detokenize is False (use stop_token_ids)", self.stop)
+        self._check_restrictions()
 
     def _stop_strings(self) -> tuple[str, ...]:
         stop: object = (self.stop,) if isinstance(self.stop, str) else () if self.stop is None else self.stop
@@ -149,14 +242,39 @@ class SamplingParams:
             raise _wrong("stop", "without empty strings", stop)
         return tuple(stop)
 
-    def _stop_ids(self) -> tuple[int, ...]:
-        ids: object = () if self.stop_token_ids is None else self.stop_token_ids
-        if not isinstance(ids, list | tuple | set | frozenset):
-            raise _wrong("stop_token_ids", "a list of token ids or None", ids)
-        for one in ids:
+    def _logit_bias(self) -> dict[int, float] | None:
+        if self.logit_bias is None:
+            return None
+        if not isinstance(self.logit_bias, Mapping):
+            raise _wrong("logit_bias", "a dict of token ids and numbers, or None", self.logit_bias)
+        for one in self.logit_bias:
             if not _is_integer(one, 0, _MAX_INT):
-                raise _wrong("stop_token_ids", f"an integer from 0 to {_MAX_INT}", one, one_of_many=True)
-        return tuple(map(int, ids))
+                raise _wrong("logit_bias", "a dict whose keys are token ids", one)
+        return {int(one): _number("logit_bias", bias, -_MAX_BIAS, _MAX_BIAS) for one, bias in self.logit_bias.items()}
+
+    def _bad_words(self) -> tuple[str, ...]:
+        words: object = () if self.bad_words is None else self.bad_words
+        if not isinstance(words, list | tuple) or not all(isinstance(word, str) and word.strip() for word in words):
+            raise _wrong("bad_words", "a list of texts that are not empty, or None", words)
+        return tuple(words)
+
+    def _check_restrictions(self) -> None:
+        if self.logits_processors:
+            raise RequestError(
+                "logits_processors are not supported: they are functions of this process, and ranks are other "
+                "processes; use logit_bias, allowed_token_ids, bad_words or structured_outputs",
+                field="logits_processors",
+            )
+        if self.allowed_token_ids is not None and not self.allowed_token_ids:
+            raise _wrong("allowed_token_ids", "None, or have a token id that may be sampled", self.allowed_token_ids)
+        form: object = self.structured_outputs
+        if not isinstance(form, StructuredOutputsParams | None):
+            raise _wrong("structured_outputs", "StructuredOutputsParams or None", form)
+
+    @property
+    def is_masked(self) -> bool:
+        """Whether the engine says before each token which ones may be sampled."""
+        return self.structured_outputs is not None or self.allowed_token_ids is not None or bool(self.bad_words)
 
     @property
     def greedy(self) -> bool:

@@ -13,8 +13,9 @@ from functools import partial
 from typing import TYPE_CHECKING
 
 from twofold.config import RuntimeConfig
-from twofold.contract import Breakdown, RankReport, ScheduledBatch, StepResult
+from twofold.contract import Breakdown, Masks, RankReport, ScheduledBatch, StepResult
 from twofold.engine.block_pool import BlockPool
+from twofold.engine.masks import MaskMaker, NextTokens
 from twofold.engine.output_processor import OutputProcessor
 from twofold.engine.prompts import Prompt, PromptReader
 from twofold.engine.request import Request, RequestStatus
@@ -65,6 +66,7 @@ class LLMEngine:
             self.block_pool, runtime.engine.max_num_seqs, runtime.max_num_batched_tokens, runtime.max_model_len
         )
         self.prompts = PromptReader(tokenizer, self.vocab_size, self.scheduler.max_num_tokens, runtime.max_model_len)
+        self.masks = MaskMaker(tokenizer, self.vocab_size, runtime.eos_token_ids)
         self.outputs = OutputProcessor(tokenizer)
         self.stats = EngineStats()
         self._in_flight: deque[tuple[ScheduledBatch, float | None]] = deque()  # and when the step could begin, if known
@@ -146,6 +148,7 @@ class LLMEngine:
             RequestError: the prompt or its parameters cannot be served; nothing else is touched.
         """
         text, token_ids = self.tokenize(prompt)
+        restriction = self.masks.compile(params)
         if request_id in self.outputs.user_requests:
             raise RequestError(f"request id {request_id!r} is in use; choose another", field="request_id")
         requests = []
@@ -153,7 +156,10 @@ class LLMEngine:
             seed = self._draw_seed() if params.seed is None else params.seed + index
             # The first answer computes the prompt. The others find it in the cache; prompt_logprobs would prevent that.
             own = params if index == 0 else replace(params, prompt_logprobs=None)
-            requests.append(Request(token_ids, own, seed=seed, eos_token_ids=self.runtime.eos_token_ids))
+            request = Request(token_ids, own, seed=seed, eos_token_ids=self.runtime.eos_token_ids)
+            if restriction is not None:
+                request.next_tokens = NextTokens(restriction)
+            requests.append(request)
         with held_back():
             for request in requests:
                 self.scheduler.add(request)
@@ -184,6 +190,7 @@ class LLMEngine:
         while self.scheduler.num_in_flight < self.max_steps_in_flight and (step := self.scheduler.schedule()):
             self._in_flight.append((step.batch, time.monotonic()))
             self.executor.submit(replace(step, by_heads=self.runs_by_heads(step.batch)))
+            self._submit_masks()
         if not self._in_flight:
             return []
         batch, start = self._in_flight[0]
@@ -202,7 +209,16 @@ class LLMEngine:
         if seconds is not None:
             self.watchdog.observe(batch, seconds)
         self.stats.take_step(batch, results, seconds)
-        return self._update(results)
+        outputs = self._update(results)
+        self._submit_masks()
+        return outputs
+
+    def _submit_masks(self) -> None:
+        """Makes the masks of the oldest step in flight, which ranks compute meanwhile, unless they have them."""
+        if (taken := self.scheduler.take_masked()) is not None:
+            step_id, requests = taken
+            answers = [None if request.finished else request.next_tokens for request in requests]
+            self.executor.submit_masks(Masks(step_id, self.masks.make(answers)))
 
     def step_or_recover(self) -> list[RequestOutput]:
         """`step`, or `recover` if the ranks were lost; after `shutdown` it raises."""
@@ -281,15 +297,26 @@ class LLMEngine:
         for request in self.scheduler.complete(results[0].step_id, places.keys()):
             changed[self.outputs.user_of(request).request_id] = None
             for result, i in places[request.number]:
-                token = int(result.token_ids[i])
+                token, next_tokens = int(result.token_ids[i]), request.next_tokens
+                if next_tokens is not None and not next_tokens.take(token):
+                    self._end_early(request, next_tokens)
+                    break
                 self.scheduler.append(request, token)
                 stop = self.outputs.add_token(request, token, result.logprobs, i)
-                if stop is not None:
-                    request.stop_reason = stop
+                if stop is not None or (next_tokens is not None and next_tokens.is_complete):
+                    request.stop_reason = request.stop_reason if stop is None else stop
                     self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
                 if request.finished:
                     break
         return [self.outputs.output(request_id) for request_id in changed if self.outputs.is_due(request_id)]
+
+    def _end_early(self, request: Request, next_tokens: NextTokens) -> None:
+        """Ends a request that no token may continue."""
+        if next_tokens.may_end:
+            self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
+        else:
+            request.stop_reason = next_tokens.fault
+            self.scheduler.finish(request, RequestStatus.FINISHED_ERROR)
 
     def abort_request(self, request_id: str) -> RequestOutput | None:
         """Ends a request → its output so far, or None if there is no request of that id."""

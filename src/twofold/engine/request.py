@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from twofold.engine.block_pool import hash_blocks
+from twofold.engine.masks import NextTokens
 from twofold.sampling_params import SamplingParams
 
 
@@ -70,6 +71,7 @@ class Request:
         self.number = -1  # given by the scheduler, in order of arrival, and never twice
         self.state_idx = -1  # while it runs, its place among the ranks' request states
         self.status = RequestStatus.WAITING
+        self.next_tokens: NextTokens | None = None  # what may come next; None: anything
         self.stop_reason: int | str | None = None  # the stop token or stop string that ended it
         self.num_computed_tokens = 0  # of all steps scheduled, run or not
         self.num_placeholders = 0  # tokens that steps in flight will sample

@@ -50,6 +50,7 @@ class StepInFlight:
     requests: list[Request]
     num_computed_tokens: list[int]  # of each of them, with this step
     sampled: list[Request]  # those of `requests` that get a token
+    masked: list[Request]  # those of `sampled` whose token is masked; empty once the masks are taken
 
 
 class Scheduler:
@@ -215,6 +216,17 @@ class Scheduler:
         for request in wanted:
             request.num_placeholders -= 1
         return wanted
+
+    def take_masked(self) -> tuple[int, list[Request]] | None:
+        """The oldest step in flight and its masked requests, once; None if it has none.
+
+        All tokens before those of this step are known.
+        """
+        if not self._in_flight or not self._in_flight[0].masked:
+            return None
+        step = self._in_flight[0]
+        masked, step.masked = step.masked, []
+        return step.step_id, masked
 
     def append(self, request: Request, token: int) -> None:
         """Append a sampled token to its request, which may end with it."""
@@ -388,6 +400,7 @@ class Scheduler:
                 num_sampled_tokens=samples.astype(np.int64),
                 prompt_logprobs=num_computed + 1 < np.array(num_asked, np.int64),
             ),
+            masked=tuple(i for i in np.flatnonzero(samples).tolist() if requests[i].next_tokens is not None),
         )
         self._removed.clear()
         # Blocks are offered to others from the next step on: within one step no row may rely on another's writes.
@@ -397,7 +410,8 @@ class Scheduler:
             self._share_full_blocks(request)
         sampled = [request for request, does_sample in zip(requests, samples, strict=True) if does_sample]
         ends = (num_computed + num_scheduled).tolist()
-        self._in_flight.append(StepInFlight(step.step_id, requests, ends, sampled))
+        masked = [requests[i] for i in step.masked]
+        self._in_flight.append(StepInFlight(step.step_id, requests, ends, sampled, masked))
         return step
 
     def _share_full_blocks(self, request: Request) -> None:

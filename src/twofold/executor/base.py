@@ -2,7 +2,7 @@
 
 from typing import Protocol
 
-from twofold.contract import Breakdown, RankReport, Step, StepResult
+from twofold.contract import Breakdown, Masks, RankReport, Step, StepResult
 
 
 class Executor(Protocol):
@@ -18,6 +18,9 @@ class Executor(Protocol):
 
     def submit(self, step: Step) -> None:
         """Sends a step to every rank and returns at once."""
+
+    def submit_masks(self, masks: Masks) -> None:
+        """Sends what the step that was submitted last waits for, and returns at once."""
 
     def collect(self, timeout: float | None = None) -> list[StepResult]:
         """Waits for the oldest submitted step: every rank's answer, in the order of ranks.

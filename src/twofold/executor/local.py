@@ -21,6 +21,7 @@ from twofold.contract import (
     Allocated,
     Breakdown,
     Failure,
+    Masks,
     Profile,
     Profiled,
     RankMessage,
@@ -104,6 +105,9 @@ class LocalExecutor:
 
     def submit(self, step: Step) -> None:
         self._send(step)
+
+    def submit_masks(self, masks: Masks) -> None:
+        self._send(masks)
 
     def collect(self, timeout: float | None = None) -> list[StepResult]:
         return self._answers(StepResult, timeout)

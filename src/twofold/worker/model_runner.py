@@ -1,5 +1,6 @@
 """One rank's steps: plan, prepare, forward, sample. `launch` enqueues a step, `collect` waits for its tokens."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -14,7 +15,7 @@ from twofold.attention.mla import piece_tokens
 from twofold.attention.op import ForwardContext
 from twofold.attention.shared_prefix import can_share
 from twofold.attention.spec import LatentSpec
-from twofold.contract import PromptTokenLogprobs, Step, StepResult
+from twofold.contract import Masks, PromptTokenLogprobs, Step, StepResult
 from twofold.kv.cache import KVCache
 from twofold.models.decoder import DecoderModel
 from twofold.parallel.exchange import Exchange, ExchangePlan
@@ -97,8 +98,8 @@ class ModelRunner:
             way.cache = cache.part(self.mesh.rank, widths) if way.layout.by_heads else cache
 
     @torch.inference_mode()
-    def launch(self, step: Step) -> LaunchedStep:
-        """Enqueues one step."""
+    def launch(self, step: Step, receive_masks: Callable[[], Masks] | None = None) -> LaunchedStep:
+        """Enqueues one step. `receive_masks` is called once its forward pass is enqueued, if it has masked requests."""
         traffic = self.exchange.transport
         bytes_before, seconds_before = traffic.num_bytes, traffic.num_seconds
         self.states.apply(step)
@@ -107,7 +108,11 @@ class ModelRunner:
         plan = plan_step(step.batch, way.layout, UNPADDED if way.graphs is None else way.graphs.buckets)
         batch = prepare(step.batch, plan, self.states, self.mesh.rank, self.cache.block_size)
         outputs = self._forward(way, batch)
-        all_token_ids, logprobs = self._sample(way, step, batch, outputs)
+        masks = None
+        if step.masked:
+            assert receive_masks is not None
+            masks = self._to_device(receive_masks().words)
+        all_token_ids, logprobs = self._sample(way, step, batch, outputs, masks)
         self.states.last_sampled[batch.all_sampled_state_idx] = all_token_ids
         prompt_logprobs = self._prompt_logprobs(way, step, batch, outputs.hidden_states)
         # All results are copied now: a copy that is enqueued after the next step would wait for that step.
@@ -238,10 +243,11 @@ class ModelRunner:
         return hidden_states
 
     def _sample(
-        self, way: Way, step: Step, batch: InputBatch, outputs: Outputs
+        self, way: Way, step: Step, batch: InputBatch, outputs: Outputs, masks: torch.Tensor | None
     ) -> tuple[torch.Tensor, LogprobTensors | None]:
         """→ token ids of all ranks [P * max S], and log-probabilities of those that this rank owns; on the device.
 
+        `masks` [M, W] are those of the step's masked requests.
         A token is sampled by its owner alone, or chosen by every rank from the same candidates.
         """
         everyones, mine = batch.all_sampled_request_idx, batch.sampled_request_idx
@@ -263,7 +269,7 @@ class ModelRunner:
             return way.model.logits(outputs.hidden_states[batch.sampled_idx])
 
         if batch.plan.by_heads:
-            sampling = self._sampling_batch(step, np.where(everyones >= 0, everyones, everyones.max()))
+            sampling = self._sampling_batch(step, np.where(everyones >= 0, everyones, everyones.max()), masks)
             if words is not None and not needs_all_logits(sampling):
                 candidates = best_of_part(sampled_logits(), words.start, sampling)
                 return choose(self._gather(candidates), sampling), None
@@ -272,7 +278,7 @@ class ModelRunner:
             logits = sampled_logits()
         my_token_ids, logprobs = all_token_ids[start : start + width], None
         if len(mine):
-            my_token_ids[: len(mine)], logprobs = sample(logits, self._sampling_batch(step, mine))
+            my_token_ids[: len(mine)], logprobs = sample(logits, self._sampling_batch(step, mine, masks))
         self.mesh.all_gather(all_token_ids, my_token_ids)
         return all_token_ids, logprobs
 
@@ -290,13 +296,20 @@ class ModelRunner:
         self.mesh.all_gather(gathered, mine)
         return gathered.view(self.mesh.size, *mine.shape)
 
-    def _sampling_batch(self, step: Step, requests: NDArray[np.int64]) -> SamplingBatch:
+    def _to_device(self, words: NDArray[np.int32]) -> torch.Tensor:
+        """Masks [M, W], without a wait: from memory that is not pinned, a copy would wait for the forward pass."""
+        on_cpu, device = torch.from_numpy(words), self.device.torch_device
+        return on_cpu if device.type == "cpu" else on_cpu.pin_memory().to(device, non_blocking=True)
+
+    def _sampling_batch(self, step: Step, requests: NDArray[np.int64], masks: torch.Tensor | None) -> SamplingBatch:
         """What the step's `requests` [S] ask for."""
         states, scheduled = self.states, step.batch
         state_idx = scheduled.state_idx[requests]
         params = [p for p in (states.params[i] for i in state_idx) if p is not None]
         positions = (scheduled.num_computed_tokens + scheduled.num_scheduled_tokens)[requests]
         num_prompt_tokens = states.num_prompt_tokens[state_idx]
+        mask_idx = np.full(len(scheduled), -1)
+        mask_idx[list(step.masked)] = range(len(step.masked))
         ends = list(zip(state_idx.tolist(), num_prompt_tokens.tolist(), positions.tolist(), strict=True))
         return SamplingBatch.build(
             params,
@@ -307,6 +320,8 @@ class ModelRunner:
             forbidden_token_ids=[
                 self._forbidden(p, end - prompt) for p, (_, prompt, end) in zip(params, ends, strict=True)
             ],
+            mask_idx=mask_idx[requests],
+            masks=masks,
         )
 
     def _forbidden(self, params: SamplingParams, num_output_tokens: int) -> tuple[int, ...]:

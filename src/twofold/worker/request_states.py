@@ -17,7 +17,8 @@ def counts_tokens(params: SamplingParams) -> bool:
 
 def takes_the_best(params: SamplingParams) -> bool:
     """Whether the next token is simply that of the largest logit, and nothing else is asked for."""
-    return params.greedy and not counts_tokens(params) and params.logprobs is None and not params.min_tokens
+    changes = counts_tokens(params) or params.min_tokens or params.logit_bias or params.is_masked
+    return params.greedy and not changes and params.logprobs is None
 
 
 class RequestStates:

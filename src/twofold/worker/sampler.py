@@ -13,12 +13,13 @@ P=2, V=6 example: rank 0 has ids [0 1 2], rank 1 [3 4 5]. A greedy row's candida
 top_k=2 they are 4; the 2 best of all 6 tokens are among them. Either way the token is that of `sample` on all logits.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from numpy.typing import NDArray
 
 from twofold.contract import TokenLogprobs
@@ -44,6 +45,9 @@ class SamplingBatch:
     prompt_token_ids: Sequence[NDArray[np.int32]]  # read only for rows with penalties
     output_token_ids: Sequence[NDArray[np.int32]]
     forbidden_token_ids: Sequence[tuple[int, ...]]  # what would stop a row before its min_tokens
+    logit_bias: Sequence[Mapping[int, float]]  # token id -> what is added to its logit
+    mask_idx: NDArray[np.int64]  # row -> its mask, or -1
+    masks: torch.Tensor | None  # int32 [M, W], beside the logits: bit i % 32 of word i // 32 says that token i may come
     num_logprobs: int | None  # the largest number asked for; None if no row asked
 
     @classmethod
@@ -55,6 +59,8 @@ class SamplingBatch:
         prompt_token_ids: Sequence[NDArray[np.int32]],
         output_token_ids: Sequence[NDArray[np.int32]],
         forbidden_token_ids: Sequence[tuple[int, ...]],
+        mask_idx: NDArray[np.int64] | None = None,
+        masks: torch.Tensor | None = None,
     ) -> Self:
         """The batch of rows that ask for `params`. Seeds are taken modulo 2**64."""
 
@@ -74,6 +80,9 @@ class SamplingBatch:
             prompt_token_ids=prompt_token_ids,
             output_token_ids=output_token_ids,
             forbidden_token_ids=forbidden_token_ids,
+            logit_bias=[p.logit_bias or {} for p in params],
+            mask_idx=np.full(len(params), -1) if mask_idx is None else mask_idx,
+            masks=masks,
             num_logprobs=max((p.logprobs for p in params if p.logprobs is not None), default=None),
         )
 
@@ -111,8 +120,9 @@ class LogprobTensors:
 def sample(logits: torch.Tensor, batch: SamplingBatch) -> tuple[torch.Tensor, LogprobTensors | None]:
     """Next tokens, int64 [S], of rows with `logits` [S, V] in any float type, and their log-probabilities if asked for.
 
-    Applied in vLLM's order: penalties, forbidden tokens, temperature, min-p, top-k, top-p. Log-probabilities are those
-    of the raw logits. Among equal logits the lower id comes first. `logits` is left as it is.
+    Applied in vLLM's order: logit bias, penalties, masks and forbidden tokens, temperature, min-p, top-k, top-p.
+    Log-probabilities are those of the raw logits. Among equal logits the lower id comes first. `logits` is left as it
+    is.
     """
     scores = _adjust(logits, batch)
     drawn, filtered = batch.drawn, batch.filtered
@@ -295,17 +305,22 @@ def _sort_keys(x: torch.Tensor) -> torch.Tensor:
 
 
 def _adjust(logits: torch.Tensor, batch: SamplingBatch, first_id: int = 0) -> torch.Tensor:
-    """`logits` [S, V] of the V token ids from `first_id`, after penalties and without forbidden tokens.
+    """`logits` [S, V] of the V token ids from `first_id`, after bias and penalties, without tokens that may not come.
 
     It is `logits` itself if nothing changes, else a float32 copy.
     """
     part = range(first_id, first_id + logits.shape[-1])
     forbidden = [(row, i - first_id) for row, ids in enumerate(batch.forbidden_token_ids) for i in ids if i in part]
+    biased = [(row, i - first_id, b) for row, ids in enumerate(batch.logit_bias) for i, b in ids.items() if i in part]
     repeats = batch.repetition_penalty != 1
     penalised = np.flatnonzero(repeats | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0))
-    if not forbidden and not penalised.size:
+    masked = np.flatnonzero(batch.mask_idx >= 0)
+    if not forbidden and not biased and not penalised.size and not masked.size:
         return logits
     scores = logits.to(torch.float32, copy=True)
+    if biased:
+        rows, ids = _to(np.array([(row, i) for row, i, _ in biased], np.int64).T, logits)
+        scores[rows, ids] += _to(np.array([bias for _, _, bias in biased], np.float32), logits)
     if penalised.size:
         idx = _to(penalised, logits)
         x = scores[idx]  # [P, V]
@@ -323,10 +338,25 @@ def _adjust(logits: torch.Tensor, batch: SamplingBatch, first_id: int = 0) -> to
             seen = used.index_put((rows, ids), ones.bool())
             x = torch.where(seen, torch.where(x > 0, x / repetition, x * repetition), x)
         scores[idx] = x - frequency * counts - presence * used
+    if masked.size:
+        assert batch.masks is not None
+        idx = _to(masked, logits)
+        allowed = _unpack(batch.masks[_to(batch.mask_idx[masked], logits)], part)
+        scores[idx] = scores[idx].masked_fill_(~allowed, -torch.inf)
     if forbidden:
         rows, ids = _to(np.array(forbidden, np.int64).T, logits)
         scores[rows, ids] = -torch.inf
     return scores
+
+
+def _unpack(masks: torch.Tensor, part: range) -> torch.Tensor:
+    """bool [M, V]: what `masks` [M, W] say of a part of the vocabulary. Beyond their last word no token may come."""
+    first_word, end_word = part.start // 32, -(-part.stop // 32)
+    words = masks[:, first_word:end_word].contiguous()
+    bits = words.view(torch.uint8)[..., None] >> torch.arange(8, dtype=torch.uint8, device=masks.device) & 1
+    allowed = bits.flatten(1)[:, part.start - 32 * first_word :][:, : len(part)].bool()
+    missing = len(part) - allowed.shape[1]
+    return F.pad(allowed, (0, missing)) if missing else allowed
 
 
 def _flatten(

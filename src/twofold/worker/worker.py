@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import partial
 
 import numpy as np
 import torch
@@ -28,6 +29,7 @@ from twofold.contract import (
     Allocate,
     Allocated,
     Failure,
+    Masks,
     Profile,
     Profiled,
     RankReport,
@@ -81,6 +83,7 @@ class Rank:
         layout = TokenLayout(mesh.size, engine.partition_policy)
         self.runner = ModelRunner(model, states, mesh, exchange, backend, device, layout, runtime.eos_token_ids)
         self._trial = TrialSteps(runtime, self.runner)
+        self._pending: LaunchedStep | None = None  # the step in flight
 
     def report(self) -> RankReport:
         """Measures how many blocks fit into memory; on CUDA by running the largest step that the scheduler may send."""
@@ -144,23 +147,19 @@ class Rank:
 
     def serve(self, channel: RankChannel) -> None:
         """Steps until the engine goes away (EOFError); the next is launched while one is in flight."""
-        pending: LaunchedStep | None = None
         while True:
-            if pending is not None and not self._wait_for_message(channel, pending):
-                channel.send(self.runner.collect(pending))
-                pending = None
+            if self._pending is not None and not self._wait_for_message(channel, self._pending):
+                self._answer(channel)
             message = channel.recv()
             if isinstance(message, Profile):
                 channel.send(self._profile(message.start))
                 continue
             step: Step = message
-            if pending is not None and self.runner.needs_tokens_on_cpu(step):
-                channel.send(self.runner.collect(pending))
-                pending = None
-            launched = self.runner.launch(step)
-            if pending is not None:
-                channel.send(self.runner.collect(pending))
-            pending = launched
+            if self.runner.needs_tokens_on_cpu(step):
+                self._answer(channel)
+            launched = self.runner.launch(step, partial(self._receive_masks, channel))
+            self._answer(channel)
+            self._pending = launched
 
     def _wait_for_message(self, channel: RankChannel, pending: LaunchedStep) -> bool:
         """Whether the next message came before the tokens of the step in flight."""
@@ -169,6 +168,20 @@ class Rank:
                 return False
             channel.poll(POLL_SECONDS)
         return True
+
+    def _answer(self, channel: RankChannel) -> None:
+        """Answers the step in flight, if there is one."""
+        if self._pending is not None:
+            pending, self._pending = self._pending, None
+            channel.send(self.runner.collect(pending))
+
+    def _receive_masks(self, channel: RankChannel) -> Masks:
+        """The masks of the step that is being launched. The engine makes them of the tokens of the step before it."""
+        self._answer(channel)
+        while isinstance(message := channel.recv(), Profile):
+            channel.send(self._profile(message.start))
+        masks: Masks = message
+        return masks
 
     def _profile(self, start: bool) -> Profiled:
         if start:
