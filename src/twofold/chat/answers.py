@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from twofold.chat.messages import REASONING_FIELDS
 from twofold.chat.pieces import Arguments, Call, Feed, Piece, Steps, Text, Thought, dump, json_calls
 from twofold.chat.tool_formats import FORMATS, Schemas, ToolFormat
 from twofold.chat.tools import Tools
@@ -29,7 +30,7 @@ CHOICES = ("auto", "none")
 class AnswerFormat:
     """How a model writes calls of tools and its reasoning.
 
-    response_template: the tokenizer's own description of its answers, for Transformers' parser; it goes before all else.
+    response_template: the tokenizer's own description of answers, for Transformers' parser; it goes before all else.
     special_tokens: those that are left out of texts.
     """
 
@@ -122,7 +123,7 @@ def _by_response_template(feed: Feed, template: dict[str, Any], prompt: str, too
     from transformers.utils.chat_parsing import ResponseParser
 
     parser = ResponseParser(template, prefix=prompt, tools=list(tools.offered))
-    kinds = {"content": Text, "reasoning_content": Thought, "thinking": Thought, "reasoning": Thought}
+    kinds: dict[str, type[Text | Thought]] = {"content": Text, **dict.fromkeys(REASONING_FIELDS, Thought)}
     ended = False
     while not ended:
         text, feed.text, ended = feed.text, "", feed.ended

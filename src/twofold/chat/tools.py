@@ -20,7 +20,7 @@ class Tools:
     """
 
     given: Sequence[Mapping[str, Any]] = ()
-    choice: str = "none"
+    choice: str = "auto"
     is_named: bool = False
     at_most_one: bool = False
 

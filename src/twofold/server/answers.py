@@ -1,4 +1,4 @@
-"""Write the engine's outputs as OpenAI's objects: completions and chats, whole or in chunks. Other APIs have writers of their own."""
+"""Write the engine's outputs as OpenAI's objects: completions and chats, whole or in chunks."""
 
 import json
 import math

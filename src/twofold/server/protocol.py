@@ -238,7 +238,7 @@ def _check_choice(value: Any) -> Any:
     if value in ("none", "auto", "required") and isinstance(value, str):
         return value
     match value:
-        case {"type": "function", "function": {"name": str(name), **more}, **others} if not more and not others:
+        case {"type": "function", "function": {"name": str(), **more}, **others} if not more and not others:
             return value
     raise ValueError("it must be 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}")
 
@@ -286,7 +286,7 @@ class Chat(Body):
 
     def _tools(self) -> Tools:
         given = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
-        choice = self.tool_choice or ("auto" if given else "none")
+        choice: Any = self.tool_choice or "auto"
         named = isinstance(choice, dict)
         name = choice["function"]["name"] if named else choice
         return Tools(given, name, is_named=named, at_most_one=self.parallel_tool_calls is False)

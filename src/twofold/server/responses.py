@@ -188,9 +188,11 @@ class ResponsesRequest(Body):
             {"type": "function", "function": tool.model_dump(exclude_none=True, exclude={"type", "strict"})}
             for tool in self.tools or ()
         ]
-        named = isinstance(self.tool_choice, dict)
-        choice = self.tool_choice["name"] if named else self.tool_choice or "auto"
-        tools = Tools(given, choice, is_named=named, at_most_one=self.parallel_tool_calls is False)
+        choice: Any = self.tool_choice or "auto"
+        named = isinstance(choice, dict)
+        tools = Tools(
+            given, choice["name"] if named else choice, is_named=named, at_most_one=self.parallel_tool_calls is False
+        )
         return Conversation(messages, tools, effort=self.reasoning.effort if self.reasoning is not None else None)
 
 
@@ -262,9 +264,7 @@ class ResponsesWriter(Writer):
             self._items[-1]["content"].append(part if is_message else {"type": "reasoning_text", "text": ""})
             yield self._part_event("response.content_part.added")
         self._items[-1]["content"][0]["text"] += text
-        more = {"logprobs": []} if is_message else {}
-        name = "output_text" if is_message else "reasoning_text"
-        yield self._item_event(f"response.{name}.delta", content_index=0, delta=text, **more)
+        yield self._text_event("delta", delta=text)
 
     def _open_item(self, prefix: str, kind: str, **fields: Any) -> Iterator[str]:
         item = {"id": f"{prefix}_{uuid4().hex}", "type": kind, "status": "in_progress", **fields}
@@ -282,11 +282,14 @@ class ResponsesWriter(Writer):
             named = {"name": item["name"], "arguments": item["arguments"]}
             yield self._item_event("response.function_call_arguments.done", **named)
         else:
-            more, name = ({"logprobs": []}, "output_text") if item["type"] == "message" else ({}, "reasoning_text")
-            text = item["content"][0]["text"]
-            yield self._item_event(f"response.{name}.done", content_index=0, text=text, **more)
+            yield self._text_event("done", text=item["content"][0]["text"])
             yield self._part_event("response.content_part.done")
         yield self._event("response.output_item.done", output_index=len(self._items) - 1, item=item)
+
+    def _text_event(self, kind: str, **fields: Any) -> str:
+        if self._items[-1]["type"] == "message":
+            return self._item_event(f"response.output_text.{kind}", content_index=0, logprobs=[], **fields)
+        return self._item_event(f"response.reasoning_text.{kind}", content_index=0, **fields)
 
     def _part_event(self, name: str) -> str:
         return self._item_event(name, content_index=0, part=self._items[-1]["content"][0])
