@@ -76,6 +76,8 @@ def _token_ids(name: str, given: object) -> tuple[int, ...]:
     ids: object = () if given is None else given
     if not isinstance(ids, list | tuple | set | frozenset):
         raise _wrong(name, "a list of token ids or None", ids)
+    if ids and set(map(type, ids)) == {int} and min(ids) >= 0 and max(ids) <= _MAX_INT:  # there may be 100,000
+        return tuple(ids)
     for one in ids:
         if not _is_integer(one, 0, _MAX_INT):
             raise _wrong(name, f"an integer from 0 to {_MAX_INT}", one, one_of_many=True)

@@ -24,7 +24,29 @@ def build(params: list[SamplingParams], seed: int = 0, **history: list[Any]) -> 
         [np.array(ids, np.int32) for ids in history.get(name, [()] * size)] for name in ("prompts", "outputs")
     )
     forbidden = history.get("forbidden", [()] * size)
-    return SamplingBatch.build(params, range(seed, seed + size), range(7, 7 + size), prompts, outputs, forbidden)
+    masks = history.get("masks", [None] * size)  # row -> ids that may come
+    words = [pack(ids) for ids in masks if ids is not None]
+    mask_idx = np.array([i for i, ids in enumerate(masks) if ids is not None])
+    row_mask = np.full(size, -1)
+    row_mask[mask_idx.astype(int)] = np.arange(len(words))
+    return SamplingBatch.build(
+        params,
+        range(seed, seed + size),
+        range(7, 7 + size),
+        prompts,
+        outputs,
+        forbidden,
+        mask_idx=row_mask,
+        masks=torch.from_numpy(np.stack(words)) if words else None,
+    )
+
+
+def pack(token_ids: Any) -> np.ndarray:
+    """A mask of two words, 64 tokens."""
+    mask = np.zeros(2, np.uint32)
+    for i in token_ids:
+        mask[i // 32] |= np.uint32(1 << i % 32)
+    return mask.view(np.int32)
 
 
 def sample_parts(logits: torch.Tensor, batch: SamplingBatch, num_ranks: int) -> torch.Tensor:
@@ -63,6 +85,7 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, SamplingBatch, int]:
             presence_penalty=draw(penalty),
             frequency_penalty=draw(penalty),
             repetition_penalty=draw(st.sampled_from([1.0, 1.0, 1.3])),
+            logit_bias=draw(st.dictionaries(token_id, st.sampled_from([-100.0, 3.0]), max_size=3)),
             **draw(filters),
         )
         for _ in range(num_rows)
@@ -75,6 +98,7 @@ def cases(draw: st.DrawFn) -> tuple[torch.Tensor, SamplingBatch, int]:
         prompts=[draw(ids) for _ in params],
         outputs=[draw(ids) for _ in params],
         forbidden=[draw(st.one_of(st.just(()), spans, ids.map(tuple))) for _ in params],
+        masks=[draw(st.one_of(st.none(), spans, st.sets(token_id))) for _ in params],
     )
     return logits.to(dtype), batch, num_ranks
 
@@ -136,6 +160,14 @@ def test_a_part_without_allowed_tokens_loses() -> None:
     for forbidden in (range(4), range(12)):
         batch = build(params, forbidden=[tuple(forbidden)] * 3)
         assert sample_parts(logits, batch, 3).tolist() == sample(logits, batch)[0].tolist()
+
+
+def test_masks_reach_as_far_as_their_words() -> None:
+    """Guards vocabularies that are padded: ids beyond the last word of a mask may not come, whatever their logits."""
+    logits = torch.arange(100.0).expand(3, -1)
+    batch = build([GREEDY, SamplingParams(), GREEDY], masks=[[3, 31, 32, 63], [9], None])
+    for num_ranks in (1, 3, 4):
+        assert sample_parts(logits, batch, num_ranks).tolist() == [63, 9, 99]
 
 
 @pytest.mark.parametrize("broken", [torch.nan, -torch.nan])

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from twofold.errors import RequestError
-from twofold.sampling_params import SamplingParams
+from twofold.sampling_params import SamplingParams, StructuredOutputsParams
 
 NAN, INF = math.nan, math.inf
 HUGE = 10**5000  # too long for Python to print
@@ -36,6 +36,10 @@ WRONG: dict[str, list[Any]] = {
     "spaces_between_special_tokens": [0, None],
     "detokenize": [1, None],
     "include_stop_str_in_output": [1, None],
+    "logit_bias": [{-1: 1}, {"1": 1}, {1: NAN}, {1: "2"}, {2**31: 0}, {1: 1e7}, [1], 5],
+    "bad_words": ["a", [""], [" "], [1], 7, {"a": 1}],
+    "allowed_token_ids": [[], [-1], [2**31], ["1"], 5, "12", [HUGE]],
+    "structured_outputs": [{"json": {}}, "json", 1],
 }
 
 
@@ -69,7 +73,7 @@ def test_messages_say_the_limit_and_the_value() -> None:
 
 def test_every_field_is_tested_with_wrong_values() -> None:
     """Guards the table above: a new field must bring its wrong values."""
-    assert set(WRONG) == set(SamplingParams.__dataclass_fields__)
+    assert {*WRONG, "logits_processors"} == set(SamplingParams.__dataclass_fields__)
 
 
 def test_the_defaults_are_those_of_vllm() -> None:
@@ -117,13 +121,55 @@ def test_stop_strings_need_text() -> None:
         SamplingParams(stop="a", detokenize=False)
 
 
+def test_functions_cannot_travel_to_ranks() -> None:
+    """Guards vLLM's older parameter: nothing is dropped silently."""
+    assert not SamplingParams(logits_processors=[]).is_masked
+    with pytest.raises(RequestError, match=r"^logits_processors are not supported: .* use logit_bias"):
+        SamplingParams(logits_processors=[lambda ids, row: row])
+
+
+@pytest.mark.parametrize(
+    ("form", "message"),
+    [
+        ({}, "^structured_outputs must be one of json, regex, choice, grammar, json_object, got None"),
+        ({"json_object": False}, "^structured_outputs must be one of"),
+        ({"json": {}, "regex": "a"}, r"got \['json', 'regex'\]$"),
+        ({"json": 1}, "^json must be a JSON schema"),
+        ({"json": ""}, "^json must be a JSON schema"),
+        ({"json": {"a": {1, 2}}}, "^json must be a JSON schema"),
+        ({"regex": ""}, "^regex must be text"),
+        ({"choice": []}, "^choice must be a list of texts"),
+        ({"choice": "yes"}, "^choice must be a list of texts"),
+        ({"choice": ["a", 1]}, "^choice must be a list of texts"),
+        ({"json_object": 1}, "^json_object must be True or False"),
+        ({"structural_tag": "{}"}, "^structural_tag is not supported"),
+    ],
+)
+def test_a_form_is_one_of_five(form: dict[str, Any], message: str) -> None:
+    """Guards forms that contradict each other, and values of wrong types."""
+    with pytest.raises(RequestError, match=message):
+        StructuredOutputsParams(**form)
+
+
+def test_forms_are_brought_to_one_form() -> None:
+    """Guards parameters that are compared, copied and sent: schemas are text, choices a tuple."""
+    form = StructuredOutputsParams(json={"type": "object"})
+    assert form.json == '{"type": "object"}'
+    assert StructuredOutputsParams(json={}).json == "{}"
+    assert StructuredOutputsParams(choice=["a"]).choice == ("a",)
+    assert replace(form, disable_any_whitespace=True).json == form.json
+    assert SamplingParams(logit_bias={np.int64(3): 1}).logit_bias == {3: 1.0}
+    assert SamplingParams(structured_outputs=form).is_masked
+    assert not SamplingParams(bad_words=[], logit_bias={3: 1}).is_masked
+
+
 def test_an_unknown_name_is_refused_with_the_nearest_known_one() -> None:
     """Guards against parameters that are silently dropped, and against a bare TypeError."""
     message = r"^'temprature' is not a sampling parameter; did you mean temperature\?$"
     with pytest.raises(RequestError, match=message) as refusal:
         SamplingParams(temprature=0.5)  # type: ignore[call-arg]
     assert refusal.value.field == "temprature"
-    with pytest.raises(RequestError, match=r"^'xyzzy' is not a sampling parameter; known are detokenize, "):
+    with pytest.raises(RequestError, match=r"^'xyzzy' is not a sampling parameter; known are allowed_token_ids, "):
         SamplingParams(xyzzy=1)  # type: ignore[call-arg]
 
 

@@ -2,6 +2,7 @@
 
     event loop                                   engine's thread
     submit ──tokenize (a third thread)──► inbox ──► LLMEngine.add_request
+           ──grammar  (a fourth)
     Answer.close ───────────────────────► inbox ──► LLMEngine.abort_request
     Answer.read ◄── Answer.push ◄── call_soon ◄──── LLMEngine.step
 
@@ -128,9 +129,13 @@ class Answer:
         self.engine._close(self)
 
     def push(self, part: Part, output: RequestOutput) -> None:
-        if any(completion.finish_reason == "error" for completion in output.outputs):
-            self.fail(EngineError(GIVEN_UP))
-            return
+        for completion in output.outputs:
+            if completion.finish_reason == "error":
+                reason = completion.stop_reason  # where no token may come next
+                self.fail(
+                    EngineError(GIVEN_UP) if reason is None else RequestError(f"{reason}", field="structured_outputs")
+                )
+                return
         part.num_computed_tokens = len(part.token_ids)
         part.finished = output.finished
         if (earlier := self._outputs.get(part.index)) is not None:
@@ -197,6 +202,7 @@ class AsyncEngine:
         longest = max(map(len, self.tokenizer.get_vocab())) if self.tokenizer is not None else 0
         self.max_chars = longest * engine.runtime.max_model_len
         self._tokenizer_thread = ThreadPoolExecutor(1, "tokenizer")
+        self._grammar_thread = ThreadPoolExecutor(1, "grammar")  # compiles what restricts tokens
         self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
         self._num_idle_deaths = 0  # losses of idle ranks in a row, without a step in between
         self._idle_death_step = -1
@@ -232,7 +238,7 @@ class AsyncEngine:
             num_asked: tokens of an answer for which there must be room; None asks for none.
 
         Raises:
-            RequestError: a prompt cannot be served. None of them is then.
+            RequestError: a prompt or the parameters cannot be served. None of the prompts is then.
             OverloadedError: too many prompts or tokens are waiting.
             UnavailableError: the server is stopping, or its engine has failed.
         """
@@ -241,6 +247,7 @@ class AsyncEngine:
         answer = Answer(params, time.monotonic(), self)
         self.num_waiting_requests += len(prompts)
         try:
+            await asyncio.get_running_loop().run_in_executor(self._grammar_thread, self.engine.masks.compile, params)
             texts_and_ids = [await self.in_tokenizer_thread(self._tokenize, prompt) for prompt in prompts]
             self.check()
             self._check_room_for_tokens([len(token_ids) for _, token_ids in texts_and_ids], params.n, num_asked)
@@ -372,7 +379,8 @@ class AsyncEngine:
         self.engine.kill()
         if self._thread.is_alive():
             await asyncio.to_thread(self._thread.join, STOP_SECONDS)
-        self._tokenizer_thread.shutdown(wait=False, cancel_futures=True)
+        for thread in (self._tokenizer_thread, self._grammar_thread):
+            thread.shutdown(wait=False, cancel_futures=True)
 
     def _fail_all(self, error: TwofoldError) -> None:
         for answer in self._answers:

@@ -335,6 +335,8 @@ def _parts(schema: Any) -> Iterator[tuple[list[str], dict[str, Any]]]:
 
 def _in_one_line(message: str) -> str:
     """The first line, and what a later one says of the error."""
+    if message.startswith("panic:"):  # an assertion of llguidance's, which it survives
+        return "it is too large"
     lines = [line.strip() for line in message.splitlines() if re.search(r"\w", line)]
     causes = [line for line in lines[1:] if line.startswith("error: ")]
     return " ".join(lines[:1] + causes)

@@ -99,7 +99,10 @@ class Routes:
 
     async def completions(self, body: CompletionRequest, request: Request) -> Response:
         model, params = self._check_model(body.model), body.sampling_params()
-        answer = await self._engine.submit(body.prompts, params, num_asked=body.num_asked)
+        try:
+            answer = await self._engine.submit(body.prompts, params, num_asked=body.num_asked)
+        except RequestError as error:
+            raise errors.describe(error, form=body.form_field) from error
         try:
             echoed = await self._texts_of_prompts(answer) if body.echo else None
             return await _respond(body.stream, request, CompletionWriter(answer, model, body, echoed))
@@ -109,17 +112,17 @@ class Routes:
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         model, params = self._check_model(body.model), body.sampling_params()
-        answer, pieces = await self._chat(body.conversation(), params, body.num_asked)
+        answer, pieces = await self._chat(body.conversation(), params, body.num_asked, form_field=body.form_field)
         return await _respond(body.stream, request, ChatWriter(answer, model, body, pieces))
 
     async def responses(self, body: ResponsesRequest, request: Request) -> Response:
         model, params = self._check_model(body.model), body.sampling_params()
-        answer, pieces = await self._chat(body.conversation(), params, body.max_output_tokens, "input")
+        answer, pieces = await self._chat(body.conversation(), params, body.max_output_tokens, "input", "text")
         return await _respond(body.stream, request, ResponsesWriter(answer, model, body, pieces))
 
     async def messages(self, body: MessagesRequest, request: Request) -> Response:
         model, params = self._check_model(body.model), body.sampling_params()
-        answer, pieces = await self._chat(body.conversation(), params, None)
+        answer, pieces = await self._chat(body.conversation(), params, None, form_field="output_config")
         return await _respond(body.stream, request, MessagesWriter(answer, model, pieces))
 
     async def count_tokens(self, body: CountRequest) -> dict[str, int]:
@@ -128,15 +131,24 @@ class Routes:
         return {"input_tokens": len(token_ids)}
 
     async def _chat(
-        self, chat: Conversation, params: SamplingParams, num_asked: int | None, prompt_field: str = "messages"
+        self,
+        chat: Conversation,
+        params: SamplingParams,
+        num_asked: int | None,
+        prompt_field: str = "messages",
+        form_field: str = "response_format",
     ) -> tuple[Answer, Pieces]:
-        """Queues a chat → its answer, and what cuts that into pieces. `prompt_field` had the messages."""
+        """Queues a chat → its answer, and what cuts that into pieces.
+
+        The request's field `prompt_field` had the messages, and `form_field` what the answer has to look like.
+        """
         self._engine.check()
         self._tokenizer()
         assert self._template is not None
         answers, tools = self._template.answers, chat.tools
         if (schema := tools.answer_schema()) is not None:
             params = replace(params, structured_outputs=StructuredOutputsParams(json=schema))
+            form_field = "tools"
         is_constrained = params.structured_outputs is not None
         left_out = params.skip_special_tokens
         if left_out and not is_constrained and answers.keeps_special_tokens(tools):
@@ -145,7 +157,7 @@ class Routes:
             token_ids, text = await self._read_chat(chat, is_constrained)
             answer = await self._engine.submit([token_ids], params, num_asked=num_asked)
         except RequestError as error:
-            raise errors.describe(error, prompt=prompt_field) from error
+            raise errors.describe(error, prompt=prompt_field, form=form_field) from error
         parse = partial(answers.parser, text, tools, is_constrained=is_constrained, leaves_out=left_out)
         return answer, Pieces(parse, answers.has_short_ids)
 

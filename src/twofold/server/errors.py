@@ -52,8 +52,8 @@ class APIError(Exception):
         return JSONResponse(self.anthropic_body if is_anthropic else self.body, self.status, self.headers)
 
 
-def describe(error: Exception, prompt: str = "prompt") -> APIError:
-    """The answer to an error. `prompt` is the name of the request's field that had the prompt."""
+def describe(error: Exception, prompt: str = "prompt", form: str = "structured_outputs") -> APIError:
+    """The answer to an error. The request's fields `prompt` and `form` had the prompt, and the form of the answer."""
     if isinstance(error, APIError):
         return error
     if isinstance(error, RequestValidationError):
@@ -63,7 +63,7 @@ def describe(error: Exception, prompt: str = "prompt") -> APIError:
     if isinstance(error, HTTPException):
         return APIError(error.status_code, str(error.detail), headers=error.headers)
     if isinstance(error, UserError):
-        message, field = str(error), prompt if error.field == "prompt" else error.field
+        message, field = str(error), {"prompt": prompt, "structured_outputs": form}.get(error.field or "", error.field)
         return APIError(400, message if field is None or field in message else f"{field}: {message}", param=field)
     if isinstance(error, OverloadedError):
         headers = {"Retry-After": str(error.retry_after)}

@@ -5,6 +5,7 @@ A field of OpenAI's that Twofold does not support is refused with the reason, un
 
 from array import array
 from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
 import numpy as np
@@ -15,21 +16,16 @@ from pydantic_core import PydanticCustomError
 from twofold.chat.conversation import Conversation
 from twofold.chat.messages import check_continues, checked_text, text_of
 from twofold.chat.tools import Tools
-from twofold.sampling_params import SamplingParams
+from twofold.errors import RequestError
+from twofold.sampling_params import SamplingParams, StructuredOutputsParams
 from twofold.server import errors
 
 TEXT_ONLY = "answers are text only"
-NO_GRAMMAR = "output cannot be constrained to a format"
 OLD = "it is the older form of tools; send these"
 UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> reason, values that change nothing
     "functions": (OLD, ([],)),
     "function_call": (OLD, ("none",)),
-    "response_format": (NO_GRAMMAR, ({"type": "text"},)),
-    "structured_outputs": (NO_GRAMMAR, ()),
-    "guided_json": (NO_GRAMMAR, ()),
-    "guided_regex": (NO_GRAMMAR, ()),
-    "guided_choice": (NO_GRAMMAR, ()),
-    "logit_bias": ("single tokens cannot be biased", ({},)),
+    "guided_decoding_backend": ("there is one library for grammars", ("auto",)),
     "best_of": ("use n, and choose among the answers", (1,)),
     "suffix": ("text is only continued, not filled in", ("",)),
     "use_beam_search": ("there is no beam search", (False,)),
@@ -68,6 +64,8 @@ HINTS = {
 
 # The one thread of the engine searches for every stop string with every token of every answer.
 MAX_STOPS, MAX_STOP_CHARS = 128, 4096
+MAX_BIASES = 1024  # a rank takes them one by one
+MAX_ALLOWED = 1 << 18  # no vocabulary is larger
 MAX_MESSAGES, MAX_PROMPTS, MAX_STOP_TOKEN_IDS, MAX_TOKEN_IDS = 4096, 16_384, 4096, 20_000_000
 MAX_TOOLS = 512
 
@@ -297,6 +295,95 @@ class StreamOptions(Body):
     continuous_usage_stats: Flag = False  # with every chunk
 
 
+def _check_form(value: Any) -> StructuredOutputsParams:
+    """vLLM's `structured_outputs`."""
+    known = [field.name for field in fields(StructuredOutputsParams)]
+    if not isinstance(value, dict) or not value.keys() <= set(known):
+        raise ValueError(f"it must be an object with one or more of {', '.join(known)}")
+    return StructuredOutputsParams(**value)
+
+
+def _check_response_format(value: Any) -> StructuredOutputsParams | None:
+    """OpenAI's `response_format`; None for text in any form."""
+    kind = value.get("type") if isinstance(value, dict) else None
+    if kind == "text":
+        return None
+    if kind == "json_object":
+        return StructuredOutputsParams(json_object=True)
+    if kind != "json_schema":
+        raise ValueError("it must be an object with the type 'text', 'json_object' or 'json_schema'")
+    given = value.get("json_schema")
+    schema = given.get("schema") if isinstance(given, dict) else None
+    if not isinstance(schema, dict):
+        raise ValueError("json_schema must be an object that has a schema, which is an object")
+    return StructuredOutputsParams(json=schema)
+
+
+def _check_logit_bias(value: Any) -> dict[int, float]:
+    """Token id, as text, -> bias."""
+    if not isinstance(value, dict):
+        raise ValueError("it must be an object with token ids as keys, and numbers as values")
+    if len(value) > MAX_BIASES:
+        raise ValueError(f"it must have at most {MAX_BIASES} token ids, got {len(value)}")
+    biases = {}
+    for token_id, bias in value.items():
+        if not (isinstance(token_id, str) and token_id.isascii() and token_id.isdigit() and len(token_id) <= 10):
+            raise ValueError(f"{errors.shown(str(token_id))!r} is not a token id")
+        if isinstance(bias, bool) or not isinstance(bias, int | float) or not -100 <= bias <= 100:
+            raise ValueError(f"the bias of {token_id} must be a number from -100 to 100")
+        biases[int(token_id)] = float(bias)
+    return biases
+
+
+_SCHEMA_SCHEMA = {"type": "object", "examples": [{"type": "object"}]}
+Form = Annotated[
+    StructuredOutputsParams,
+    PlainValidator(_check_form),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "object", "properties": {name: schema}, "required": [name], "additionalProperties": False}
+                for name, schema in {
+                    "json": _SCHEMA_SCHEMA,
+                    "regex": {"type": "string", "minLength": 1},
+                    "choice": {"type": "array", "items": {"type": "string"}, "minItems": 1},
+                    "grammar": {"type": "string", "minLength": 1},
+                    "json_object": {"const": True},
+                }.items()
+            ]
+        }
+    ),
+]
+ResponseFormat = Annotated[
+    StructuredOutputsParams | None,
+    PlainValidator(_check_response_format),
+    WithJsonSchema(
+        {
+            "anyOf": [
+                {"type": "object", "properties": {"type": {"enum": ["text", "json_object"]}}, "required": ["type"]},
+                {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "json_schema"},
+                        "json_schema": {
+                            "type": "object",
+                            "properties": {"name": {"type": "string"}, "schema": _SCHEMA_SCHEMA},
+                            "required": ["schema"],
+                        },
+                    },
+                    "required": ["type", "json_schema"],
+                },
+            ]
+        }
+    ),
+]
+LogitBias = Annotated[
+    dict[int, float],
+    PlainValidator(_check_logit_bias),
+    WithJsonSchema({"type": "object", "additionalProperties": {"type": "number", "minimum": -100, "maximum": 100}}),
+]
+
+
 class Sampling(Body):
     """Fields that completions and chats have in common."""
 
@@ -319,12 +406,46 @@ class Sampling(Body):
     skip_special_tokens: Flag | None = None
     spaces_between_special_tokens: Flag | None = None
     include_stop_str_in_output: Flag | None = None
+    logit_bias: LogitBias | None = None
+    bad_words: List[String] | None = Field(None, max_length=MAX_STOPS)
+    allowed_token_ids: List[Integer] | None = Field(None, min_length=1, max_length=MAX_ALLOWED)
+    response_format: ResponseFormat | None = None
+    structured_outputs: Form | None = None
+    guided_json: String | dict[str, Any] | None = None
+    guided_regex: String | None = None
+    guided_choice: List[String] | None = None
+    guided_grammar: String | None = None
 
     _passed_on: ClassVar[tuple[str, ...]] = (
         "n", "temperature", "top_p", "top_k", "min_p", "presence_penalty", "frequency_penalty", "repetition_penalty",
         "seed", "stop", "stop_token_ids", "ignore_eos", "min_tokens", "skip_special_tokens",
-        "spaces_between_special_tokens", "include_stop_str_in_output",
+        "spaces_between_special_tokens", "include_stop_str_in_output", "logit_bias", "bad_words", "allowed_token_ids",
     )  # fmt: skip
+    _forms: ClassVar[tuple[str, ...]] = (
+        "response_format", "structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar",
+    )  # fmt: skip
+
+    @model_validator(mode="after")
+    def _check_form(self) -> Self:
+        given = [name for name in self._forms if getattr(self, name) is not None]
+        if len(given) > 1:
+            raise _wrong(given[1], f"{given[1]} and {given[0]} both say what form the answer has; give one of them")
+        try:
+            self._form()
+        except RequestError as error:
+            raise _wrong(self.form_field, f"{self.form_field}: {error}") from None
+        return self
+
+    @property
+    def form_field(self) -> str:
+        """The field that says what form the answer has."""
+        return next((name for name in self._forms if getattr(self, name) is not None), "structured_outputs")
+
+    def _form(self) -> StructuredOutputsParams | None:
+        value = getattr(self, self.form_field)
+        if value is None or isinstance(value, StructuredOutputsParams):
+            return value
+        return StructuredOutputsParams(**{self.form_field.removeprefix("guided_"): value})
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:
@@ -335,7 +456,7 @@ class Sampling(Body):
 
     def _sampling_params(self, own: Mapping[str, Any]) -> SamplingParams:
         given = {name: value for name in self._passed_on if (value := getattr(self, name)) is not None}
-        return SamplingParams(**given, **own)
+        return SamplingParams(**given, **own, structured_outputs=self._form())
 
 
 class CompletionRequest(Sampling):
