@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -20,7 +21,7 @@ FOLDER = Path(os.environ["TWOFOLD_FAULTS"])
 launch = ModelRunner.launch
 
 
-def launch_or_fail(self: ModelRunner, step: Step) -> LaunchedStep:
+def launch_or_fail(self: ModelRunner, step: Step, *args: Any) -> LaunchedStep:
     rank = self.mesh.rank
     if _take(f"oom-{rank}"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total of ...")
@@ -32,7 +33,7 @@ def launch_or_fail(self: ModelRunner, step: Step) -> LaunchedStep:
     poison = FOLDER / "poison"
     if poison.exists() and int(poison.read_text()) in [new.token_ids[0] for new in step.new]:
         os.kill(os.getpid(), signal.SIGKILL)
-    return launch(self, step)
+    return launch(self, step, *args)
 
 
 def _take(name: str) -> bool:

@@ -82,16 +82,17 @@ def test_tools_of_chats(client: openai.OpenAI, choice: Any) -> None:
 
 def test_responses(client: openai.OpenAI) -> None:
     """Guards OpenAI's responses: text is that of a chat, events build the same object, calls go on in items."""
-    told = {"model": "tiny", "temperature": 0, "max_output_tokens": 12}
-    chat = client.chat.completions.create(model="tiny", messages=ASK, temperature=0, max_tokens=12)
+    told = {"model": "tiny", "temperature": 0, "max_output_tokens": 8}
+    chat = client.chat.completions.create(model="tiny", messages=ASK, temperature=0, max_tokens=8)
     response = client.responses.create(input=ASK, **told)  # type: ignore[call-overload]
     assert response.output_text == chat.choices[0].message.content
-    assert response.usage.output_tokens == 12
+    assert response.usage.output_tokens == 8
     assert (response.status, response.incomplete_details.reason) == ("incomplete", "max_output_tokens")
     with client.responses.stream(input="Weather in Köln?", instructions=None, **told) as stream:
-        kinds = [event.type for event in stream]
-        final = stream.get_final_response()
-    assert final.output_text == response.output_text
+        events: list[Any] = list(stream)
+    kinds = [event.type for event in events]
+    assert [event.sequence_number for event in events] == list(range(len(events)))
+    assert events[-1].response.output_text == response.output_text
     assert kinds[:4] == [
         "response.created",
         "response.in_progress",
@@ -130,10 +131,10 @@ def test_tools_of_responses(client: openai.OpenAI) -> None:
 
 def test_messages(claude: anthropic.Anthropic, client: openai.OpenAI) -> None:
     """Guards Anthropic's messages: text is that of a chat, events build the same message, tokens are counted."""
-    told: Any = {"model": "tiny", "max_tokens": 12, "temperature": 0}
+    told: Any = {"model": "tiny", "max_tokens": 8, "extra_body": {"temperature": 0}}
     system = [{"type": "text", "text": "Be brief.", "cache_control": {"type": "ephemeral"}}]
     chat = client.chat.completions.create(
-        model="tiny", messages=[{"role": "system", "content": "Be brief."}, *ASK], temperature=0, max_tokens=12
+        model="tiny", messages=[{"role": "system", "content": "Be brief."}, *ASK], temperature=0, max_tokens=8
     )
     message = claude.messages.create(messages=ASK, system=system, **told)  # type: ignore[arg-type]
     assert message.content[0].text == chat.choices[0].message.content  # type: ignore[union-attr]
@@ -157,7 +158,12 @@ def test_messages(claude: anthropic.Anthropic, client: openai.OpenAI) -> None:
 def test_tools_of_messages(claude: anthropic.Anthropic) -> None:
     """Guards tool_use and tool_result, whole and streamed, and Anthropic's errors."""
     tools: Any = [{"name": "get_weather", "description": "It tells.", "input_schema": PARAMETERS}]
-    body: Any = {"model": "tiny", "max_tokens": 200, "tools": tools, "tool_choice": {"type": "any"}}
+    body: Any = {
+        "model": "tiny",
+        "max_tokens": 200,
+        "tools": tools,
+        "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
+    }
     message = claude.messages.create(messages=ASK, **body)
     assert message.stop_reason == "tool_use"
     check_arguments(json.dumps(message.content[0].input))  # type: ignore[union-attr]

@@ -294,12 +294,12 @@ class ResponsesWriter(Writer):
     def _part_event(self, name: str) -> str:
         return self._item_event(name, content_index=0, part=self._items[-1]["content"][0])
 
-    def _item_event(self, name: str, **fields: Any) -> str:
-        return self._event(name, item_id=self._items[-1]["id"], output_index=len(self._items) - 1, **fields)
+    def _item_event(self, kind: str, **fields: Any) -> str:
+        return self._event(kind, item_id=self._items[-1]["id"], output_index=len(self._items) - 1, **fields)
 
-    def _event(self, name: str, **fields: Any) -> str:
+    def _event(self, kind: str, **fields: Any) -> str:
         self._number += 1
-        return event({"type": name, "sequence_number": self._number - 1, **fields}, name)
+        return event({"type": kind, "sequence_number": self._number - 1, **fields}, kind)
 
     def _object(self) -> dict[str, Any]:
         request, params = self._request, self.answer.params
