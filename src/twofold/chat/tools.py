@@ -69,7 +69,8 @@ class Tools:
             inner = _with_own_names(schema, f"{number}.")
             definitions.update(inner.pop("$defs", {}))
             properties = {"name": {"type": "string", "enum": [name]}, "parameters": inner}
-            calls.append({"type": "object", "properties": properties, "required": ["name", "parameters"]})
+            form = {"type": "object", "properties": properties, "required": ["name", "parameters"]}
+            calls.append({**form, "additionalProperties": False})
         answer: dict[str, Any] = {"type": "array", "minItems": 1, "items": {"anyOf": calls} if calls[1:] else calls[0]}
         if self.at_most_one:
             answer["maxItems"] = 1
