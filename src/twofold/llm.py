@@ -5,8 +5,9 @@ import threading
 from collections.abc import Callable, Sequence
 from itertools import count
 from types import TracebackType
-from typing import TYPE_CHECKING, Any, Self
+from typing import TYPE_CHECKING, Any, Literal, Self
 
+from twofold.chat.messages import check_continues, check_template_takes_tools, for_template
 from twofold.contract import Breakdown
 from twofold.engine.beam_search import beam_search
 from twofold.engine.drive import Drive
@@ -87,23 +88,46 @@ class LLM:
         self,
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
-        *,
         use_tqdm: bool = True,
+        lora_request: None = None,
+        **chat_args: Any,
     ) -> list[RequestOutput]:
         """Like `generate`, for one conversation or a list of them: each a list of {"role": ..., "content": ...}.
 
-        The model's chat template makes a prompt of each.
+        The model's chat template makes a prompt of each; `chat_args` are the arguments of `chat_prompt`. A content is
+        text, or a list of parts of type "text". The answer's text is as the model wrote it, calls of tools included.
         """
+        if lora_request is not None:
+            raise RequestError("lora_request is not supported: there are no adapters; give None", field="lora_request")
         is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
         conversations: Any = messages if is_list and not any(isinstance(one, dict) for one in messages) else [messages]
-        return self.generate([self.chat_prompt(one) for one in conversations], sampling_params, use_tqdm=use_tqdm)
+        prompts = [self.chat_prompt(one, **chat_args) for one in conversations]
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
 
-    def chat_prompt(self, messages: Sequence[dict[str, Any]]) -> Prompt:
-        """Applies the model's chat template to a conversation → its text and token ids, a prompt for `generate`.
+    def chat_prompt(
+        self,
+        messages: Sequence[dict[str, Any]],
+        *,
+        chat_template: str | None = None,
+        chat_template_content_format: Literal["auto", "string", "openai"] = "auto",
+        add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
+        tools: Sequence[dict[str, Any]] | None = None,
+        chat_template_kwargs: dict[str, Any] | None = None,
+    ) -> Prompt:
+        """Applies a chat template to a conversation → its text and token ids, a prompt for `generate`.
+
+        Args:
+            chat_template: text of a template in place of the model's.
+            chat_template_content_format: a message's content as "string" or as a list of parts ("openai").
+            add_generation_prompt: end with the beginning of an answer.
+            continue_final_message: end within the last message, which is the assistant's.
+            tools: what the model may call, as OpenAI's API has them.
+            chat_template_kwargs: variables of the template.
 
         Raises:
             UserError: the model has no chat template.
-            RequestError: it is no conversation, or has a lone surrogate.
+            RequestError: it is no conversation, the template refuses it, or the template takes no tools.
         """
         given: Any = messages
         if not isinstance(given, Sequence) or not given or not all(isinstance(message, dict) for message in given):
@@ -112,13 +136,32 @@ class LLM:
                 field="messages",
             )
         tokenizer = self.engine.tokenizer
-        if tokenizer is None or tokenizer.chat_template is None:
+        if tokenizer is None or (tokenizer.chat_template is None and chat_template is None):
             raise UserError(
                 f"model {self.engine.runtime.engine.model!r} has no chat template; use generate() with a plain prompt",
                 field="messages",
             )
+        check_continues(given, add_generation_prompt, continue_final_message)
         with self._lock:
-            text = tokenizer.apply_chat_template(list(messages), tokenize=False, add_generation_prompt=True)
+            try:
+                template = tokenizer.get_chat_template(chat_template, tools)
+                if tools:
+                    check_template_takes_tools(template)
+                text = tokenizer.apply_chat_template(
+                    for_template(given, template, chat_template_content_format),
+                    tools=list(tools) if tools else None,
+                    chat_template=template,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    tokenize=False,
+                    **(chat_template_kwargs or {}),
+                )
+            except UserError:
+                raise
+            except Exception as error:  # a template can raise anything
+                reason = (str(error).splitlines() or [type(error).__name__])[0]
+                message = f"the chat template refuses the messages: {reason}"
+                raise RequestError(message, field="messages") from error
             return {"prompt": text, "prompt_token_ids": self.engine.prompts.encode(text, add_special_tokens=False)}
 
     def beam_search(

@@ -13,9 +13,12 @@ SENTENCES = [
     "Grüße aus Köln, où l'été est court — 東京 🦊🦊",
 ]
 CHAT_TEMPLATE = (
+    "{% if tools %}<|tools|>{{ tools | tojson }}<tool_call>{% endif %}"
     "{% for message in messages %}"
     "{% if message.role == 'system' and not loop.first %}{{ raise_exception('system must come first') }}{% endif %}"
-    "<|{{ message.role }}|>{{ message.content }}<eos>{% endfor %}"
+    "<|{{ message.role }}|>{{ message.content }}"
+    "{% for call in message.tool_calls %}{{ call.function.name }}{{ call.function.arguments | tojson }}{% endfor %}"
+    "<eos>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
 

@@ -9,9 +9,11 @@ import os
 import sys
 from argparse import ArgumentParser, Namespace
 
+from twofold.chat.answers import CHOICES, REASONING
+from twofold.chat.tool_formats import FORMATS
 from twofold.engine_args import EngineArgs
 from twofold.flags import add_engine_arguments, add_fields, chosen
-from twofold.server.config import ServerConfig, bind
+from twofold.server.config import ServerConfig, bind, read_chat_template
 
 SERVER_HELP = {
     "host": "address to listen on; 0.0.0.0 is all addresses",
@@ -22,6 +24,9 @@ SERVER_HELP = {
     "max_waiting_tokens": "tokens that waiting prompts may have",
     "max_body_bytes": "largest size of a request: 32M",
     "drain_timeout": "seconds that answers under way may still take after SIGTERM",
+    "chat_template": "file with a chat template to use in place of the model's",
+    "tool_call_parser": f"how the model writes calls of tools: {', '.join((*CHOICES, *FORMATS))}",
+    "reasoning_parser": f"how the model writes its reasoning: {', '.join((*CHOICES, *REASONING))}",
     "access_log": "write a line to stderr for each request",
 }
 
@@ -43,6 +48,7 @@ def run(args: Namespace) -> int:
     if key := os.environ.get("TWOFOLD_API_KEY"):
         given.setdefault("api_key", [key])
     server, config = ServerConfig(**given), EngineArgs.from_cli_args(args)
+    read_chat_template(server)
     if not server.api_key and server.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"warning: no --api-key: everyone who reaches {server.host}:{server.port} can use it", file=sys.stderr)
     with bind(server) as listener:

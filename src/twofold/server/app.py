@@ -3,6 +3,7 @@
 import json
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -12,16 +13,20 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from transformers import PreTrainedTokenizerBase
 
 import twofold
+from twofold.chat.conversation import Conversation
 from twofold.engine.async_engine import Answer, AsyncEngine, State
 from twofold.errors import RequestError
+from twofold.sampling_params import SamplingParams, StructuredOutputsParams
 from twofold.server import errors
-from twofold.server.answers import ChatWriter, CompletionWriter, Writer
+from twofold.server.answers import ChatWriter, CompletionWriter, Pieces, Writer
+from twofold.server.anthropic import CountRequest, MessagesRequest, MessagesWriter
 from twofold.server.bodies import BodyReader, BodyRoute
 from twofold.server.chat import ChatTemplate
 from twofold.server.errors import APIError
 from twofold.server.metrics import Metrics
-from twofold.server.middleware import ApiKey, BodyLimit
-from twofold.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, Sampling, TokenizeRequest
+from twofold.server.middleware import ApiKey, BodyLimit, RequestId
+from twofold.server.protocol import ChatRequest, CompletionRequest, DetokenizeRequest, TokenizeRequest
+from twofold.server.responses import ResponsesRequest, ResponsesWriter
 from twofold.server.sse import ClientGoneError, EventStream, until_gone
 
 CLIENT_GONE = 499  # nginx's status for it; no client reads it
@@ -51,6 +56,7 @@ def make_app(
     app.add_middleware(BodyLimit, max_bytes=max_body_bytes)
     if api_keys:
         app.add_middleware(ApiKey, keys=list(api_keys))
+    app.add_middleware(RequestId)
     app.state.bodies = bodies
     app.include_router(Routes(engine, metrics, template, model_names).router())
     _name_models(app, model_names)
@@ -77,6 +83,9 @@ class Routes:
         router = APIRouter(route_class=BodyRoute)
         router.post("/v1/completions")(self.completions)
         router.post("/v1/chat/completions")(self.chat_completions)
+        router.post("/v1/responses")(self.responses)
+        router.post("/v1/messages")(self.messages)
+        router.post("/v1/messages/count_tokens")(self.count_tokens)
         router.get("/v1/models")(self.models)
         router.get("/v1/models/{model:path}")(self.model)
         router.post("/tokenize")(self.tokenize)
@@ -96,20 +105,62 @@ class Routes:
             raise errors.describe(error, form=body.form_field) from error
         try:
             echoed = await self._texts_of_prompts(answer) if body.echo else None
-            return await _respond(body, request, CompletionWriter(answer, model, body, echoed))
+            return await _respond(body.stream, request, CompletionWriter(answer, model, body, echoed))
         except BaseException:
             answer.close()
             raise
 
     async def chat_completions(self, body: ChatRequest, request: Request) -> Response:
         model, params = self._check_model(body.model), body.sampling_params(self._engine.sampling_defaults)
+        answer, pieces = await self._chat(body.conversation(), params, body.num_asked, form_field=body.form_field)
+        return await _respond(body.stream, request, ChatWriter(answer, model, body, pieces))
+
+    async def responses(self, body: ResponsesRequest, request: Request) -> Response:
+        model, params = self._check_model(body.model), body.sampling_params(self._engine.sampling_defaults)
+        answer, pieces = await self._chat(body.conversation(), params, body.max_output_tokens, "input", "text")
+        return await _respond(body.stream, request, ResponsesWriter(answer, model, body, pieces))
+
+    async def messages(self, body: MessagesRequest, request: Request) -> Response:
+        model, params = self._check_model(body.model), body.sampling_params(self._engine.sampling_defaults)
+        answer, pieces = await self._chat(body.conversation(), params, None, form_field="output_config")
+        return await _respond(body.stream, request, MessagesWriter(answer, model, pieces))
+
+    async def count_tokens(self, body: CountRequest) -> dict[str, int]:
+        self._check_model(body.model)
+        token_ids, _ = await self._read_chat(body.conversation(), is_constrained=False)
+        return {"input_tokens": len(token_ids)}
+
+    async def _chat(
+        self,
+        chat: Conversation,
+        params: SamplingParams,
+        num_asked: int | None,
+        prompt_field: str = "messages",
+        form_field: str = "response_format",
+    ) -> tuple[Answer, Pieces]:
+        """Queues a chat → its answer, and what cuts that into pieces.
+
+        The request's field `prompt_field` had the messages, and `form_field` what the answer has to look like.
+        """
         self._engine.check()
+        self._tokenizer()
+        assert self._template is not None
+        answers, tools = self._template.answers, chat.tools
+        if (schema := tools.answer_schema()) is not None:
+            # Little space, since a model that is weak may go on with it without end.
+            params = replace(params, structured_outputs=StructuredOutputsParams(json=schema, whitespace_pattern=" ?"))
+            form_field = "tools"
+        is_constrained = params.structured_outputs is not None
+        left_out = params.skip_special_tokens
+        if left_out and not is_constrained and answers.keeps_special_tokens(tools):
+            params = replace(params, skip_special_tokens=False)
         try:
-            token_ids = await self._tokenize_chat(body, True)
-            answer = await self._engine.submit([token_ids], params, num_asked=body.num_asked)
+            token_ids, text = await self._read_chat(chat, is_constrained)
+            answer = await self._engine.submit([token_ids], params, num_asked=num_asked)
         except RequestError as error:
-            raise errors.describe(error, prompt="messages", form=body.form_field) from error
-        return await _respond(body, request, ChatWriter(answer, model, body))
+            raise errors.describe(error, prompt=prompt_field, form=form_field) from error
+        parse = partial(answers.parser, text, tools, is_constrained=is_constrained, leaves_out=left_out)
+        return answer, Pieces(parse, answers.has_short_ids)
 
     async def _texts_of_prompts(self, answer: Answer) -> list[str]:
         return [
@@ -151,7 +202,7 @@ class Routes:
         self._check_model(body.model)
         self._tokenizer()
         if body.messages is not None:
-            tokens = await self._tokenize_chat(body, body.add_generation_prompt)
+            tokens, _ = await self._read_chat(body.conversation(), is_constrained=False)
         else:
             tokens = await self._encode(body.prompt or "", body.add_special_tokens)
         return await self._in_json(self._describe_tokens, tokens, body.return_token_strs)
@@ -172,15 +223,14 @@ class Routes:
             raise APIError(400, "the server has no tokenizer (skip_tokenizer_init); send token ids to /v1/completions")
         return self._engine.tokenizer
 
-    async def _tokenize_chat(self, body: ChatRequest | TokenizeRequest, add_generation_prompt: bool) -> list[int]:
+    async def _read_chat(self, chat: Conversation, is_constrained: bool) -> tuple[list[int], str]:
+        """→ token ids and text of the prompt."""
         self._tokenizer()
         assert self._template is not None
-        text = await self._template.render(
-            body.messages or (), add_generation_prompt=add_generation_prompt, kwargs=body.chat_template_kwargs
-        )
+        text = await self._template.render(chat, is_constrained=is_constrained)
         if isinstance(text, int):
             raise self._engine.too_long(text)
-        return await self._encode(text, add_special_tokens=False)
+        return await self._encode(text, add_special_tokens=False), text
 
     async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         encode = partial(self._engine.encode, add_special_tokens=add_special_tokens)
@@ -217,10 +267,10 @@ class Routes:
         return Response(self._metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _respond(body: Sampling, request: Request, writer: Writer) -> Response:
+async def _respond(streams: bool | None, request: Request, writer: Writer) -> Response:
     """The answer, as a stream if the client asked for one. However that ends, the writer's answer is closed."""
-    if body.stream:
-        return EventStream(writer.stream(body.include_usage), writer.answer.close)
+    if streams:
+        return EventStream(writer.stream(), writer.answer.close)
     try:
         return JSONResponse(await until_gone(writer.write(), request.receive))
     except ClientGoneError:

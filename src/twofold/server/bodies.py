@@ -13,6 +13,7 @@ from fastapi import Request, Response
 from fastapi.routing import APIRoute
 from pydantic import ValidationError
 
+from twofold.chat.pieces import is_unicode
 from twofold.server import errors
 from twofold.server.errors import APIError
 from twofold.server.helper import Helper, LimitError
@@ -39,10 +40,22 @@ def read_json(body: bytes, model: type[Body]) -> Body:
         raise APIError(400, f"the body is not JSON: {error.msg} at character {error.pos}") from None
     except ValueError:
         raise APIError(400, UNREADABLE) from None
+    _check_characters(body, value)
     try:
         return model.model_validate(value)
     except ValidationError as error:
         raise errors.invalid(error.errors(include_url=False)[0]) from None
+
+
+def _check_characters(body: bytes, value: Any) -> None:
+    """Refuses lone surrogates, which are no characters. A body can have them only as escapes."""
+    if b"\\u" not in body or not isinstance(value, dict):
+        return
+    for name, member in value.items():
+        if not is_unicode(json.dumps([name, member], ensure_ascii=False)):
+            shown = errors.shown(name)
+            message = f"{shown} has a lone surrogate (\\ud800 to \\udfff), which is not a character"
+            raise APIError(400, message, param=shown)
 
 
 def _check_counts(body: bytes, max_values: int) -> None:

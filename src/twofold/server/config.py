@@ -4,6 +4,7 @@ import socket
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from twofold.chat.answers import check_parsers
 from twofold.errors import ConfigError
 
 
@@ -24,6 +25,9 @@ class ServerConfig:
     max_body_bytes: int = 32 << 20
     drain_timeout: float = 60.0
     access_log: bool = False
+    chat_template: str | None = None
+    tool_call_parser: str = "auto"
+    reasoning_parser: str = "auto"
 
     def __post_init__(self) -> None:
         for name in ("max_waiting_requests", "max_waiting_tokens", "max_body_bytes"):
@@ -34,11 +38,28 @@ class ServerConfig:
             raise ConfigError(f"port must be from 0 to 65535, got {self.port}", field="port")
         if not self.drain_timeout >= 0:
             raise ConfigError(f"drain_timeout must be at least 0, got {self.drain_timeout}", field="drain_timeout")
+        check_parsers(self.tool_call_parser, self.reasoning_parser)
         for key in self.api_key or ():
             if not key or not key.isascii() or not key.isprintable() or key != key.strip():
                 raise ConfigError(
                     "api_key must be printable ASCII without spaces around it, and not empty", field="api_key"
                 )
+
+
+def read_chat_template(config: ServerConfig) -> str | None:
+    """The text of the file that takes the place of the model's chat template.
+
+    Raises:
+        ConfigError: there is no such file, or it is no text.
+    """
+    if config.chat_template is None:
+        return None
+    try:
+        return Path(config.chat_template).read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8"
+        message = f"chat_template: cannot read {config.chat_template!r}: {reason}"
+        raise ConfigError(message, field="chat_template") from None
 
 
 def public_name(model: str) -> str:

@@ -11,6 +11,13 @@ from starlette.exceptions import HTTPException
 from twofold.errors import EngineError, OverloadedError, UnavailableError, UserError
 
 MAX_SHOWN = 500  # characters of a message
+ANTHROPIC_TYPES = {  # by status
+    401: "authentication_error",
+    404: "not_found_error",
+    413: "request_too_large",
+    429: "rate_limit_error",
+    503: "overloaded_error",
+}
 INTERNAL = "the server failed to process the request; it is not at fault, and may be tried again"
 
 
@@ -33,8 +40,16 @@ class APIError(Exception):
             message = message[:MAX_SHOWN] + " …"
         self.body = {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
-    def response(self) -> JSONResponse:
-        return JSONResponse(self.body, self.status, self.headers)
+    @property
+    def anthropic_body(self) -> dict[str, Any]:
+        """The body as Anthropic's API has it."""
+        kind = ANTHROPIC_TYPES.get(self.status, "invalid_request_error" if self.status < 500 else "api_error")
+        return {"type": "error", "error": {"type": kind, "message": self.body["error"]["message"]}}
+
+    def response(self, path: str = "") -> JSONResponse:
+        """The response to a request for `path`."""
+        is_anthropic = path.startswith("/v1/messages")
+        return JSONResponse(self.anthropic_body if is_anthropic else self.body, self.status, self.headers)
 
 
 def describe(error: Exception, prompt: str = "prompt", form: str = "structured_outputs") -> APIError:
@@ -64,7 +79,7 @@ def install(app: FastAPI) -> None:
     """Sends every error of the app, its own or FastAPI's, through `describe`."""
 
     async def handle(request: Request, error: Exception) -> JSONResponse:
-        return describe(error).response()
+        return describe(error).response(request.url.path)
 
     for kind in (APIError, RequestValidationError, HTTPException, UserError, OverloadedError, EngineError, Exception):
         app.add_exception_handler(kind, handle)

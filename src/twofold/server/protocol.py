@@ -4,7 +4,7 @@ A field of OpenAI's that Twofold does not support is refused with the reason, un
 """
 
 from array import array
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import fields
 from typing import Annotated, Any, ClassVar, Literal, Self, TypeVar
 
@@ -13,17 +13,18 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, Field, PlainValidator, Strict, WithJsonSchema, model_validator
 from pydantic_core import PydanticCustomError
 
+from twofold.chat.conversation import Conversation
+from twofold.chat.messages import check_continues, checked_text, text_of
+from twofold.chat.tools import Tools
 from twofold.errors import RequestError
 from twofold.sampling_params import SamplingParams, StructuredOutputsParams
 from twofold.server import errors
 
 TEXT_ONLY = "answers are text only"
+OLD = "it is the older form of tools; send these"
 UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> reason, values that change nothing
-    "tools": ("tools are not offered to the model", ([],)),
-    "tool_choice": ("tools are not offered to the model", ("none",)),
-    "parallel_tool_calls": ("tools are not offered to the model", (True, False)),
-    "functions": ("functions are not offered to the model", ([],)),
-    "function_call": ("functions are not offered to the model", ("none",)),
+    "functions": (OLD, ([],)),
+    "function_call": (OLD, ("none",)),
     "guided_decoding_backend": ("there is one library for grammars", ("auto",)),
     "best_of": ("use n, and choose among the answers", (1,)),
     "suffix": ("text is only continued, not filled in", ("",)),
@@ -31,25 +32,42 @@ UNSUPPORTED: dict[str, tuple[str, tuple[Any, ...]]] = {  # field -> reason, valu
     "modalities": (TEXT_ONLY, (["text"],)),
     "audio": (TEXT_ONLY, ()),
     "prediction": ("predicted output is not used", ()),
-    "reasoning_effort": ("the effort of a model cannot be chosen; see chat_template_kwargs", ("none",)),
     "verbosity": ("the verbosity of a model cannot be chosen", ("medium",)),
     "service_tier": ("there is one tier", ("auto", "default")),
     "store": ("nothing is stored", (False,)),
-    "metadata": ("nothing is stored", ({},)),
     "web_search_options": ("the server does not search the web", ()),
-    "tool_calls": ("tools are not offered to the model", ([],)),
-    "tool_call_id": ("tools are not offered to the model", ()),
     "refusal": ("the model does not refuse in a field of its own", ()),
     "annotations": (TEXT_ONLY, ([],)),
     "chat_template": ("the model's own template is used", ()),
     "prompt_embeds": ("a prompt is text or token ids", ()),
+    "documents": ("documents go into messages", ([],)),
+    "priority": ("requests are served in the order in which they come", (0,)),
+    "length_penalty": ("there is no beam search", (1, 1.0)),
+    "add_special_tokens": ("the chat template has them", (False,)),
+    "return_token_ids": ("answers are text; see /tokenize", (False,)),
+    "return_tokens_as_token_ids": ("answers are text; see /tokenize", (False,)),
+    "previous_response_id": ("nothing is stored; send the earlier items in input", ()),
+    "conversation": ("nothing is stored; send the earlier items in input", ()),
+    "background": ("nothing is stored, so an answer is for the request that waits for it", (False,)),
+    "truncation": ("a prompt is served as it is, or refused", ("disabled",)),
+    "prompt": ("there are no stored prompts; send messages, or input", ()),
+    "max_tool_calls": ("tools are called by the client, which can count", ()),
+    "container": ("tools are called by the client", ()),
+    "mcp_servers": ("tools are called by the client", ([],)),
+    "context_management": ("a prompt is served as it is, or refused", ({}, {"edits": []})),
 }
+# Hints about caches, abuse and accounts: whatever they say, answers are the same.
+HINTS = {
+    "user", "prompt_cache_key", "prompt_cache_retention", "safety_identifier", "metadata", "include_obfuscation",
+    "provider_specific_fields", "client_metadata", "cache_control", "inference_geo",
+}  # fmt: skip
 
 # The one thread of the engine searches for every stop string with every token of every answer.
 MAX_STOPS, MAX_STOP_CHARS = 128, 4096
 MAX_BIASES = 1024  # a rank takes them one by one
 MAX_ALLOWED = 1 << 18  # no vocabulary is larger
 MAX_MESSAGES, MAX_PROMPTS, MAX_STOP_TOKEN_IDS, MAX_TOKEN_IDS = 4096, 16_384, 4096, 20_000_000
+MAX_TOOLS = 512
 
 Integer = Annotated[int, Strict()]
 Number = Annotated[float, Strict()]
@@ -80,7 +98,7 @@ class Body(BaseModel):
         for name, value in values.items():
             if name in cls.model_fields:
                 kept[name] = value
-            elif value is None:
+            elif value is None or name in HINTS:
                 continue
             elif name in UNSUPPORTED:
                 reason, neutral = UNSUPPORTED[name]
@@ -111,23 +129,15 @@ def _check_ids(value: Any) -> Any:
     return _as_array(value)
 
 
-def _check_text(text: str) -> str:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise ValueError("it has a lone surrogate (\\ud800 to \\udfff), which is not a character") from None
-    return text
-
-
 def _check_prompt(value: Any) -> Any:
     if isinstance(value, str):
-        return _check_text(value)
+        return checked_text(value)
     if _is_ids(value):
         return _as_array(value)
     if isinstance(value, list) and len(value) > MAX_PROMPTS:
         raise ValueError(f"it must have at most {MAX_PROMPTS} prompts, got {len(value)}; send fewer at once")
     if isinstance(value, list) and value and all(isinstance(prompt, str) for prompt in value):
-        return [_check_text(prompt) for prompt in value]
+        return [checked_text(prompt) for prompt in value]
     if isinstance(value, list) and value and all(map(_is_ids, value)):
         return [_as_array(ids) for ids in value]
     raise ValueError("it must be a string, a list of token ids, or a list of one of these, and not empty")
@@ -151,22 +161,6 @@ Prompts = Annotated[
 ]
 
 
-def _check_content(value: Any) -> str:
-    """→ the text; of several parts, joined by line breaks."""
-    if isinstance(value, str):
-        return _check_text(value)
-    texts = []
-    for part in value if isinstance(value, list) and value else [None]:
-        if not isinstance(part, dict) or not isinstance(part.get("type"), str):
-            raise ValueError("it must be a string or a list of {'type': 'text', 'text': ...}")
-        if part["type"] != "text":
-            raise ValueError(f"parts of type {part['type'][:32]!r} are not supported; prompts are text only")
-        if part.keys() != {"type", "text"} or not isinstance(part["text"], str):
-            raise ValueError("a text part has the fields 'type' and 'text', a string, and no others")
-        texts.append(_check_text(part["text"]))
-    return "\n".join(texts)
-
-
 _PART_SCHEMA = {
     "type": "object",
     "properties": {"type": {"const": "text"}, "text": {"type": "string"}},
@@ -175,23 +169,130 @@ _PART_SCHEMA = {
 }
 Content = Annotated[
     str,
-    PlainValidator(_check_content),
+    PlainValidator(text_of),
     WithJsonSchema({"anyOf": [{"type": "string"}, {"type": "array", "items": _PART_SCHEMA, "minItems": 1}]}),
 ]
 
 
-class Message(Body):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Content
-    name: String | None = None
+def check_stops(field: str, stops: Sequence[str]) -> None:
+    """Raises an error for more stop strings than the engine searches for."""
+    num_chars = sum(map(len, stops))
+    if len(stops) > MAX_STOPS or num_chars > MAX_STOP_CHARS:
+        limit = f"at most {MAX_STOPS} strings of {MAX_STOP_CHARS} characters in all"
+        raise _wrong(field, f"{field} must be {limit}, got {len(stops)} of {num_chars}")
 
-    def as_template_has_it(self) -> dict[str, str]:
-        role = "system" if self.role == "developer" else self.role
-        return {"role": role, "content": self.content} | ({"name": self.name} if self.name is not None else {})
+
+class FunctionCall(Body):
+    name: String
+    arguments: String = "{}"
+
+
+class ToolCall(Body):
+    id: String | None = None
+    index: Integer | None = None  # a delta has it, and clients may send what they got
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class Message(Body):
+    role: Literal["system", "developer", "user", "assistant", "tool"]
+    content: Content | None = None
+    name: String | None = None
+    tool_calls: List[ToolCall] | None = Field(None, max_length=MAX_MESSAGES)
+    tool_call_id: String | None = None
+    reasoning_content: String | None = None
+    reasoning: String | None = None
+
+    @model_validator(mode="after")
+    def _check_content(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and (self.tool_calls or self.reasoning_text)):
+            raise _wrong("content", "content is required")
+        return self
+
+    @property
+    def reasoning_text(self) -> str | None:
+        return self.reasoning_content or self.reasoning
+
+    def as_dict(self) -> dict[str, Any]:
+        return self.model_dump(exclude_none=True)
+
+
+ToolName = Annotated[String, Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$", examples=["get_weather"])]
+
+
+class Function(Body):
+    name: ToolName
+    description: String | None = None
+    parameters: dict[str, Any] | None = None
+    strict: Flag | None = None  # arguments of tools that must be called always follow their schema
+
+
+class Tool(Body):
+    type: Literal["function"]
+    function: Function
+
+
+def _check_choice(value: Any) -> Any:
+    if value in ("none", "auto", "required") and isinstance(value, str):
+        return value
+    match value:
+        case {"type": "function", "function": {"name": str(), **more}, **others} if not more and not others:
+            return value
+    raise ValueError("it must be 'none', 'auto', 'required' or {'type': 'function', 'function': {'name': ...}}")
+
+
+_NAME_SCHEMA = {"type": "object", "properties": {"name": {"type": "string"}}, "required": ["name"]}
+_CHOICE_SCHEMA = {
+    "anyOf": [
+        {"enum": ["none", "auto", "required"]},
+        {
+            "type": "object",
+            "properties": {"type": {"const": "function"}, "function": _NAME_SCHEMA},
+            "required": ["type", "function"],
+        },
+    ]
+}
+Choice = Annotated[Any, PlainValidator(_check_choice), WithJsonSchema(_CHOICE_SCHEMA)]
+
+
+class Chat(Body):
+    """Fields of what a chat template makes a prompt of."""
+
+    messages: List[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    tools: List[Tool] | None = Field(None, max_length=MAX_TOOLS)
+    tool_choice: Choice | None = None
+    parallel_tool_calls: Flag | None = None
+    add_generation_prompt: Flag | None = None
+    continue_final_message: Flag | None = None
+    reasoning_effort: String | None = None
+    chat_template_kwargs: dict[str, Any] | None = None
+
+    def conversation(self) -> Conversation:
+        """Raises RequestError if fields contradict each other."""
+        continues = bool(self.continue_final_message)
+        begins = not continues if self.add_generation_prompt is None else self.add_generation_prompt
+        messages = [message.as_dict() for message in self.messages]
+        check_continues(messages, begins, continues)
+        return Conversation(
+            messages,
+            self._tools(),
+            add_generation_prompt=begins,
+            continue_final_message=continues,
+            effort=self.reasoning_effort,
+            variables=self.chat_template_kwargs or {},
+        )
+
+    def _tools(self) -> Tools:
+        given = [tool.model_dump(exclude_none=True) for tool in self.tools or ()]
+        choice: Any = self.tool_choice or "auto"
+        named = isinstance(choice, dict)
+        name = choice["function"]["name"] if named else choice
+        return Tools(given, name, is_named=named, at_most_one=self.parallel_tool_calls is False)
 
 
 class StreamOptions(Body):
     include_usage: Flag = False
+    continuous_usage_stats: Flag = False  # with every chunk
 
 
 def _check_form(value: Any) -> StructuredOutputsParams:
@@ -283,13 +384,20 @@ LogitBias = Annotated[
 ]
 
 
+def make_params(given: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
+    """`defaults` are the model's, for fields that were left out. Their max_tokens bounds what may be asked for."""
+    values = {**defaults, **given}
+    if (limit := defaults.get("max_tokens")) is not None:
+        values["max_tokens"] = min(limit, values["max_tokens"] or limit)
+    return SamplingParams(**values)
+
+
 class Sampling(Body):
     """Fields that completions and chats have in common."""
 
     model: String | None = None
     stream: Flag | None = None
     stream_options: StreamOptions | None = None
-    user: String | None = None  # who asks; it changes nothing
     n: Integer | None = Field(None, ge=1, le=128)
     temperature: Number | None = Field(None, ge=0, le=1e6)
     top_p: Number | None = Field(None, gt=0, le=1)
@@ -349,26 +457,14 @@ class Sampling(Body):
 
     @model_validator(mode="after")
     def _check_sampling(self) -> Self:
-        stops = self.stop if isinstance(self.stop, list) else [self.stop or ""]
-        num_chars = sum(map(len, stops))
-        if len(stops) > MAX_STOPS or num_chars > MAX_STOP_CHARS:
-            limit = f"at most {MAX_STOPS} strings of {MAX_STOP_CHARS} characters in all"
-            raise _wrong("stop", f"stop must be {limit}, got {len(stops)} of {num_chars}")
+        check_stops("stop", self.stop if isinstance(self.stop, list) else [self.stop or ""])
         if self.stream_options is not None and not self.stream:
             raise _wrong("stream_options", "stream_options are for stream=true only")
         return self
 
-    @property
-    def include_usage(self) -> bool:
-        return self.stream_options is not None and self.stream_options.include_usage
-
     def _sampling_params(self, own: Mapping[str, Any], defaults: Mapping[str, Any]) -> SamplingParams:
-        """`defaults` are the model's, for fields that were left out. Their max_tokens bounds what may be asked for."""
         given = {name: value for name in self._passed_on if (value := getattr(self, name)) is not None}
-        values = {**defaults, **given, **own, "structured_outputs": self._form()}
-        if (limit := defaults.get("max_tokens")) is not None:
-            values["max_tokens"] = min(limit, values["max_tokens"] or limit)
-        return SamplingParams(**values)
+        return make_params({**given, **own, "structured_outputs": self._form()}, defaults)
 
 
 class CompletionRequest(Sampling):
@@ -406,13 +502,12 @@ class CompletionRequest(Sampling):
         return self._sampling_params(own, defaults)
 
 
-class ChatRequest(Sampling):
-    messages: List[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+class ChatRequest(Chat, Sampling):
     max_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     max_completion_tokens: Integer | None = Field(None, ge=1, lt=2**31)
     logprobs: Flag | None = Field(None, examples=[True])
     top_logprobs: Integer | None = Field(None, ge=0, le=20)
-    chat_template_kwargs: dict[str, Any] | None = None
+    include_reasoning: Flag | None = None
 
     @model_validator(mode="after")
     def _check_pairs(self) -> Self:
@@ -436,16 +531,14 @@ class ChatRequest(Sampling):
         )
 
 
-class TokenizeRequest(Body):
+class TokenizeRequest(Chat):
     """A prompt, or messages for the chat template."""
 
     model: String | None = None
     prompt: String | None = None
-    messages: List[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)
+    messages: List[Message] | None = Field(None, min_length=1, max_length=MAX_MESSAGES)  # type: ignore[assignment]
     add_special_tokens: Flag = True
-    add_generation_prompt: Flag = True
     return_token_strs: Flag = False
-    chat_template_kwargs: dict[str, Any] | None = None
 
     @model_validator(mode="after")
     def _check_one(self) -> Self:

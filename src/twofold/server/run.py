@@ -25,7 +25,7 @@ from twofold.launch import start_engine
 from twofold.server.app import make_app
 from twofold.server.bodies import BodyReader
 from twofold.server.chat import ChatTemplate
-from twofold.server.config import ServerConfig, public_name
+from twofold.server.config import ServerConfig, public_name, read_chat_template
 from twofold.server.errors import APIError
 from twofold.server.metrics import Metrics
 
@@ -73,7 +73,11 @@ def serve(config: ServerConfig, engine: LLMEngine, listener: socket.socket) -> i
     )
     metrics.watch(async_engine)
     bodies = BodyReader()
-    template = ChatTemplate(engine.tokenizer, async_engine.max_chars) if engine.tokenizer is not None else None
+    template = None
+    if engine.tokenizer is not None:
+        own = read_chat_template(config)
+        parsers = (config.tool_call_parser, config.reasoning_parser)
+        template = ChatTemplate(engine.tokenizer, async_engine.max_chars, own, *parsers)
     app = make_app(
         async_engine,
         metrics,
