@@ -221,6 +221,7 @@ def make_engine(
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
+        kv_cache=engine_args.get("kv_cache", "replicated") if num_ranks > 1 else "replicated",
         attention_backend="sdpa",
         eos_token_ids=eos_token_ids,
         num_threads=1,

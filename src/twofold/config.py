@@ -16,6 +16,7 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn")
 EXCHANGES = ("auto", "all_gather", "push")
 PARTITION_POLICIES = ("dual_chunk_swap", "contiguous")
 STEP_LAYOUTS = ("auto", "tokens", "heads")
+HOLDINGS = ("auto", "replicated", "sharded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +42,7 @@ class EngineConfig:
     max_num_batched_tokens: int | None = None  # tokens in a step, over all ranks
     max_num_seqs: int = 256
     block_size: int | None = None  # tokens in a KV cache block
+    kv_cache: str = "auto"  # holding: each rank has all of every KV entry (replicated), or a share of them (sharded)
     kv_cache_memory_bytes: int | None = None  # of each rank
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -59,6 +61,7 @@ class EngineConfig:
                 _check_count(name, getattr(self, name))
         _check_choice("partition_policy", self.partition_policy, PARTITION_POLICIES)
         _check_choice("step_layout", self.step_layout, STEP_LAYOUTS)
+        _check_choice("kv_cache", self.kv_cache, HOLDINGS)
         _check_choice("device", self.device, DEVICES)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
@@ -100,6 +103,7 @@ class RuntimeConfig:
     max_model_len: int
     max_num_batched_tokens: int
     block_size: int
+    kv_cache: str  # replicated or sharded; auto: sharded if one request of max_model_len tokens would not fit
     attention_backend: str
     eos_token_ids: frozenset[int]
     num_threads: int  # CPU threads of each rank

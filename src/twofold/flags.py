@@ -11,6 +11,7 @@ from twofold.config import (
     DEVICES,
     DTYPES,
     EXCHANGES,
+    HOLDINGS,
     LOAD_FORMATS,
     PARTITION_POLICIES,
     STEP_LAYOUTS,
@@ -35,6 +36,8 @@ ENGINE_HELP = {
     "max_num_batched_tokens": "tokens in a step, over all ranks",
     "max_num_seqs": "requests that run at the same time",
     "block_size": "tokens in a KV cache block",
+    "kv_cache": "what each rank keeps of the KV cache: all of it (replicated), its share (sharded), or its share where a "
+    f"request of max_model_len tokens would not fit otherwise: {_one_of(HOLDINGS)}",
     "kv_cache_memory_bytes": "memory for the KV cache on each rank",
     "gpu_memory_utilization": "share of a GPU's memory that may be used",
     "enable_prefix_caching": "reuse the KV entries of earlier prompts that begin with the same tokens",
