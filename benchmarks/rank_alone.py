@@ -24,6 +24,7 @@ from twofold.contract import Breakdown, NewRequest, ScheduledBatch, Step
 from twofold.models.decoder import DecoderModel
 from twofold.models.loader import load_model
 from twofold.parallel.exchange import Exchange
+from twofold.kv.cache import Write
 from twofold.parallel.transport import OneRank, Transport, write_mine, write_others
 from twofold.runtime import settle
 from twofold.sampling_params import SamplingParams
@@ -61,14 +62,15 @@ class AloneTransport:
     def begin(self) -> None:
         pass
 
-    def send(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+    def send(self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None" = None) -> None:
         rank, size = self.mesh.rank, self.mesh.size
         self._stream.wait_stream(torch.cuda.current_stream())
         self._is_busy = True
         with torch.cuda.stream(self._stream):
             gathered = self._received[: size * entries.numel()].view(-1, entries.shape[1])
-            write_mine(entries, slots, kv_slots, rank)
-            write_others(gathered, slots, kv_slots, rank, size)
+            for write in writes:
+                write_mine(entries, write.slots, write.kv_slots, rank)
+                write_others(gathered, write.slots, write.kv_slots, rank, size)
 
     def complete(self) -> None:
         if self._is_busy:

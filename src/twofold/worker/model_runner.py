@@ -1,6 +1,7 @@
 """One rank's steps: plan, prepare, forward, sample. `launch` enqueues a step, `collect` waits for its tokens."""
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -13,16 +14,19 @@ from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import piece_tokens
 from twofold.attention.op import ForwardContext
 from twofold.attention.shared_prefix import can_share
-from twofold.attention.spec import LatentSpec
+from twofold.attention.spec import AttentionSpec, LatentSpec
 from twofold.contract import PromptTokenLogprobs, Step, StepResult
 from twofold.kv.cache import KVCache
+from twofold.kv.sharded import LayerShare, ShardedKVCache
 from twofold.models.decoder import DecoderModel
 from twofold.parallel.exchange import Exchange, ExchangePlan
+from twofold.parallel.fetch_entries import EntryFetch
 from twofold.parallel.mesh import Mesh
 from twofold.parallel.plan import UNPADDED, HeadLayout, Layout, TokenLayout, plan_step
 from twofold.sampling_params import SamplingParams
 from twofold.worker.cuda_graphs import CaptureLimits, CUDAGraphs, Outputs
 from twofold.worker.device import Device, Event
+from twofold.worker.fetch_plan import plan_fetch
 from twofold.worker.input_batch import InputBatch, prepare
 from twofold.worker.request_states import RequestStates, counts_tokens
 from twofold.worker.sampler import (
@@ -58,7 +62,9 @@ class Way:
 
     layout: Layout
     model: DecoderModel
-    cache: KVCache | None = None  # set before the first step; by heads it shows this rank's part of the entries
+    # Set before the first step. Of a replicated cache steps by heads see this rank's part of the entries.
+    cache: KVCache | ShardedKVCache | None = None
+    fetched_layers: list[int] = field(default_factory=list)  # those that need whole entries, of a sharded cache
     graphs: CUDAGraphs | None = None
 
 
@@ -80,6 +86,8 @@ class ModelRunner:
         self.mesh, self.exchange, self.backend, self.device = mesh, exchange, backend, device
         self.by_tokens = Way(layout, model)
         self.by_heads: Way | None = None  # where steps may run so
+        self.cache: KVCache | ShardedKVCache
+        self.fetch: EntryFetch | None = None  # where each rank has a share of the cache
 
     @property
     def ways(self) -> list[Way]:
@@ -90,22 +98,29 @@ class ModelRunner:
         self.by_heads = Way(HeadLayout(self.mesh.size), model)
 
     def set_cache(self, cache: KVCache) -> None:
-        """Steps use this cache from now on."""
+        """Steps use this cache from now on, of which every rank has the same."""
         self.cache = cache
         for way in self.ways:
             widths = [spec.entry_width for spec in way.model.specs]
             way.cache = cache.part(self.mesh.rank, widths) if way.layout.by_heads else cache
 
+    def set_shares(self, cache: ShardedKVCache, fetch: EntryFetch) -> None:
+        """Steps use this cache from now on, of which each rank has a share."""
+        self.cache, self.fetch = cache, fetch
+        for way in self.ways:
+            way.cache, way.fetched_layers = cache, fetched_layers(cache.shares, way.model.specs)
+
     @torch.inference_mode()
     def launch(self, step: Step) -> LaunchedStep:
         """Enqueues one step."""
         traffic = self.exchange.transport
-        bytes_before, seconds_before = traffic.num_bytes, traffic.num_seconds
+        bytes_before, seconds_before = self._bytes_received(), traffic.num_seconds
         self.states.apply(step)
         way = self.by_heads if step.by_heads else self.by_tokens
         assert way is not None, "steps by heads need a model that divides"
         plan = plan_step(step.batch, way.layout, UNPADDED if way.graphs is None else way.graphs.buckets)
         batch = prepare(step.batch, plan, self.states, self.mesh.rank, self.cache.block_size)
+        self._begin_fetch(way, step, batch)
         outputs = self._forward(way, batch)
         all_token_ids, logprobs = self._sample(way, step, batch, outputs)
         self.states.last_sampled[batch.all_sampled_state_idx] = all_token_ids
@@ -117,10 +132,22 @@ class ModelRunner:
             all_token_ids.to("cpu", non_blocking=True),
             None if logprobs is None else logprobs.to_cpu(),
             [(number, position, tensors.to_cpu()) for number, position, tensors in prompt_logprobs],
-            traffic.num_bytes - bytes_before,
+            self._bytes_received() - bytes_before,
             traffic.num_seconds - seconds_before,
             self.device.record(),
         )
+
+    def _begin_fetch(self, way: Way, step: Step, batch: InputBatch) -> None:
+        if self.fetch is None:
+            return
+        plan, cache, layers = None, self.fetch.cache, way.fetched_layers
+        if layers:
+            kinds = {cache.shares[layer].by_heads for layer in layers}
+            plan = plan_fetch(step.batch, batch, self.mesh.rank, cache.block_size, cache.num_blocks, kinds)
+        self.fetch.begin(plan, layers)
+
+    def _bytes_received(self) -> int:
+        return self.exchange.transport.num_bytes + (0 if self.fetch is None else self.fetch.num_bytes)
 
     def collect(self, launched: LaunchedStep) -> StepResult:
         """Waits for a launched step; notes its tokens and returns those that this rank sampled."""
@@ -159,6 +186,8 @@ class ModelRunner:
         pool = torch.cuda.graph_pool_handle()
         for way in self.ways:
             way.graphs = None
+            if way.fetched_layers:  # what is fetched differs from step to step
+                continue
             specs, dtype = way.model.specs, self.cache.blocks[0].dtype
             kinds = [
                 is_decode
@@ -231,7 +260,8 @@ class ModelRunner:
         needs_all_hidden_states: bool,
     ) -> torch.Tensor:
         assert way.cache is not None, "steps need a cache"
-        context = ForwardContext(way.model.specs, way.cache, self.exchange, self.backend, metadata)
+        fetch = self.fetch if way.fetched_layers else None
+        context = ForwardContext(way.model.specs, way.cache, self.exchange, self.backend, metadata, fetch)
         self.exchange.begin(plan)
         hidden_states = way.model.hidden_states(input_ids, position_ids, context, needs_all_hidden_states)
         self.exchange.end(way.cache.stacks)
@@ -342,3 +372,9 @@ class ModelRunner:
                 tensors = compute_logprobs(logits, targets, params.prompt_logprobs)
                 wanted.append((int(states.numbers[i]), position, tensors))
         return wanted
+
+
+def fetched_layers(shares: Sequence[LayerShare], specs: Sequence[AttentionSpec]) -> list[int]:
+    """The layers that need more of a KV entry than a rank's share has: all but those whose heads are divided alike."""
+    layers = enumerate(zip(shares, specs, strict=True))
+    return [layer for layer, (share, spec) in layers if not (share.by_heads and spec.entry_width == share.width)]
