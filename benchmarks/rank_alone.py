@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,10 +22,10 @@ from twofold.attention.backends import make_backend
 from twofold.bench.report import environment, print_table
 from twofold.config import EngineConfig
 from twofold.contract import Breakdown, NewRequest, ScheduledBatch, Step
+from twofold.kv.cache import Write
 from twofold.models.decoder import DecoderModel
 from twofold.models.loader import load_model
 from twofold.parallel.exchange import Exchange
-from twofold.kv.cache import Write
 from twofold.parallel.transport import OneRank, Transport, write_mine, write_others
 from twofold.runtime import settle
 from twofold.sampling_params import SamplingParams

@@ -36,7 +36,7 @@ ENGINE_HELP = {
     "max_num_batched_tokens": "tokens in a step, over all ranks",
     "max_num_seqs": "requests that run at the same time",
     "block_size": "tokens in a KV cache block",
-    "kv_cache": "what each rank keeps of the KV cache: all of it (replicated), its share (sharded), or its share where a "
+    "kv_cache": "what each rank keeps of the KV cache: all of it (replicated), a share (sharded), or a share where one "
     f"request of max_model_len tokens would not fit otherwise: {_one_of(HOLDINGS)}",
     "kv_cache_memory_bytes": "memory for the KV cache on each rank",
     "gpu_memory_utilization": "share of a GPU's memory that may be used",

@@ -64,9 +64,7 @@ class Exchange:
         assert slots is not None, "parts of entries are made in steps by heads only"
         write_entries(entries, slots[self.mesh.rank], kv_slots.view(-1, entries.shape[1]))
 
-    def publish_shares(
-        self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None"
-    ) -> None:
+    def publish_shares(self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None") -> None:
         """The same where each rank keeps a share of the cache, by `writes` of whole entries, each to P * N slots.
 
         Nothing is written before `ready`. In steps by heads every rank has made whole entries of all tokens itself.

@@ -1,4 +1,4 @@
-"""What a rank fetches in a step where each rank keeps a share of the KV cache: index arithmetic, no loop over tokens."""
+"""What a rank fetches in a step where each rank keeps a share of the KV cache: index arithmetic over blocks."""
 
 from collections.abc import Collection
 
@@ -37,9 +37,12 @@ def _blocks_of_rows(
     rows, column = plan.rows_of(rank), np.arange(block_tables.shape[1])
     ends = plan.start[rows] + plan.length[rows]
     computed = scheduled.num_computed_tokens[plan.request_idx[rows]]
-    used, before = (np.unique(block_tables[column < -(-lens[:, None] // block_size)]) for lens in (ends, computed))
-    used, before = used[used > 0].astype(np.int64), before[before > 0].astype(np.int64)
-    return before, np.setdiff1d(used, before, assume_unique=True)
+    used, before = (
+        np.unique(block_tables[column < -(-lens[:, None] // block_size)]).astype(np.int64) for lens in (ends, computed)
+    )
+    used, before = used[used > 0], before[before > 0]
+    new: IntArray = np.setdiff1d(used, before, assume_unique=True)
+    return before, new
 
 
 def _place(

@@ -33,8 +33,8 @@ from twofold.contract import (
     Profiled,
     RankReport,
     RankStart,
-    SharedFiles,
     ShardedRoom,
+    SharedFiles,
     Step,
 )
 from twofold.errors import ModelError
@@ -230,7 +230,6 @@ class Rank:
     def _make_cache(self, num_blocks: int) -> None:
         runtime, device = self.runtime, self.device.torch_device
         self.runner.set_cache(KVCache(self._entry_widths, num_blocks, runtime.block_size, runtime.dtype, device))
-
 
     def _make_shares(self, num_blocks: int) -> None:
         runtime, memory, room = self.runtime, self._memory, self._sharded_room(0)
