@@ -138,13 +138,14 @@ class ThreadExecutor:
             memory = ThreadMemory(mesh) if size > 1 else None
             rank = Rank(runtime, body, mesh, Exchange(mesh, transport), total, make_backend("sdpa"), device, memory)
             report = replace(rank.report(), num_blocks=num_blocks)
-            sharded = None if report.sharded is None else replace(report.sharded, num_blocks=num_blocks)
+            sharded = None if report.sharded is None else replace(report.sharded, num_blocks=size * num_blocks)
             return rank, replace(report, sharded=sharded)
 
         with ThreadPoolExecutor(size) as threads:
             started = list(threads.map(start, self.meshes, self.channels))
         self.ranks, self.reports = map(list, zip(*started, strict=True))
         self.steps: list[Step] = []
+        self._threads: list[threading.Thread] = []
         self.results: list[list[StepResult]] = []  # of each step, by rank
 
     @property
@@ -228,6 +229,8 @@ def make_engine(
     **engine_args: Any,
 ) -> LLMEngine:
     """An engine on `num_ranks` threads for a model in memory.
+
+    `num_blocks` are those of a replicated cache; of a sharded one there are so many for each rank.
 
     The layout "mixed" changes from step to step, wherever the model divides.
     """
