@@ -137,7 +137,8 @@ class Rank:
             beside += 2 * outputs * -(-runtime.max_num_batched_tokens // self.mesh.size)
             default = room - beside
         else:
-            default = max(CPU_CACHE_BYTES, self._num_blocks_of_request() * bytes_per_block)
+            # All of it is taken at once: no more than what one rank would use otherwise.
+            default = max(CPU_CACHE_BYTES // self.mesh.size, self._num_blocks_of_request() * bytes_per_block)
         num_bytes = max(0, runtime.engine.kv_cache_memory_bytes or default)
         return ShardedRoom(
             num_blocks=sharded.max_num_blocks(shares, num_bytes, runtime.block_size, runtime.dtype),
