@@ -44,6 +44,7 @@ def run_rank(rank: int, size: int, folder: str) -> None:
     owners, places = owner_of(blocks, size), place_of(blocks, size)
     for step in range(8):
         fetch_entries.MAX_RUNS = 64 if step % 2 else 0  # by copies, or by the kernel
+        fetch.begin(None, [])  # a step that fetches nothing: now the shares may be written
         if rank == step % size:
             torch.cuda._sleep(10**8)
         for layer, share in enumerate(shares):
@@ -55,9 +56,8 @@ def run_rank(rank: int, size: int, folder: str) -> None:
             cache.blocks[layer][where] = values.bfloat16()[:, None, None].expand(-1, BLOCK_SIZE, share.width)
         rng = np.random.default_rng(step)
         wanted = np.sort(rng.choice(np.arange(1, NUM_BLOCKS), NUM_FETCHED, replace=False))
-        by_heads = [
-            Source(peer, 1, wanted, torch.from_numpy(wanted).to(device)) for peer in range(size) if peer != rank
-        ]
+        on_device, peers = torch.from_numpy(wanted).to(device), [peer for peer in range(size) if peer != rank]
+        by_heads = [Source(peer, 1, wanted, on_device) for peer in peers]
         order = wanted[np.lexsort((wanted, owners[wanted]))]
         by_blocks, first = [], 1
         for owner in range(size):
@@ -82,7 +82,7 @@ def run_rank(rank: int, size: int, folder: str) -> None:
             if rank == (step + 1) % size:
                 torch.cuda._sleep(10**7)
             if share.by_heads:
-                for peer in (peer for peer in range(size) if peer != rank):
+                for peer in peers:
                     right = torch.tensor([value_of(block, layer, step) + peer for block in wanted.tolist()])
                     check(found[peer], right)
             else:

@@ -55,11 +55,15 @@ class Symmetric:
         self._handle.barrier(channel=0)
 
 
-def make_peer_memory(mesh: Mesh, device: torch.device, file: int) -> PeerMemory | None:
-    """None for one rank, and for GPUs that do not reach each other's memory. `file` is a new one, the same on all."""
+def make_peer_memory(exchange: str, mesh: Mesh, device: torch.device, file: int) -> PeerMemory | None:
+    """None for one rank, and for GPUs that do not reach each other's memory; "push", the exchange, says that they do.
+
+    `file` is a new one, the same on all ranks.
+    """
     if not isinstance(mesh, ProcessMesh):
         return None
     if device.type == "cpu":
         return SharedFile(mesh, file)
     peers = (peer for peer in range(mesh.size) if peer != device.index)
-    return Symmetric(mesh, device) if all(torch.cuda.can_device_access_peer(device, peer) for peer in peers) else None
+    reach = exchange == "push" or all(torch.cuda.can_device_access_peer(device, peer) for peer in peers)
+    return Symmetric(mesh, device) if reach else None

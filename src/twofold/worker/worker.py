@@ -278,7 +278,7 @@ def make_rank(start: RankStart, device: Device) -> Rank:
     sum_bytes = HEADS_PREFILL[-1] * model.head.get_parameter("weight").shape[1] * runtime.dtype.itemsize
     total = make_sum(mesh, device.torch_device, sum_bytes, files.sums)
     backend = make_backend(runtime.attention_backend)
-    memory = make_peer_memory(mesh, device.torch_device, files.cache)
+    memory = make_peer_memory(runtime.engine.exchange, mesh, device.torch_device, files.cache)
     rank = Rank(runtime, model, mesh, Exchange(mesh, transport), total, backend, device, memory)
     rank.seconds |= dict(zip(("ranks", "weights"), np.diff(times).tolist(), strict=True))
     return rank
