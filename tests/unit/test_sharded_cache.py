@@ -334,7 +334,7 @@ def test_every_row_finds_its_tokens(
         for source in placement.sources:
             if by_heads and source.rank != peer:
                 continue
-            for place, first, count in source.runs():
+            for place, first, count in source.runs:
                 for i in range(count):
                     if by_heads:
                         block = place + i

@@ -16,8 +16,9 @@ Ranks read each other's memory without asking. A step that fetches, and the one 
 is read was written before, and is not overwritten too early: within a step no rank writes what another one fetches.
 """
 
+import itertools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -38,16 +39,12 @@ class Source:
     first: int  # block of the workspace
     places_np: NDArray[np.int64]
     places: torch.Tensor  # the same on the device
+    runs: list[tuple[int, int, int]] = field(init=False)  # neighbours: first place, block of the workspace, number
 
-    def runs(self) -> list[tuple[int, int, int]]:
-        """Neighbouring blocks: first place, first block of the workspace, number."""
-        cuts = np.flatnonzero(np.diff(self.places_np) != 1) + 1
-        starts = [0, *cuts.tolist()]
-        ends = [*cuts.tolist(), len(self.places_np)]
-        return [
-            (int(self.places_np[start]), self.first + start, end - start)
-            for start, end in zip(starts, ends, strict=True)
-        ]
+    def __post_init__(self) -> None:
+        cuts = (np.flatnonzero(np.diff(self.places_np) != 1) + 1).tolist()
+        bounds = itertools.pairwise([0, *cuts, len(self.places_np)])
+        self.runs = [(int(self.places_np[start]), self.first + start, end - start) for start, end in bounds]
 
 
 @dataclass(slots=True)
@@ -147,9 +144,8 @@ class EntryFetch:
             workspace = workspace_of[source.rank if share.by_heads else 0]
             if source.rank != self.cache.rank:
                 self.num_bytes += len(source.places_np) * theirs[0].nbytes
-            runs = source.runs()
-            if theirs.is_cuda and len(runs) <= MAX_RUNS:
-                for place, first, count in runs:
+            if theirs.is_cuda and len(source.runs) <= MAX_RUNS:
+                for place, first, count in source.runs:
                     workspace[first : first + count].copy_(theirs[place : place + count])
             else:
                 copy_blocks(theirs, source.places, workspace[source.first : source.first + len(source.places_np)])
