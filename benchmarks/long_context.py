@@ -68,14 +68,16 @@ def write_config(folder: Path, num_positions: int) -> str:
 
 def capacity(gib: float, arguments: dict[str, Any]) -> dict[str, Any]:
     """Tokens that fit into so much memory of each rank, with either holding."""
-    arguments = arguments | {"kv_cache_memory_bytes": int(gib * 2**30), "enforce_eager": True, "max_model_len": 8192}
+    arguments = arguments | {"kv_cache_memory_bytes": int(gib * 2**30), "enforce_eager": True}
+    arguments.setdefault("max_model_len", 8192)
     found: dict[str, Any] = {}
     for holding in ("replicated", "sharded"):
         with LLM(**arguments, kv_cache=holding) as llm:
             room = llm.engine.reports[0].sharded
             found[f"{holding} tokens"] = llm.engine.kv_cache_capacity
             if holding == "sharded" and room is not None:
-                found["workspace GiB beside it, at max_model_len=8192"] = round(room.workspace_bytes / 2**30, 3)
+                found["workspace GiB beside it"] = round(room.workspace_bytes / 2**30, 3)
+    found["max_model_len"] = arguments["max_model_len"]
     return found | {"ratio": round(found["sharded tokens"] / found["replicated tokens"], 4)}
 
 

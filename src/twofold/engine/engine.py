@@ -159,11 +159,13 @@ class LLMEngine:
                 field="kv_cache_memory_bytes",
             )
         report = min(rooms, key=lambda report: report.num_blocks)
+        spare = 2 * runtime.num_ranks + 1 if isinstance(report, ShardedRoom) else 0  # null blocks, and what is rounded
         if report.num_blocks < needed:
             held = max(report.num_blocks - 1, 0) * runtime.block_size
+            enough = (needed + spare) * report.bytes_per_block
             raise ConfigError(
                 f"the cache holds {held} tokens, fewer than max_model_len={runtime.max_model_len}; lower "
-                f"max_model_len, or raise kv_cache_memory_bytes to at least {needed * report.bytes_per_block}",
+                f"max_model_len, or raise kv_cache_memory_bytes to at least {enough}",
                 field="max_model_len",
             )
         return report.num_blocks
