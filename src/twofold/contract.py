@@ -143,7 +143,8 @@ class ShardedRoom:
     bytes_per_block: int  # of this rank
     workspace_bytes: int  # of memory for what steps fetch from other ranks
     max_fetch_blocks: int  # of all requests in a step that fetches
-    decodes_fetch: bool  # whether steps of decodes do; else only those by tokens
+    decodes_fetch_by_tokens: bool  # whether steps of decodes do, in either layout
+    decodes_fetch_by_heads: bool
 
 
 @dataclass(frozen=True, slots=True)

@@ -37,7 +37,7 @@ def run_rank(rank: int, size: int, folder: str) -> None:
     torch.cuda.set_device(device)
     mesh = ProcessMesh(rank, size, f"{folder}/store", device)
     memory = Symmetric(mesh, device)
-    shares = [LayerShare(256, by_heads, size) for by_heads in (True, False, True, False, True)]
+    shares = [LayerShare(256, by_heads, size, 8) for by_heads in (True, False, True, False, True)]
     cache = ShardedKVCache(shares, NUM_BLOCKS, BLOCK_SIZE, torch.bfloat16, rank, memory.allocate)
     fetch = EntryFetch(cache, NUM_FETCHED + 1, memory)
     layers, blocks = range(len(shares)), np.arange(NUM_BLOCKS)

@@ -215,7 +215,7 @@ SHAPES = {
 def test_shares_hold_as_many_times_the_tokens_as_there_are_ranks(name: str, num_ranks: int) -> None:
     """With the same memory. What is fetched takes memory beside it, which is told apart."""
     dtype, block_size, memory = torch.bfloat16, 128, 8 << 30
-    shares = [LayerShare(width, by_heads, num_ranks) for width, by_heads in SHAPES[name]]
+    shares = [LayerShare(width, by_heads, num_ranks, 32) for width, by_heads in SHAPES[name]]
     replicated = memory // (sum(width for width, _ in SHAPES[name]) * block_size * dtype.itemsize)
     blocks = max_num_blocks(shares, memory, block_size, dtype)
     assert num_bytes(shares, blocks, block_size, dtype) <= memory

@@ -18,12 +18,13 @@ from typing import Any
 import torch
 from transformers import AttentionInterface
 
-from twofold.attention import mla, shared_prefix
+from twofold.attention import mla, own_blocks, shared_prefix
 from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.combine import apply_sinks
 from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.own_blocks import OwnBlocks
 from twofold.attention.spec import AttentionSpec, LatentSpec, split_heads
-from twofold.kv.cache import KVCache
+from twofold.kv.cache import KVCache, Write
 from twofold.kv.sharded import ShardedKVCache
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.fetch_entries import EntryFetch, Placement
@@ -44,6 +45,7 @@ class ForwardContext:
     backend: AttentionBackend
     metadata: AttentionMetadata
     fetch: EntryFetch | None = None  # where ranks keep shares of the cache, and some layer needs whole entries
+    own: OwnBlocks | None = None  # in a step of decodes, for layers that need a workspace in no such step
     layer: int = -1  # the layer that runs its attention now
     on_publish: Callable[[torch.Tensor], None] | None = None  # takes a layer's KV entries in place of `publish`
     copied: mla.CopiedRows | None = None  # shared by layers with latents
@@ -56,12 +58,17 @@ class ForwardContext:
         fetch = self.fetch
         if fetch is not None and fetch.serves(self.layer):
             self.exchange.publish_shares(entries, fetch.writes(self.layer), fetch.ready(self.layer))
+        elif self._stays_in_blocks():
+            assert self.own is not None
+            self.exchange.publish_shares(entries, [Write(self.own.slots, self.cache.slots[self.layer])], None)
         else:
             self.exchange.publish(entries, self.cache.slots[self.layer])
 
     def attend(self, query: torch.Tensor) -> torch.Tensor:
         """query [N, H, D] of the layer → [N, H, Dv]."""
         fetch, layer, spec = self.fetch, self.layer, self.specs[self.layer]
+        if self._stays_in_blocks():
+            return self._attend_own(query, spec)
         if fetch is None or not fetch.serves(layer):
             return self._attend(query, self.cache.blocks[layer], spec, self.metadata)
         caches, rows = fetch.caches(layer), self._rows_over_workspace(fetch.placement(layer))
@@ -79,6 +86,22 @@ class ForwardContext:
             )
         fetch.finish(layer)
         return out
+
+    def _stays_in_blocks(self) -> bool:
+        """Whether the layer's queries travel, and no entry of earlier steps does."""
+        if self.own is None or self.fetch is None or self.fetch.serves(self.layer):
+            return False
+        return not self.fetch.cache.shares[self.layer].by_heads
+
+    def _attend_own(self, query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+        assert self.own is not None
+        assert self.fetch is not None
+        num_heads, mesh = self.fetch.cache.shares[self.layer].num_heads, self.exchange.mesh
+        kv_cache = self.cache.blocks[self.layer]
+        if isinstance(spec, LatentSpec):
+            return mla.attend_own(query, kv_cache, spec, self.own, num_heads, self.backend, mesh)
+        out, lse = own_blocks.attend(query, kv_cache, spec, self.own, num_heads, self.backend, mesh)
+        return out if spec.sinks is None else apply_sinks(out, lse, spec.sinks)
 
     def _attend(
         self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata

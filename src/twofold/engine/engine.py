@@ -96,9 +96,14 @@ class LLMEngine:
             self.runs_by_heads = partial(_always, layout == "heads")
         elif self.runtime.num_ranks > 1 and layout != "tokens":
             logger.info("all steps run by tokens: %s", only_by_tokens)
-        if is_auto and self.is_sharded:
-            # Costs do not tell what is fetched: in a step of decodes all of their contexts, if anything is.
-            self.runs_by_heads = partial(_sharded, self.runs_by_heads, self._fetch_limit().decodes_too)
+        room = self.executor.reports[0].sharded
+        self._decodes_fetch = False  # all of their contexts
+        if self.is_sharded and room is not None:
+            by_tokens, by_heads = room.decodes_fetch_by_tokens, room.decodes_fetch_by_heads
+            if is_auto and (by_tokens or by_heads):  # costs do not tell what is fetched
+                self.runs_by_heads = partial(_sharded, self.runs_by_heads, not by_heads)
+            in_layout = {"tokens": by_tokens, "heads": by_heads, "auto": by_tokens and by_heads}
+            self._decodes_fetch = in_layout[layout if only_by_tokens is None else "tokens"]
 
     def in_each_layout(self) -> Iterator[str]:
         """First "auto", then each layout's name while steps run in that one, if steps can. For benchmarks."""
@@ -114,7 +119,7 @@ class LLMEngine:
     def _fetch_limit(self) -> FetchLimit:
         room = self.executor.reports[0].sharded
         assert room is not None
-        return FetchLimit(room.max_fetch_blocks, room.decodes_fetch)
+        return FetchLimit(room.max_fetch_blocks, self._decodes_fetch)
 
     def _make_pool(self, num_blocks: int) -> BlockPool:
         return BlockPool(num_blocks, self.runtime.block_size, self.runtime.engine.enable_prefix_caching)
@@ -424,6 +429,6 @@ def _always(by_heads: bool, batch: ScheduledBatch) -> bool:
     return by_heads
 
 
-def _sharded(choose: Callable[[ScheduledBatch], bool], decodes_fetch: bool, batch: ScheduledBatch) -> bool:
+def _sharded(choose: Callable[[ScheduledBatch], bool], decodes_by_heads: bool, batch: ScheduledBatch) -> bool:
     """Decodes run by heads if then nothing is fetched, else by tokens: a rank fetches for its own rows only."""
-    return not decodes_fetch if (batch.num_scheduled_tokens == 1).all() else choose(batch)
+    return decodes_by_heads if (batch.num_scheduled_tokens == 1).all() else choose(batch)

@@ -27,6 +27,7 @@ class LayerShare:
     entry_width: int  # numbers in a whole entry
     by_heads: bool
     num_ranks: int
+    num_heads: int  # of queries
 
     @property
     def width(self) -> int:

@@ -87,7 +87,7 @@ class EntryFetch:
 
     def begin(self, plan: FetchPlan | None, layers: Sequence[int]) -> None:
         """Starts a step on every rank, in which `layers` need a workspace. The plan is None where none does."""
-        fetches = plan is not None and plan.fetches
+        fetches = plan is not None and plan.fetches and bool(layers)
         if fetches or self._must_wait:
             self._memory.barrier()
         self._must_wait, self._plan = fetches, plan

@@ -5,11 +5,14 @@ from collections.abc import Collection
 import numpy as np
 from numpy.typing import NDArray
 
+from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.own_blocks import OwnBlocks
 from twofold.contract import ScheduledBatch
 from twofold.kv.sharded import owner_of, place_of
 from twofold.parallel.fetch_entries import FetchPlan, Placement, Source
 from twofold.parallel.plan import StepPlan
 from twofold.worker.input_batch import InputBatch, to_device
+from twofold.worker.request_states import RequestStates
 
 IntArray = NDArray[np.int64]
 
@@ -28,6 +31,63 @@ def plan_fetch(
     fetches = bool((scheduled.num_computed_tokens > 0).any())
     placed = {by_heads: _place(batch, prefix, new, rank, block_size, num_blocks, by_heads) for by_heads in set(kinds)}
     return FetchPlan(fetches, by_heads=placed.get(True), by_blocks=placed.get(False))
+
+
+def plan_own_blocks(
+    scheduled: ScheduledBatch, batch: InputBatch, states: RequestStates, rank: int, block_size: int
+) -> OwnBlocks:
+    """For a step of decodes: of each row the blocks that this rank has, if blocks are divided.
+
+    PCP=2 example: a row has 21 tokens in blocks 5, 8, 7 of 8 tokens; rank 0 has 5 and 7, which makes 13 tokens
+    """
+    plan, num_ranks = batch.plan, batch.plan.num_ranks
+    rows = plan.rows_of(rank) if plan.by_heads else slice(None)
+    ends = (plan.start + plan.length)[rows]
+    num_rows = plan.num_padded_tokens * (1 if plan.by_heads else num_ranks)
+    place = np.arange(len(ends)) if plan.by_heads else plan.gathered_idx()  # [V] row -> its place among the padded ones
+    num_columns = -(-int(ends.max()) // block_size)
+    tables = states.block_tables[scheduled.state_idx[plan.request_idx[rows]], :num_columns].astype(np.int64)
+    num_used, column = -(-ends // block_size), np.arange(num_columns)
+    is_mine = (owner_of(tables, num_ranks) == rank) & (column < num_used[:, None]) & (tables > 0)
+    counts = is_mine.sum(axis=1)
+    has_last = is_mine[np.arange(len(ends)), num_used - 1]
+    order = np.argsort(~is_mine, axis=1, kind="stable")[:, : max(1, int(counts.max()))]  # mine first
+    kept = np.take_along_axis(np.where(is_mine, place_of(tables, num_ranks), 0), order, axis=1)
+
+    seq_lens, block_tables = np.zeros(num_rows, np.int64), np.zeros((num_rows, kept.shape[1]), np.int32)
+    seq_lens[place] = counts * block_size - has_last * (num_used * block_size - ends)
+    block_tables[place] = kept
+    query_start = np.arange(num_rows + 1)
+    on_device = to_device(
+        {
+            "query_start": query_start.astype(np.int32),
+            "seq_lens": seq_lens.astype(np.int32),
+            "block_tables": block_tables,
+            "slots": _slots_of_share(batch.slots_np, rank, num_ranks, block_size),
+        },
+        batch.metadata.block_tables.device,
+    )
+    metadata = AttentionMetadata(
+        num_tokens=num_rows,
+        query_start_np=query_start,
+        seq_lens_np=seq_lens,
+        block_tables_np=block_tables,
+        query_start=on_device["query_start"],
+        seq_lens=on_device["seq_lens"],
+        block_tables=on_device["block_tables"],
+        max_query_len=1,
+        max_seq_len=int(seq_lens.max()),
+        num_row_blocks=0,
+        num_decode_rows=num_rows,
+    )
+    return OwnBlocks(metadata, plan.by_heads, on_device["slots"])
+
+
+def _slots_of_share(slots: IntArray, rank: int, num_ranks: int, block_size: int) -> IntArray:
+    """[n] slots of the cache -> slots of this rank's share, if blocks are divided; 0 where another rank keeps them."""
+    block, offset = np.divmod(slots, block_size)
+    is_mine = (owner_of(block, num_ranks) == rank) & (block > 0)
+    return np.where(is_mine, place_of(block, num_ranks) * block_size + offset, 0)
 
 
 def _blocks_of_rows(
@@ -59,10 +119,7 @@ def _place(
     block, offset = np.divmod(batch.slots_np, block_size)
     place = place_in_workspace[block]
     slots = np.where(place > 0, place * block_size + offset, 0)
-    my_slots = batch.slots_np
-    if not by_heads:
-        is_mine = owner_of(block, num_ranks) == rank
-        my_slots = np.where(is_mine & (block > 0), place_of(block, num_ranks) * block_size + offset, 0)
+    my_slots = batch.slots_np if by_heads else _slots_of_share(batch.slots_np, rank, num_ranks, block_size)
 
     if by_heads:
         wanted = [(peer, 1, prefix) for peer in range(num_ranks) if peer != rank]

@@ -13,6 +13,7 @@ from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import piece_tokens
 from twofold.attention.op import ForwardContext
+from twofold.attention.own_blocks import OwnBlocks, can_merge
 from twofold.attention.shared_prefix import can_share
 from twofold.attention.spec import AttentionSpec, LatentSpec
 from twofold.contract import PromptTokenLogprobs, Step, StepResult
@@ -26,7 +27,7 @@ from twofold.parallel.plan import UNPADDED, HeadLayout, Layout, TokenLayout, pla
 from twofold.sampling_params import SamplingParams
 from twofold.worker.cuda_graphs import CaptureLimits, CUDAGraphs, Outputs
 from twofold.worker.device import Device, Event
-from twofold.worker.fetch_plan import plan_fetch
+from twofold.worker.fetch_plan import plan_fetch, plan_own_blocks
 from twofold.worker.input_batch import InputBatch, prepare
 from twofold.worker.request_states import RequestStates, counts_tokens
 from twofold.worker.sampler import (
@@ -65,6 +66,7 @@ class Way:
     # Set before the first step. Of a replicated cache steps by heads see this rank's part of the entries.
     cache: KVCache | ShardedKVCache | None = None
     fetched_layers: list[int] = field(default_factory=list)  # those that need whole entries, of a sharded cache
+    decode_fetched_layers: list[int] = field(default_factory=list)  # those of them that do in steps of decodes, too
     graphs: CUDAGraphs | None = None
 
 
@@ -109,6 +111,7 @@ class ModelRunner:
         self.cache, self.fetch = cache, fetch
         for way in self.ways:
             way.cache, way.fetched_layers = cache, fetched_layers(cache.shares, way.model.specs)
+            way.decode_fetched_layers = fetched_layers(cache.shares, way.model.specs, in_decodes=True)
 
     @torch.inference_mode()
     def launch(self, step: Step) -> LaunchedStep:
@@ -120,8 +123,8 @@ class ModelRunner:
         assert way is not None, "steps by heads need a model that divides"
         plan = plan_step(step.batch, way.layout, UNPADDED if way.graphs is None else way.graphs.buckets)
         batch = prepare(step.batch, plan, self.states, self.mesh.rank, self.cache.block_size)
-        self._begin_fetch(way, step, batch)
-        outputs = self._forward(way, batch)
+        own = self._begin_fetch(way, step, batch)
+        outputs = self._forward(way, batch, own)
         all_token_ids, logprobs = self._sample(way, step, batch, outputs)
         self.states.last_sampled[batch.all_sampled_state_idx] = all_token_ids
         prompt_logprobs = self._prompt_logprobs(way, step, batch, outputs.hidden_states)
@@ -137,14 +140,19 @@ class ModelRunner:
             self.device.record(),
         )
 
-    def _begin_fetch(self, way: Way, step: Step, batch: InputBatch) -> None:
+    def _begin_fetch(self, way: Way, step: Step, batch: InputBatch) -> OwnBlocks | None:
+        """Starts to fetch; → what layers use that fetch nothing, though ranks have different blocks."""
         if self.fetch is None:
-            return
-        plan, cache, layers = None, self.fetch.cache, way.fetched_layers
+            return None
+        plan, own, cache, rank = None, None, self.fetch.cache, self.mesh.rank
+        layers = way.decode_fetched_layers if batch.plan.is_decode else way.fetched_layers
         if layers:
             kinds = {cache.shares[layer].by_heads for layer in layers}
-            plan = plan_fetch(step.batch, batch, self.mesh.rank, cache.block_size, cache.num_blocks, kinds)
+            plan = plan_fetch(step.batch, batch, rank, cache.block_size, cache.num_blocks, kinds)
+        if len(layers) < len(way.fetched_layers):
+            own = plan_own_blocks(step.batch, batch, self.states, rank, cache.block_size)
         self.fetch.begin(plan, layers)
+        return own
 
     def _bytes_received(self) -> int:
         return self.exchange.transport.num_bytes + (0 if self.fetch is None else self.fetch.num_bytes)
@@ -218,7 +226,7 @@ class ModelRunner:
                         graphs.capture(size, True, shares_prefix=True)
             way.graphs = graphs
 
-    def _forward(self, way: Way, batch: InputBatch) -> Outputs:
+    def _forward(self, way: Way, batch: InputBatch, own: OwnBlocks | None) -> Outputs:
         """Hidden states are those of all tokens, or of each row's last one if the plan needs no others.
 
         A rank without tokens runs padding and joins the exchange.
@@ -226,8 +234,9 @@ class ModelRunner:
         if way.graphs is not None and (outputs := way.graphs.replay(batch)) is not None:
             return outputs
         hidden_states = self._forward_eager(
-            way, batch.input_ids, batch.position_ids, batch.metadata, batch.exchange, batch.plan.needs_all_hidden_states
-        )
+            way, batch.input_ids, batch.position_ids, batch.metadata, batch.exchange,
+            batch.plan.needs_all_hidden_states, own,
+        )  # fmt: skip
         return Outputs(hidden_states)
 
     def _finish(self, way: Way, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -258,10 +267,11 @@ class ModelRunner:
         metadata: AttentionMetadata,
         plan: ExchangePlan,
         needs_all_hidden_states: bool,
+        own: OwnBlocks | None = None,
     ) -> torch.Tensor:
         assert way.cache is not None, "steps need a cache"
         fetch = self.fetch if way.fetched_layers else None
-        context = ForwardContext(way.model.specs, way.cache, self.exchange, self.backend, metadata, fetch)
+        context = ForwardContext(way.model.specs, way.cache, self.exchange, self.backend, metadata, fetch, own)
         self.exchange.begin(plan)
         hidden_states = way.model.hidden_states(input_ids, position_ids, context, needs_all_hidden_states)
         self.exchange.end(way.cache.stacks)
@@ -374,7 +384,14 @@ class ModelRunner:
         return wanted
 
 
-def fetched_layers(shares: Sequence[LayerShare], specs: Sequence[AttentionSpec]) -> list[int]:
-    """The layers that need more of a KV entry than a rank's share has: all but those whose heads are divided alike."""
-    layers = enumerate(zip(shares, specs, strict=True))
-    return [layer for layer, (share, spec) in layers if not (share.by_heads and spec.entry_width == share.width)]
+def fetched_layers(shares: Sequence[LayerShare], specs: Sequence[AttentionSpec], in_decodes: bool = False) -> list[int]:
+    """The layers that need more of a KV entry than a rank's share has: all but those whose heads are divided alike.
+
+    In steps of decodes those with whole entries in divided blocks do without, as results over blocks are merged.
+    """
+    layers = []
+    for layer, (share, spec) in enumerate(zip(shares, specs, strict=True)):
+        is_enough = spec.entry_width == share.width if share.by_heads else in_decodes and can_merge(spec)
+        if not is_enough:
+            layers.append(layer)
+    return layers

@@ -146,7 +146,9 @@ class Rank:
             bytes_per_block=bytes_per_block,
             workspace_bytes=beside,
             max_fetch_blocks=max_fetch_blocks,
-            decodes_fetch=by_heads is None or bool(fetched_layers(shares, by_heads.model.specs)),
+            decodes_fetch_by_tokens=bool(fetched_layers(shares, self.model.specs, in_decodes=True)),
+            decodes_fetch_by_heads=by_heads is None
+            or bool(fetched_layers(shares, by_heads.model.specs, in_decodes=True)),
         )
 
     def _num_blocks_of_request(self) -> int:
@@ -252,7 +254,7 @@ class Rank:
 def _share(spec: AttentionSpec, num_ranks: int) -> LayerShare:
     """A layer is divided by heads where it can be."""
     by_heads = spec.num_heads % num_ranks == spec.num_kv_heads % num_ranks == 0
-    return LayerShare(spec.entry_width, by_heads and not isinstance(spec, LatentSpec), num_ranks)
+    return LayerShare(spec.entry_width, by_heads and not isinstance(spec, LatentSpec), num_ranks, spec.num_heads)
 
 
 def max_exchange_bytes(runtime: RuntimeConfig, specs: Sequence[AttentionSpec]) -> int:
