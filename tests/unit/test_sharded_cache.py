@@ -1,5 +1,6 @@
 """A KV cache of which each rank keeps a share: same answers, P times the tokens, and only what is needed is fetched."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +30,7 @@ from twofold.kv.sharded import LayerShare, max_num_blocks, num_bytes, owner_of, 
 from twofold.parallel.fetch_entries import workspace_bytes
 from twofold.parallel.plan import HeadLayout, Layout, TokenLayout, plan_step
 from twofold.sampling_params import SamplingParams
-from twofold.worker.fetch_plan import plan_fetch
+from twofold.worker.fetch_plan import plan_fetch, plan_own_blocks
 from twofold.worker.input_batch import prepare
 from twofold.worker.request_states import RequestStates
 
@@ -80,6 +81,7 @@ CASES: list[tuple[str, dict[str, Any], int, str, dict[str, Any]]] = [
     ("llama", heads(8, 8), 2, "heads", {}),
     ("deepseek_v3", {}, 2, "mixed", {"steps_in_flight": 2}),
     ("deepseek_v3", {}, 3, "tokens", {}),
+    ("deepseek_v3", {}, 4, "heads", {}),
     ("qwen3_moe", {}, 2, "mixed", {}),
     ("gpt_oss", {}, 2, "tokens", {}),  # sliding windows and sinks
     ("gpt_oss", {}, 3, "mixed", {"steps_in_flight": 2}),
@@ -189,6 +191,47 @@ def test_steps_of_decodes_fetch_nothing(model: PreTrainedModel) -> None:
     engine.shutdown()
 
 
+@pytest.mark.parametrize("layout", ["tokens", "heads"])
+def test_decodes_over_divided_blocks_fetch_nothing(latents: PreTrainedModel, layout: str) -> None:
+    """Queries travel, and results: of entries only the new ones, and by heads none."""
+    engine = sharded_engine(latents, 2, step_layout=layout, max_num_batched_tokens=128)
+    generate(engine, prompts_of(), GREEDY)
+    received = [[result.exchange_bytes for result in results] for results in executor_of(engine).results[1:]]
+    num_layers, width = 4, 16 + 8
+    most = 0 if layout == "heads" else 2 * num_layers * width * 4  # two rows of the other rank
+    assert len(received) == 7
+    assert np.max(received) == most
+    assert engine.scheduler.fetch_limit == FetchLimit(128 // BLOCK_SIZE + 64, decodes_too=False)
+    engine.shutdown()
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.integers(0, 40), min_size=1, max_size=6), st.integers(2, 4), st.booleans(), st.integers(0, 99))
+def test_every_token_is_attended_to_by_one_rank(computed: list[int], num_ranks: int, by_heads: bool, seed: int) -> None:
+    """Decodes: a row's own tokens on all ranks, one after the other, are its tokens; padding has none."""
+    batch, rng = ScheduledBatch.of(computed, [1] * len(computed)), np.random.default_rng(seed)
+    states, ids = states_of(computed, [1] * len(computed), rng)
+    layout: Layout = HeadLayout(num_ranks) if by_heads else TokenLayout(num_ranks)
+    plan = plan_step(batch, layout)
+    found: dict[int, list[int]] = {request: [] for request in range(len(computed))}
+    for rank in range(num_ranks):
+        rows = plan_own_blocks(batch, prepare(batch, plan, states, rank, 4), states, rank, 4).rows
+        requests = plan.request_idx[plan.rows_of(rank)] if by_heads else plan.request_idx
+        places = np.arange(len(requests)) if by_heads else plan.gathered_idx()
+        assert rows.seq_lens_np.sum() == rows.seq_lens_np[places].sum()
+        for request, place in zip(requests.tolist(), places.tolist(), strict=True):
+            for i in range(int(rows.seq_lens_np[place])):
+                mine = int(rows.block_tables_np[place, i // 4])
+                [column] = [
+                    column
+                    for column, block in enumerate(ids[request])
+                    if owner_of(block, num_ranks) == rank and place_of(block, num_ranks) == mine
+                ]
+                found[request].append(4 * column + i % 4)
+    for request, length in enumerate(computed):
+        assert sorted(found[request]) == list(range(length + 1))
+
+
 def test_only_rows_of_a_rank_are_fetched_for() -> None:
     """Three answers by tokens: the longest on rank 0, two on rank 1. Each rank fetches half of their entries."""
     model = tiny_model(tiny_config("gpt2"))
@@ -296,6 +339,21 @@ def test_a_step_has_no_more_blocks_than_a_workspace() -> None:
     assert run_step(scheduler) == [(0, 1), (1, 1)]
 
 
+def states_of(
+    computed: Sequence[int], scheduled: Sequence[int], rng: np.random.Generator
+) -> tuple[RequestStates, list[np.ndarray]]:
+    """Requests with blocks of 4 tokens in any order, and these blocks."""
+    totals = [c + s for c, s in zip(computed, scheduled, strict=True)]
+    counts = [-(-total // 4) for total in totals]
+    ids = np.split(1 + rng.permutation(sum(counts) + 5)[: sum(counts)], np.cumsum(counts)[:-1])
+    states = RequestStates(8, 128, 4, torch.device("cpu"))
+    new = [
+        NewRequest(i, i, np.zeros(total, np.int32), total, ids[i].tolist(), GREEDY, 0) for i, total in enumerate(totals)
+    ]
+    states.apply(Step(0, (), tuple(new), {}, ScheduledBatch.of(computed, scheduled)))
+    return states, ids
+
+
 requests = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30)), min_size=1, max_size=6)
 
 
@@ -307,15 +365,9 @@ def test_every_row_finds_its_tokens(
     """After fetching and exchanging, a row's table leads to all of its tokens, of this step and of earlier ones."""
     computed, scheduled = zip(*lens, strict=True)
     batch, rng = ScheduledBatch.of(computed, scheduled), np.random.default_rng(seed)
-    counts = [-(-(c + s) // 4) for c, s in lens]
-    ids = np.split(1 + rng.permutation(sum(counts) + 5)[: sum(counts)], np.cumsum(counts)[:-1])
-    states = RequestStates(8, 128, 4, torch.device("cpu"))
-    new = [
-        NewRequest(i, i, np.zeros(c + s, np.int32), c + s, ids[i].tolist(), GREEDY, 0) for i, (c, s) in enumerate(lens)
-    ]
-    states.apply(Step(0, (), tuple(new), {}, batch))
+    states, ids = states_of(computed, scheduled, rng)
     layout: Layout = HeadLayout(num_ranks) if steps_by_heads else TokenLayout(num_ranks)
-    plan, num_blocks = plan_step(batch, layout), sum(counts) + 6
+    plan, num_blocks = plan_step(batch, layout), sum(map(len, ids)) + 6
     # What stands for an entry: its request and position.
     before = np.full((num_blocks, 4), -1)
     for request, blocks in enumerate(ids):

@@ -194,22 +194,24 @@ class ModelRunner:
         pool = torch.cuda.graph_pool_handle()
         for way in self.ways:
             way.graphs = None
-            if way.fetched_layers:  # what is fetched differs from step to step
+            if way.decode_fetched_layers:  # what is fetched differs from step to step
                 continue
+            divides_blocks = bool(way.fetched_layers)  # nothing is fetched for decodes
             specs, dtype = way.model.specs, self.cache.blocks[0].dtype
             kinds = [
                 is_decode
-                for is_decode in (False, True)
+                for is_decode in ((True,) if divides_blocks else (False, True))
                 if all(self.backend.can_capture(spec, dtype, is_decode) for spec in specs)
             ]
             copied = [piece_tokens(spec, dtype.itemsize) for spec in specs if isinstance(spec, LatentSpec)]
             limits = CaptureLimits(
                 layout=way.layout,
-                max_num_tokens=num_tokens,
+                max_num_tokens=0 if divides_blocks else num_tokens,
                 max_num_seqs=self.states.max_num_seqs,
                 max_num_blocks=self.states.block_tables.shape[1],
                 block_size=self.cache.block_size,
                 max_copied_tokens=min(copied) if copied else None,
+                divides_blocks=divides_blocks,
             )
             forward = partial(self._forward_eager, way)
             finish = partial(self._finish, way)
@@ -220,7 +222,7 @@ class ModelRunner:
                     sizes = sorted(graphs.buckets.decode if is_decode else graphs.buckets.prefill, reverse=True)
                     for size in sizes[:1] if only_largest else sizes:
                         graphs.capture(size, is_decode)
-                if True in kinds and any(can_share(spec) for spec in specs):
+                if True in kinds and not divides_blocks and any(can_share(spec) for spec in specs):
                     sizes = sorted(graphs.shared_prefix_sizes, reverse=True)
                     for size in sizes[:1] if only_largest else sizes:
                         graphs.capture(size, True, shares_prefix=True)
@@ -231,7 +233,7 @@ class ModelRunner:
 
         A rank without tokens runs padding and joins the exchange.
         """
-        if way.graphs is not None and (outputs := way.graphs.replay(batch)) is not None:
+        if way.graphs is not None and (outputs := way.graphs.replay(batch, own)) is not None:
             return outputs
         hidden_states = self._forward_eager(
             way, batch.input_ids, batch.position_ids, batch.metadata, batch.exchange,
