@@ -68,10 +68,10 @@ def run_rank(rank: int, size: int, folder: str) -> None:
         tables = np.zeros((0, 0), np.int32)
         plan = FetchPlan(
             True,
-            *(
-                Placement(NUM_FETCHED + 1, sources, tables, nothing.int(), nothing, nothing)
-                for sources in (by_heads, by_blocks)
-            ),
+            {
+                (kind, None): Placement(NUM_FETCHED + 1, sources, tables, nothing.int(), nothing, nothing)
+                for kind, sources in ((True, by_heads), (False, by_blocks))
+            },
         )
         fetch.begin(plan, layers)
         for layer, share in enumerate(shares):

@@ -358,9 +358,9 @@ requests = st.lists(st.tuples(st.integers(0, 40), st.integers(1, 30)), min_size=
 
 
 @settings(max_examples=60, deadline=None)
-@given(requests, st.integers(2, 4), st.booleans(), st.booleans(), st.integers(0, 99))
+@given(requests, st.integers(2, 4), st.booleans(), st.booleans(), st.sampled_from([None, 1, 6]), st.integers(0, 99))
 def test_every_row_finds_its_tokens(
-    lens: list[tuple[int, int]], num_ranks: int, by_heads: bool, steps_by_heads: bool, seed: int
+    lens: list[tuple[int, int]], num_ranks: int, by_heads: bool, steps_by_heads: bool, window: int | None, seed: int
 ) -> None:
     """After fetching and exchanging, a row's table leads to all of its tokens, of this step and of earlier ones."""
     computed, scheduled = zip(*lens, strict=True)
@@ -377,9 +377,8 @@ def test_every_row_finds_its_tokens(
     gathered[plan.gathered_idx()] = 1000 * plan.request_idx[plan.token_row()] + plan.token_position()
     for rank in range(num_ranks):
         inputs = prepare(batch, plan, states, rank, 4)
-        fetched = plan_fetch(batch, inputs, rank, 4, num_blocks, [by_heads])
-        placement = fetched.by_heads if by_heads else fetched.by_blocks
-        assert placement is not None
+        share = LayerShare(8, by_heads, num_ranks, 4, window)
+        [placement] = plan_fetch(batch, inputs, rank, 4, num_blocks, [share]).placements.values()
         owners, places = owner_of(np.arange(num_blocks), num_ranks), place_of(np.arange(num_blocks), num_ranks)
         peer = (rank + 1) % num_ranks
         workspace = np.full((placement.num_blocks, 4), -1)
@@ -399,7 +398,8 @@ def test_every_row_finds_its_tokens(
         for row, request in enumerate(plan.request_idx[rows]):
             end = int(inputs.metadata.seq_lens_np[row])
             found = workspace[placement.block_tables_np[row]].reshape(-1)[:end]
-            np.testing.assert_array_equal(found, 1000 * request + np.arange(end))
+            low = 0 if window is None else max(0, int(plan.start[rows][row]) + 1 - window)
+            np.testing.assert_array_equal(found[low:], 1000 * request + np.arange(low, end))
 
 
 def test_heads_are_split_with_their_sinks() -> None:

@@ -28,6 +28,7 @@ class LayerShare:
     by_heads: bool
     num_ranks: int
     num_heads: int  # of queries
+    window: int | None = None  # tokens that a query attends to, itself among them
 
     @property
     def width(self) -> int:

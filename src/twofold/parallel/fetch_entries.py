@@ -64,8 +64,7 @@ class FetchPlan:
     """What a rank fetches in a step."""
 
     fetches: bool  # whether any rank does
-    by_heads: Placement | None  # for layers that are divided so, if there are any
-    by_blocks: Placement | None
+    placements: dict[tuple[bool, int | None], Placement]  # of layers divided by heads or not, with which window
 
 
 class EntryFetch:
@@ -153,8 +152,8 @@ class EntryFetch:
     def placement(self, layer: int) -> Placement:
         """Where the workspace has the blocks of my rows."""
         assert self._plan is not None, "no layer of this step has a workspace"
-        placement = self._plan.by_heads if self.cache.shares[layer].by_heads else self._plan.by_blocks
-        assert placement is not None
+        share = self.cache.shares[layer]
+        placement = self._plan.placements[share.by_heads, share.window]
         assert placement.num_blocks <= self.num_blocks, (placement.num_blocks, self.num_blocks)
         return placement
 

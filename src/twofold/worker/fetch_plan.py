@@ -1,6 +1,6 @@
 """What a rank fetches in a step where each rank keeps a share of the KV cache: index arithmetic over blocks."""
 
-from collections.abc import Collection
+from collections.abc import Iterable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.own_blocks import OwnBlocks
 from twofold.contract import ScheduledBatch
-from twofold.kv.sharded import owner_of, place_of
+from twofold.kv.sharded import LayerShare, owner_of, place_of
 from twofold.parallel.fetch_entries import FetchPlan, Placement, Source
 from twofold.parallel.plan import StepPlan
 from twofold.worker.input_batch import InputBatch, to_device
@@ -18,19 +18,25 @@ IntArray = NDArray[np.int64]
 
 
 def plan_fetch(
-    scheduled: ScheduledBatch, batch: InputBatch, rank: int, block_size: int, num_blocks: int, kinds: Collection[bool]
+    scheduled: ScheduledBatch,
+    batch: InputBatch,
+    rank: int,
+    block_size: int,
+    num_blocks: int,
+    shares: Iterable[LayerShare],
 ) -> FetchPlan:
-    """`batch` is the rank's part of the step, `num_blocks` of the cache; `kinds`: whether layers are divided by heads.
+    """`batch` is the rank's part of the step, `num_blocks` of the cache; `shares` of the layers that need a workspace.
 
     PCP=2 example: rank 0 has rows of a request with blocks 5, 6, 7, 8; 5 and half of 6 were computed before
 
         by heads       workspace  | null | 5 | 6 | 7 | 8 |      of rank 1's heads: 5 and 6 are fetched
         by blocks      workspace  | null | 5 | 6 | 7 | 8 |      whole: 5 is rank 0's own, 6 is rank 1's
     """
-    prefix, new = _blocks_of_rows(scheduled, batch.plan, batch.metadata.block_tables_np, rank, block_size)
-    fetches = bool((scheduled.num_computed_tokens > 0).any())
-    placed = {by_heads: _place(batch, prefix, new, rank, block_size, num_blocks, by_heads) for by_heads in set(kinds)}
-    return FetchPlan(fetches, by_heads=placed.get(True), by_blocks=placed.get(False))
+    placements, tables = {}, batch.metadata.block_tables_np
+    for by_heads, window in {(share.by_heads, share.window) for share in shares}:
+        prefix, new = _blocks_of_rows(scheduled, batch.plan, tables, rank, block_size, window)
+        placements[by_heads, window] = _place(batch, prefix, new, rank, block_size, num_blocks, by_heads)
+    return FetchPlan(bool((scheduled.num_computed_tokens > 0).any()), placements)
 
 
 def plan_own_blocks(
@@ -91,14 +97,23 @@ def _slots_of_share(slots: IntArray, rank: int, num_ranks: int, block_size: int)
 
 
 def _blocks_of_rows(
-    scheduled: ScheduledBatch, plan: StepPlan, block_tables: NDArray[np.int32], rank: int, block_size: int
+    scheduled: ScheduledBatch,
+    plan: StepPlan,
+    block_tables: NDArray[np.int32],
+    rank: int,
+    block_size: int,
+    window: int | None,
 ) -> tuple[IntArray, IntArray]:
     """The blocks that the rank's rows attend to: those with entries of earlier steps, and those without."""
     rows, column = plan.rows_of(rank), np.arange(block_tables.shape[1])
     ends = plan.start[rows] + plan.length[rows]
     computed = scheduled.num_computed_tokens[plan.request_idx[rows]]
+    first = np.zeros_like(ends) if window is None else np.maximum(plan.start[rows] + 1 - window, 0) // block_size
     used, before = (
-        np.unique(block_tables[column < -(-lens[:, None] // block_size)]).astype(np.int64) for lens in (ends, computed)
+        np.unique(block_tables[(column >= first[:, None]) & (column < -(-lens[:, None] // block_size))]).astype(
+            np.int64
+        )
+        for lens in (ends, computed)
     )
     used, before = used[used > 0], before[before > 0]
     new: IntArray = np.setdiff1d(used, before, assume_unique=True)

@@ -147,8 +147,8 @@ class ModelRunner:
         plan, own, cache, rank = None, None, self.fetch.cache, self.mesh.rank
         layers = way.decode_fetched_layers if batch.plan.is_decode else way.fetched_layers
         if layers:
-            kinds = {cache.shares[layer].by_heads for layer in layers}
-            plan = plan_fetch(step.batch, batch, rank, cache.block_size, cache.num_blocks, kinds)
+            shares = [cache.shares[layer] for layer in layers]
+            plan = plan_fetch(step.batch, batch, rank, cache.block_size, cache.num_blocks, shares)
         if len(layers) < len(way.fetched_layers):
             own = plan_own_blocks(step.batch, batch, self.states, rank, cache.block_size)
         self.fetch.begin(plan, layers)

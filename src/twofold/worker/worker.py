@@ -254,7 +254,8 @@ class Rank:
 def _share(spec: AttentionSpec, num_ranks: int) -> LayerShare:
     """A layer is divided by heads where it can be."""
     by_heads = spec.num_heads % num_ranks == spec.num_kv_heads % num_ranks == 0
-    return LayerShare(spec.entry_width, by_heads and not isinstance(spec, LatentSpec), num_ranks, spec.num_heads)
+    by_heads = by_heads and not isinstance(spec, LatentSpec)
+    return LayerShare(spec.entry_width, by_heads, num_ranks, spec.num_heads, spec.sliding_window)
 
 
 def max_exchange_bytes(runtime: RuntimeConfig, specs: Sequence[AttentionSpec]) -> int:
