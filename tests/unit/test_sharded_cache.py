@@ -8,6 +8,7 @@ import pytest
 import torch
 from harness import (
     ThreadExecutor,
+    ThreadMemory,
     generate,
     make_engine,
     prompt_logprobs,
@@ -188,6 +189,26 @@ def test_steps_of_decodes_fetch_nothing(model: PreTrainedModel) -> None:
     # And of the other rank's heads five blocks of eight tokens.
     assert received[1] == [entry * 15 + 5 * 8 * entry // 2] * 2
     assert not np.array(received[2:]).any()
+    engine.shutdown()
+
+
+def test_ranks_wait_for_each_other_where_one_reads_another(
+    model: PreTrainedModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A step that fetches, and the one after it, which may overwrite what is read, begin with a barrier; no other."""
+    waits: list[int] = []  # rank of each
+    wait = ThreadMemory.barrier
+
+    def barrier(memory: ThreadMemory) -> None:
+        waits.append(memory._mesh.rank)
+        wait(memory)
+
+    monkeypatch.setattr(ThreadMemory, "barrier", barrier)
+    engine = sharded_engine(model, 2, step_layout="auto", step_costs='{"decode": [[1, 1, 2]], "prefill": [[1, 1, 2]]}')
+    generate(engine, prompts_of((30, 25)), GREEDY)  # 30 and 10 tokens, 2 decodes, 15 tokens, then decodes
+    layouts = [step.by_heads for step in executor_of(engine).steps]
+    assert layouts[:4] == [False, True, False, True]
+    assert sorted(waits) == [0] * 2 + [1] * 2
     engine.shutdown()
 
 
