@@ -46,6 +46,7 @@ class Symmetric:
     def allocate(self, num_bytes: int) -> list[torch.Tensor]:
         import torch.distributed._symmetric_memory as symmetric_memory
 
+        torch.cuda.empty_cache()  # what PyTorch holds back is not there for other allocators
         self._mine = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=self._device)
         self._mine.zero_()
         self._handle = symmetric_memory.rendezvous(self._mine, self._mesh.group)
