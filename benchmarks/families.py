@@ -1,6 +1,7 @@
 """Compare every served family with Transformers, on one to four ranks, in each layout of steps and with both mixed.
 
     python benchmarks/families.py --output-json benchmarks/results/cpu-families.json [TYPE ...]
+    python benchmarks/families.py --kv-cache sharded --output-json benchmarks/results/cpu-families-sharded.json
 
 Tiny random models in float32, ranks as threads. Prompts come in chunks, a second pass finds their prefixes in the
 cache, and the cache is so small that requests are preempted. Prints the largest error of a prompt token's
@@ -35,6 +36,7 @@ NUM_TOKENS = 8
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("types", nargs="*", metavar="TYPE")
+    parser.add_argument("--kv-cache", choices=("replicated", "sharded"), default="replicated")
     parser.add_argument("--output-json", type=Path)
     args = parser.parse_args()
     logging.disable(logging.WARNING)
@@ -43,7 +45,7 @@ def main() -> None:
         try:
             model = tiny_model(tiny_config(model_type))
             if refusal(model.config) is None:
-                rows += compare(model_type, model)
+                rows += compare(model_type, model, args.kv_cache)
         except ModelError:
             continue
         except Exception as error:
@@ -59,7 +61,7 @@ def main() -> None:
         args.output_json.write_text(json.dumps(result, indent=1) + "\n")
 
 
-def compare(model_type: str, model: PreTrainedModel) -> list[dict[str, Any]]:
+def compare(model_type: str, model: PreTrainedModel, kv_cache: str) -> list[dict[str, Any]]:
     rng = np.random.default_rng(0)
     prompts = [rng.integers(3, VOCAB_SIZE, length).tolist() for length in PROMPT_LENS]
     expected = [reference_logprobs(model, prompt) for prompt in prompts]
@@ -71,8 +73,8 @@ def compare(model_type: str, model: PreTrainedModel) -> list[dict[str, Any]]:
         start = time.perf_counter()
         try:
             engine = make_engine(
-                model, num_ranks, step_layout=layout, max_num_batched_tokens=40, max_model_len=96, num_blocks=13,
-                block_size=8,
+                model, num_ranks, step_layout=layout, max_num_batched_tokens=40, max_model_len=96,
+                num_blocks=13 if kv_cache == "replicated" else 13 // num_ranks + 1, block_size=8, kv_cache=kv_cache,
             )  # fmt: skip
         except ModelError:
             if num_ranks == 2:
@@ -88,7 +90,8 @@ def compare(model_type: str, model: PreTrainedModel) -> list[dict[str, Any]]:
         engine.shutdown()
         error = max(float(np.abs(mine - theirs).max(initial=0)) for mine, theirs in zip(found, expected, strict=True))
         rows.append(
-            {"type": model_type, "ranks": num_ranks, "layout": layout if by_heads else "tokens", "max_error": error,
+            {"type": model_type, "ranks": num_ranks, "layout": layout if by_heads else "tokens",
+             "kv_cache": "sharded" if engine.is_sharded else "replicated", "max_error": error,
              "same_tokens": same, "seconds": round(time.perf_counter() - start, 1)}
         )  # fmt: skip
         print(json.dumps(rows[-1]), flush=True)

@@ -11,6 +11,7 @@ import json
 import statistics
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -21,6 +22,7 @@ from twofold.attention.backends import make_backend
 from twofold.bench.report import environment, print_table
 from twofold.config import EngineConfig
 from twofold.contract import Breakdown, NewRequest, ScheduledBatch, Step
+from twofold.kv.cache import Write
 from twofold.models.decoder import DecoderModel
 from twofold.models.loader import load_model
 from twofold.parallel.exchange import Exchange
@@ -61,14 +63,15 @@ class AloneTransport:
     def begin(self) -> None:
         pass
 
-    def send(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+    def send(self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None" = None) -> None:
         rank, size = self.mesh.rank, self.mesh.size
         self._stream.wait_stream(torch.cuda.current_stream())
         self._is_busy = True
         with torch.cuda.stream(self._stream):
             gathered = self._received[: size * entries.numel()].view(-1, entries.shape[1])
-            write_mine(entries, slots, kv_slots, rank)
-            write_others(gathered, slots, kv_slots, rank, size)
+            for write in writes:
+                write_mine(entries, write.slots, write.kv_slots, rank)
+                write_others(gathered, write.slots, write.kv_slots, rank, size)
 
     def complete(self) -> None:
         if self._is_busy:

@@ -53,6 +53,24 @@ class ThreadMesh:
         pass
 
 
+class ThreadMemory:
+    """Memory of all threads, which read each other's tensors."""
+
+    def __init__(self, mesh: ThreadMesh) -> None:
+        self._mesh = mesh
+
+    def allocate(self, num_bytes: int) -> list[torch.Tensor]:
+        parts, barrier = self._mesh._parts, self._mesh._barrier
+        parts[self._mesh.rank] = torch.zeros(num_bytes, dtype=torch.uint8)
+        barrier.wait()
+        everyones = list(parts)
+        barrier.wait()
+        return everyones
+
+    def barrier(self) -> None:
+        self._mesh._barrier.wait()
+
+
 class ThreadChannel:
     """A rank's channel to the engine, as `channel.py: Channel` is between processes."""
 
@@ -117,13 +135,17 @@ class ThreadExecutor:
             transport = AllGather(mesh, device.torch_device) if size > 1 else OneRank()
             body = DecoderModel(copy.deepcopy(model, memo=dict(weights)))
             total = GatherSum(mesh) if size > 1 else OneRankSum()
-            rank = Rank(runtime, body, mesh, Exchange(mesh, transport), total, make_backend("sdpa"), device)
-            return rank, replace(rank.report(), num_blocks=num_blocks)
+            memory = ThreadMemory(mesh) if size > 1 else None
+            rank = Rank(runtime, body, mesh, Exchange(mesh, transport), total, make_backend("sdpa"), device, memory)
+            report = replace(rank.report(), num_blocks=num_blocks)
+            sharded = None if report.sharded is None else replace(report.sharded, num_blocks=size * num_blocks)
+            return rank, replace(report, sharded=sharded)
 
         with ThreadPoolExecutor(size) as threads:
             started = list(threads.map(start, self.meshes, self.channels))
         self.ranks, self.reports = map(list, zip(*started, strict=True))
         self.steps: list[Step] = []
+        self._threads: list[threading.Thread] = []
         self.results: list[list[StepResult]] = []  # of each step, by rank
 
     @property
@@ -134,9 +156,10 @@ class ThreadExecutor:
     def runners(self) -> list[ModelRunner]:
         return [rank.runner for rank in self.ranks]
 
-    def allocate(self, num_blocks: int, times_layouts: bool) -> str | None:
+    def allocate(self, num_blocks: int, is_sharded: bool, times_layouts: bool) -> str | None:
+        message = Allocate(num_blocks, is_sharded, times_layouts)
         with ThreadPoolExecutor(len(self.ranks)) as threads:
-            answers = list(threads.map(lambda rank: rank.allocate(Allocate(num_blocks, times_layouts)), self.ranks))
+            answers = list(threads.map(lambda rank: rank.allocate(message), self.ranks))
         self._threads = [
             threading.Thread(target=self._serve, args=(rank, channel), daemon=True)
             for rank, channel in zip(self.ranks, self.channels, strict=True)
@@ -211,6 +234,8 @@ def make_engine(
 ) -> LLMEngine:
     """An engine on `num_ranks` threads for a model in memory.
 
+    `num_blocks` are those of a replicated cache; of a sharded one there are so many for each rank.
+
     The layout "mixed" changes from step to step, wherever the model divides.
     """
     engine_args["step_layout"] = "auto" if step_layout == "mixed" else step_layout
@@ -225,6 +250,7 @@ def make_engine(
         max_model_len=max_model_len,
         max_num_batched_tokens=max_num_batched_tokens,
         block_size=block_size,
+        kv_cache=engine_args.get("kv_cache", "replicated") if num_ranks > 1 else "replicated",
         attention_backend="sdpa",
         eos_token_ids=eos_token_ids,
         num_threads=1,
@@ -235,6 +261,8 @@ def make_engine(
     engine.max_steps_in_flight = steps_in_flight
     if step_layout == "mixed" and engine.executor.reports[0].only_by_tokens is None:
         engine.runs_by_heads = mixed
+        if engine.scheduler.fetch_limit is not None:  # steps of decodes run by tokens, too
+            engine.scheduler.fetch_limit = replace(engine.scheduler.fetch_limit, decodes_too=True)
     return engine
 
 

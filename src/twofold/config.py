@@ -21,6 +21,7 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn")
 EXCHANGES = ("auto", "all_gather", "push")
 PARTITION_POLICIES = ("dual_chunk_swap", "contiguous")
 STEP_LAYOUTS = ("auto", "tokens", "heads")
+HOLDINGS = ("auto", "replicated", "sharded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +54,7 @@ class EngineConfig:
     max_num_seqs: int = 256
     max_logprobs: int = 20  # that a request may ask for at each token; -1: all of the vocabulary
     block_size: int | None = None  # tokens in a KV cache block
+    kv_cache: str = "auto"  # holding: each rank has all of every KV entry (replicated), or a share of them (sharded)
     kv_cache_memory_bytes: int | None = None  # of each rank
     gpu_memory_utilization: float = 0.9
     enable_prefix_caching: bool = True
@@ -81,6 +83,7 @@ class EngineConfig:
         _check(isinstance(logprobs, int) and logprobs >= -1, "max_logprobs", logprobs, "an integer of at least -1")
         _check_choice("partition_policy", self.partition_policy, PARTITION_POLICIES)
         _check_choice("step_layout", self.step_layout, STEP_LAYOUTS)
+        _check_choice("kv_cache", self.kv_cache, HOLDINGS)
         _check_choice("device", self.device, DEVICES)
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         _check_choice("dtype", self.dtype, DTYPES)
@@ -134,6 +137,7 @@ class RuntimeConfig:
     max_model_len: int
     max_num_batched_tokens: int
     block_size: int
+    kv_cache: str  # replicated or sharded; auto: sharded if one request of max_model_len tokens would not fit
     attention_backend: str
     eos_token_ids: frozenset[int]
     num_threads: int  # CPU threads of each rank

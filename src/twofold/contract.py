@@ -136,6 +136,7 @@ class SharedFiles:
     weights: int  # CPU only
     entries: int  # KV entries that travel; CPU only
     sums: int  # partial results that are added up; CPU only
+    cache: int  # KV entries of all ranks, where each keeps a share; CPU only
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,6 +149,19 @@ class RankStart:
 
 
 @dataclass(frozen=True, slots=True)
+class ShardedRoom:
+    """What a rank would have room for if it kept a share of the cache. Blocks are those of all ranks together."""
+
+    num_blocks: int
+    max_cache_bytes: int  # that there is room for, beside the workspaces
+    bytes_per_block: int  # of this rank
+    workspace_bytes: int  # of memory for what steps fetch from other ranks
+    max_fetch_blocks: int  # of all requests in a step that fetches
+    decodes_fetch_by_tokens: bool  # whether steps of decodes do, in either layout
+    decodes_fetch_by_heads: bool
+
+
+@dataclass(frozen=True, slots=True)
 class RankReport:
     """What a rank says once its model is loaded and its memory is measured."""
 
@@ -157,6 +171,7 @@ class RankReport:
     bytes_per_block: int
     vocab_size: int
     num_parameters: int
+    sharded: ShardedRoom | None = None  # None where ranks cannot read each other's memory
     only_by_tokens: str | None = None  # why no step can run by heads; None if steps can
     seconds: dict[str, float] = field(default_factory=dict)  # start-up phase -> its time
 
@@ -166,6 +181,7 @@ class Allocate:
     """Asks for the KV cache, the same on every rank."""
 
     num_blocks: int
+    is_sharded: bool  # whether each rank has a share of them; else each has all
     times_layouts: bool  # whether costs of steps are wanted
 
 

@@ -22,6 +22,7 @@ from twofold.config import (
     DEVICES,
     DTYPES,
     EXCHANGES,
+    HOLDINGS,
     LOAD_FORMATS,
     PARTITION_POLICIES,
     STEP_LAYOUTS,
@@ -48,6 +49,8 @@ ENGINE_HELP = {
     "max_num_seqs": "requests that run at the same time",
     "max_logprobs": "log-probabilities that a request may ask for at each token; -1 is no limit",
     "block_size": "tokens in a KV cache block",
+    "kv_cache": "what each rank keeps of the KV cache: all of it (replicated), a share (sharded), or a share where one "
+    f"request of max_model_len tokens would not fit otherwise: {_one_of(HOLDINGS)}",
     "kv_cache_memory_bytes": "memory for the KV cache on each rank: 8G",
     "gpu_memory_utilization": "share of a GPU's memory that may be used",
     "enable_prefix_caching": "reuse the KV entries of earlier prompts that begin with the same tokens",

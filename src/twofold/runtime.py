@@ -59,6 +59,7 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
         max_model_len=_max_model_len(config, model_config),
         max_num_batched_tokens=config.max_num_batched_tokens or _default_batched_tokens(config, device),
         block_size=config.block_size or (16 if device == "cpu" else 128),
+        kv_cache=config.kv_cache if config.prefill_context_parallel_size > 1 else "replicated",
         attention_backend=_attention_backend(config, device),
         eos_token_ids=_eos_token_ids(generation, model_config, tokenizer),
         num_threads=int(os.environ.get("OMP_NUM_THREADS") or 0)

@@ -71,6 +71,17 @@ def is_running(pid: int) -> bool:
         return False
 
 
+def test_ranks_that_keep_shares_of_the_cache_answer_alike(folder: Path, llms: dict[int, LLM]) -> None:
+    """They read each other's shares in a file that all map; answers at the second time begin with cached blocks."""
+    arguments = ARGUMENTS | {"kv_cache": "sharded", "kv_cache_memory_bytes": 1 << 20}
+    with LLM(str(folder), prefill_context_parallel_size=2, **arguments) as llm:
+        assert llm.engine.is_sharded
+        for _ in range(2):
+            assert tokens_of(llm, GREEDY) == tokens_of(llms[1], GREEDY)
+        assert llm.engine.is_idle
+        assert llm.engine.kv_cache_capacity > 1.95 * (1 << 20) // (4 * 2 * 2 * 16 * 4)
+
+
 PROMPTS = [np.random.default_rng(n).integers(3, VOCAB_SIZE, n).tolist() for n in (1, 3, 20, 150)]
 GREEDY = SamplingParams(temperature=0, max_tokens=10, prompt_logprobs=0)
 SAMPLED = SamplingParams(temperature=1.0, top_p=0.9, seed=3, n=2, max_tokens=10, repetition_penalty=1.1)

@@ -11,7 +11,7 @@ from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.spec import AttentionSpec
 from twofold.contract import NewRequest, ScheduledBatch, Step
-from twofold.parallel.exchange import Exchange, ExchangePlan
+from twofold.parallel.exchange import Exchange
 from twofold.parallel.mesh import SingleRank
 from twofold.parallel.plan import Buckets, TokenLayout, plan_step
 from twofold.parallel.transport import OneRank
@@ -113,7 +113,7 @@ def test_in_a_graph(name: str, backend: AttentionBackend) -> None:
     limits = CaptureLimits(TokenLayout(1), 0, 16, MAX_MODEL_LEN // BLOCK_SIZE, BLOCK_SIZE, None)
 
     def forward(
-        input_ids: torch.Tensor, position_ids: torch.Tensor, metadata: AttentionMetadata, plan: ExchangePlan, _: bool
+        input_ids: torch.Tensor, position_ids: torch.Tensor, metadata: AttentionMetadata, *_: object
     ) -> torch.Tensor:
         return case.attend(input_ids, metadata, backend)
 

@@ -37,6 +37,10 @@ class AttentionMetadata:
         """[V'] row -> its last token."""
         return self.query_start[1:].long() - 1
 
+    def over(self, block_tables_np: NDArray[np.int32], block_tables: torch.Tensor) -> "AttentionMetadata":
+        """The same rows with their blocks elsewhere: [V, B], [V', B]."""
+        return replace(self, block_tables_np=block_tables_np, block_tables=block_tables, shared_prefix=None)
+
     def of_last_tokens(self) -> "AttentionMetadata":
         """The same rows with one token each, their last."""
         num_rows, device = len(self.seq_lens), self.query_start.device

@@ -18,13 +18,15 @@ from dataclasses import dataclass, replace
 import torch
 import torch.nn.functional as F
 
-from twofold.attention import shared_prefix
+from twofold.attention import own_blocks, shared_prefix
 from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.combine import merge
 from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.own_blocks import OwnBlocks
 from twofold.attention.rows import place_row_blocks, row_entries
 from twofold.attention.spec import LatentSpec
 from twofold.kv.cache import copy_blocks
+from twofold.parallel.mesh import Mesh
 
 PIECE_BYTES = 1 << 30  # of heads expanded at once: more pieces to merge take longer, larger ones take memory
 MAX_QUERIES_AT_ONCE = 2048  # of a row. Longer rows go in pieces, so that head and tail of a prompt share expanded heads
@@ -76,6 +78,22 @@ def attend(
         latents, _ = shared_prefix.attend(absorbed, kv_cache, spec.absorbed, metadata.decode_rows(), backend)
         project_values(latents, spec, out[:num_decode_rows])
     return out, copied
+
+
+def attend_own(
+    query: torch.Tensor,
+    kv_cache: torch.Tensor,
+    spec: LatentSpec,
+    own: OwnBlocks,
+    num_heads: int,
+    backend: AttentionBackend,
+    mesh: Mesh,
+) -> torch.Tensor:
+    """The same in a step of decodes over blocks that are divided over ranks; `num_heads` are those of all ranks."""
+    latents, _ = own_blocks.attend(absorb(query, spec), kv_cache, spec.absorbed, own, num_heads, backend, mesh)
+    out = query.new_empty(len(query), spec.num_heads, spec.v_head_dim)
+    project_values(latents, spec, out)
+    return out
 
 
 def absorb(query: torch.Tensor, spec: LatentSpec) -> torch.Tensor:

@@ -12,19 +12,22 @@ pass, has the rest: rows, their blocks, the cache, the exchange and the backend.
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from transformers import AttentionInterface
 
-from twofold.attention import mla, shared_prefix
+from twofold.attention import mla, own_blocks, shared_prefix
 from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.combine import apply_sinks
 from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.spec import AttentionSpec, LatentSpec
-from twofold.kv.cache import KVCache
+from twofold.attention.own_blocks import OwnBlocks
+from twofold.attention.spec import AttentionSpec, LatentSpec, split_heads
+from twofold.kv.cache import KVCache, Write
+from twofold.kv.sharded import ShardedKVCache
 from twofold.parallel.exchange import Exchange
+from twofold.parallel.fetch_entries import EntryFetch, Placement
 
 ATTENTION_NAME = "twofold"
 
@@ -37,18 +40,84 @@ class ForwardContext:
     """
 
     specs: Sequence[AttentionSpec]  # layer -> what its attention computes
-    cache: KVCache
+    cache: KVCache | ShardedKVCache
     exchange: Exchange
     backend: AttentionBackend
     metadata: AttentionMetadata
+    fetch: EntryFetch | None = None  # where ranks keep shares of the cache, and some layer needs whole entries
+    own: OwnBlocks | None = None  # in a step of decodes, for layers that need a workspace in no such step
     layer: int = -1  # the layer that runs its attention now
     on_publish: Callable[[torch.Tensor], None] | None = None  # takes a layer's KV entries in place of `publish`
     copied: mla.CopiedRows | None = None  # shared by layers with latents
+    # id of a placement -> the step's rows, and the same over its workspace: the same object for all layers.
+    over_workspace: dict[int, tuple[AttentionMetadata, AttentionMetadata]] = field(default_factory=dict)
 
     def publish(self, entries: torch.Tensor) -> None:
         """Sends the next layer's KV entries [N, entry_width] on their way into every rank's kv_cache."""
         self.layer += 1
-        self.exchange.publish(entries, self.cache.slots[self.layer])
+        fetch = self.fetch
+        if fetch is not None and fetch.serves(self.layer):
+            self.exchange.publish_shares(entries, fetch.writes(self.layer), fetch.ready(self.layer))
+        elif self._stays_in_blocks():
+            assert self.own is not None
+            self.exchange.publish_shares(entries, [Write(self.own.slots, self.cache.slots[self.layer])], None)
+        else:
+            self.exchange.publish(entries, self.cache.slots[self.layer])
+
+    def attend(self, query: torch.Tensor) -> torch.Tensor:
+        """query [N, H, D] of the layer → [N, H, Dv]."""
+        fetch, layer, spec = self.fetch, self.layer, self.specs[self.layer]
+        if self._stays_in_blocks():
+            return self._attend_own(query, spec)
+        if fetch is None or not fetch.serves(layer):
+            return self._attend(query, self.cache.blocks[layer], spec, self.metadata)
+        caches, rows = fetch.caches(layer), self._rows_over_workspace(fetch.placement(layer))
+        if len(caches) == 1:
+            out = self._attend(query, caches[0], spec, rows)
+        else:
+            specs, mine = split_heads(spec, len(caches)), fetch.cache.rank
+            queries = query.split(specs[0].num_heads, dim=1)
+            out = torch.cat(
+                [
+                    self._attend(part, kv_cache, one, self.metadata if rank == mine else rows)
+                    for rank, (part, kv_cache, one) in enumerate(zip(queries, caches, specs, strict=True))
+                ],
+                dim=1,
+            )
+        fetch.finish(layer)
+        return out
+
+    def _stays_in_blocks(self) -> bool:
+        """Whether the layer's queries travel, and no entry of earlier steps does."""
+        if self.own is None or self.fetch is None or self.fetch.serves(self.layer):
+            return False
+        return not self.fetch.cache.shares[self.layer].by_heads
+
+    def _attend_own(self, query: torch.Tensor, spec: AttentionSpec) -> torch.Tensor:
+        assert self.own is not None
+        assert self.fetch is not None
+        num_heads, mesh = self.fetch.cache.shares[self.layer].num_heads, self.exchange.mesh
+        kv_cache = self.cache.blocks[self.layer]
+        if isinstance(spec, LatentSpec):
+            return mla.attend_own(query, kv_cache, spec, self.own, num_heads, self.backend, mesh)
+        out, lse = own_blocks.attend(query, kv_cache, spec, self.own, num_heads, self.backend, mesh)
+        return out if spec.sinks is None else apply_sinks(out, lse, spec.sinks)
+
+    def _attend(
+        self, query: torch.Tensor, kv_cache: torch.Tensor, spec: AttentionSpec, metadata: AttentionMetadata
+    ) -> torch.Tensor:
+        if isinstance(spec, LatentSpec):
+            out, self.copied = mla.attend(query, kv_cache, spec, metadata, self.backend, self.copied)
+            return out
+        out, lse = shared_prefix.attend(query, kv_cache, spec, metadata, self.backend)
+        return out if spec.sinks is None else apply_sinks(out, lse, spec.sinks)
+
+    def _rows_over_workspace(self, placement: Placement) -> AttentionMetadata:
+        before, rows = self.over_workspace.get(id(placement), (None, None))
+        if before is not self.metadata or rows is None:
+            rows = self.metadata.over(placement.block_tables_np, placement.block_tables)
+            self.over_workspace[id(placement)] = self.metadata, rows
+        return rows
 
     def select_last_tokens(self) -> torch.Tensor:
         """Queries are those of each row's last token from now on; → [V'] row -> its last token."""
@@ -83,14 +152,8 @@ def _attend(query: torch.Tensor, entries: torch.Tensor, published: torch.Tensor,
     `entries` and `published` are arguments only to make a compiler keep the order, and the memory that is being sent.
     """
     context: ForwardContext = _current.context
-    spec = context.specs[context.layer]
     context.exchange.complete()
-    kv_cache, metadata = context.cache.blocks[context.layer], context.metadata
-    if isinstance(spec, LatentSpec):
-        out, context.copied = mla.attend(query, kv_cache, spec, metadata, context.backend, context.copied)
-        return out
-    out, lse = shared_prefix.attend(query, kv_cache, spec, metadata, context.backend)
-    return out if spec.sinks is None else apply_sinks(out, lse, spec.sinks)
+    return context.attend(query)
 
 
 _library = torch.library.Library("twofold", "DEF")

@@ -6,7 +6,7 @@ A *KV entry* is all that a layer keeps of a token. Only a spec knows its columns
     LatentSpec      | latent: L | RoPE part of the keys: R |
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import torch
 
@@ -45,6 +45,13 @@ class AttentionSpec:
             return heads, heads[..., : self.v_head_dim]
         keys, values = heads.split([self.qk_head_dim, self.v_head_dim], dim=-1)
         return keys, values
+
+
+def split_heads(spec: AttentionSpec, num_parts: int) -> list[AttentionSpec]:
+    """Attention of consecutive heads, over as many ranges of an entry's columns; the key-value heads divide."""
+    num_heads, num_kv_heads = spec.num_heads // num_parts, spec.num_kv_heads // num_parts
+    sinks = [None] * num_parts if spec.sinks is None else spec.sinks.split(num_heads)
+    return [replace(spec, num_heads=num_heads, num_kv_heads=num_kv_heads, sinks=some) for some in sinks]
 
 
 @dataclass(frozen=True, slots=True, eq=False, kw_only=True)

@@ -67,12 +67,13 @@ def _cpu_name() -> str:
 def bytes_per_token(engine: "LLMEngine") -> dict[str, float]:
     """Bytes of a token's KV entries over all layers, measured at the buffers that were allocated and sent.
 
-    `stored` is what each rank keeps. `exchanged` is what a token's rank sends to each other rank, padding included: the
-    mean over all tokens computed so far.
+    `stored` is what each rank keeps. `exchanged` is what a token's rank sends to each other rank, padding and what they
+    fetch later included: the mean over all tokens computed so far.
     """
     report, size, stats = engine.reports[0], engine.runtime.num_ranks, engine.stats
     exchanged = stats.exchange_bytes / max(1, (size - 1) * stats.num_tokens)
-    return {"stored": report.bytes_per_block / engine.runtime.block_size, "exchanged": round(exchanged, 1)}
+    room = report.sharded if engine.is_sharded and report.sharded is not None else report
+    return {"stored": room.bytes_per_block / engine.runtime.block_size, "exchanged": round(exchanged, 1)}
 
 
 def describe(engine: "LLMEngine") -> dict[str, Any]:
@@ -81,6 +82,7 @@ def describe(engine: "LLMEngine") -> dict[str, Any]:
     return {
         "dtype": str(engine.runtime.dtype).removeprefix("torch."),
         "pcp": engine.runtime.num_ranks,
+        "kv_cache": "sharded" if engine.is_sharded else "replicated",
         "step_layout": engine.runtime.engine.step_layout,
         "step_costs": None if costs is None else costs.to_json(),
     }

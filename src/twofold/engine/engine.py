@@ -7,19 +7,19 @@ import hashlib
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import TYPE_CHECKING
 
 from twofold.config import RuntimeConfig
-from twofold.contract import Breakdown, Masks, RankReport, ScheduledBatch, StepResult
+from twofold.contract import Breakdown, Masks, RankReport, ScheduledBatch, ShardedRoom, StepResult
 from twofold.engine.block_pool import BlockPool
 from twofold.engine.masks import MaskMaker, NextTokens
 from twofold.engine.output_processor import OutputProcessor
 from twofold.engine.prompts import Prompt, PromptReader
 from twofold.engine.request import Request, RequestStatus
-from twofold.engine.scheduler import Scheduler
+from twofold.engine.scheduler import FetchLimit, Scheduler
 from twofold.engine.stats import EngineSnapshot, EngineStats, Progress
 from twofold.engine.watchdog import Watchdog
 from twofold.errors import ConfigError, EngineError, RequestError, TwofoldError
@@ -65,6 +65,7 @@ class LLMEngine:
         self.scheduler = Scheduler(
             self.block_pool, runtime.engine.max_num_seqs, runtime.max_num_batched_tokens, runtime.max_model_len
         )
+        self.scheduler.fetch_limit = self._fetch_limit() if self.is_sharded else None
         self.prompts = PromptReader(tokenizer, self.vocab_size, self.scheduler.max_num_tokens, runtime.max_model_len)
         self.masks = MaskMaker(tokenizer, self.vocab_size, runtime.eos_token_ids)
         self.outputs = OutputProcessor(tokenizer)
@@ -77,7 +78,7 @@ class LLMEngine:
         """Has new ranks allocate their caches → the pool of their blocks."""
         self.executor = executor
         try:
-            num_blocks = self._num_blocks(self.runtime)
+            self.is_sharded, num_blocks = self._choose_holding(self.runtime)
             self._choose_layouts(num_blocks)
         except BaseException:
             executor.shutdown()
@@ -87,7 +88,7 @@ class LLMEngine:
     def _choose_layouts(self, num_blocks: int) -> None:
         layout, only_by_tokens = self.runtime.engine.step_layout, self.executor.reports[0].only_by_tokens
         is_auto = layout == "auto" and only_by_tokens is None
-        measured = self.executor.allocate(num_blocks, is_auto and self.step_costs is None)
+        measured = self.executor.allocate(num_blocks, self.is_sharded, is_auto and self.step_costs is None)
         if measured is not None:
             self.step_costs = StepCosts.from_json(measured)
             logger.info("costs of steps: %s", measured)
@@ -97,10 +98,18 @@ class LLMEngine:
             self.runs_by_heads = partial(_always, layout == "heads")
         elif self.runtime.num_ranks > 1 and layout != "tokens":
             logger.info("all steps run by tokens: %s", only_by_tokens)
+        room = self.executor.reports[0].sharded
+        self._decodes_fetch = False  # all of their contexts
+        if self.is_sharded and room is not None:
+            by_tokens, by_heads = room.decodes_fetch_by_tokens, room.decodes_fetch_by_heads
+            if is_auto and (by_tokens or by_heads):  # costs do not tell what is fetched
+                self.runs_by_heads = partial(_sharded, self.runs_by_heads, not by_heads)
+            in_layout = {"tokens": by_tokens, "heads": by_heads, "auto": by_tokens and by_heads}
+            self._decodes_fetch = in_layout[layout if only_by_tokens is None else "tokens"]
 
     def in_each_layout(self) -> Iterator[str]:
         """First "auto", then each layout's name while steps run in that one, if steps can. For benchmarks."""
-        chosen, can_choose = self.runs_by_heads, self.step_costs is not None
+        chosen, can_choose = self.runs_by_heads, self.step_costs is not None and not self.is_sharded
         yield self.runtime.engine.step_layout
         try:
             for name in ("tokens", "heads") if can_choose else ():
@@ -109,27 +118,61 @@ class LLMEngine:
         finally:
             self.runs_by_heads = chosen
 
+    def _fetch_limit(self) -> FetchLimit:
+        room = self.executor.reports[0].sharded
+        assert room is not None
+        return FetchLimit(room.max_fetch_blocks, self._decodes_fetch)
+
     def _make_pool(self, num_blocks: int) -> BlockPool:
         return BlockPool(num_blocks, self.runtime.block_size, self.runtime.engine.enable_prefix_caching)
 
-    def _num_blocks(self, runtime: RuntimeConfig) -> int:
-        """What the rank with the least memory has room for."""
+    def _choose_holding(self, runtime: RuntimeConfig) -> tuple[bool, int]:
+        """Whether each rank keeps a share of the cache, and its number of blocks, over all ranks."""
+        reports, num_ranks = self.executor.reports, runtime.num_ranks
+        rooms = [report.sharded for report in reports if report.sharded is not None]
+        if runtime.kv_cache == "sharded" and len(rooms) < num_ranks:
+            raise ConfigError(
+                "kv_cache='sharded' needs ranks that read each other's memory, and these GPUs do not; use "
+                "kv_cache='replicated'",
+                field="kv_cache",
+            )
+        # A request's last token is never computed; one block is the null block.
+        needed = -(-(runtime.max_model_len - 1) // runtime.block_size) + 1
+        fits = min(report.num_blocks for report in reports) >= needed
+        if runtime.kv_cache == "replicated" or len(rooms) < num_ranks or (runtime.kv_cache == "auto" and fits):
+            num_blocks, report = self._num_blocks(runtime, needed, reports), reports[0]
+            if num_ranks > 1:
+                logger.info(
+                    "KV cache: each of %d ranks keeps all of it, %.2f GiB: %d tokens",
+                    num_ranks, num_blocks * report.bytes_per_block / 2**30, (num_blocks - 1) * runtime.block_size,
+                )  # fmt: skip
+            return False, num_blocks
+        num_blocks = self._num_blocks(runtime, needed, rooms)
+        logger.info(
+            "KV cache: each of %d ranks keeps a share, %.2f GiB, and has %.2f GiB for what it fetches: %d tokens",
+            num_ranks, num_blocks * rooms[0].bytes_per_block / 2**30, rooms[0].workspace_bytes / 2**30,
+            (num_blocks - 1) * runtime.block_size,
+        )  # fmt: skip
+        return True, num_blocks
+
+    def _num_blocks(self, runtime: RuntimeConfig, needed: int, rooms: Sequence[RankReport | ShardedRoom]) -> int:
+        """What the rank with the least memory has room for; `needed` are those of one request."""
         wanted = runtime.engine.kv_cache_memory_bytes
-        room = min(report.max_cache_bytes for report in self.executor.reports)
+        room = min(room.max_cache_bytes for room in rooms)
         if wanted is not None and wanted > room:
             raise ConfigError(
                 f"kv_cache_memory_bytes={wanted} is more than the {room} bytes that a rank has room for; lower it, or "
                 "leave it out to use what there is",
                 field="kv_cache_memory_bytes",
             )
-        report = min(self.executor.reports, key=lambda report: report.num_blocks)
-        # A request's last token is never computed; one block is the null block.
-        needed = -(-(runtime.max_model_len - 1) // runtime.block_size) + 1
+        report = min(rooms, key=lambda report: report.num_blocks)
+        spare = 2 * runtime.num_ranks + 1 if isinstance(report, ShardedRoom) else 0  # null blocks, and what is rounded
         if report.num_blocks < needed:
             held = max(report.num_blocks - 1, 0) * runtime.block_size
+            enough = (needed + spare) * report.bytes_per_block
             raise ConfigError(
                 f"the cache holds {held} tokens, fewer than max_model_len={runtime.max_model_len}; lower "
-                f"max_model_len, or raise kv_cache_memory_bytes to at least {needed * report.bytes_per_block}",
+                f"max_model_len, or raise kv_cache_memory_bytes to at least {enough}",
                 field="max_model_len",
             )
         return report.num_blocks
@@ -296,6 +339,7 @@ class LLMEngine:
                 continue
             self.watchdog.restart()
             self.scheduler.restart(self.block_pool)
+            self.scheduler.fetch_limit = self._fetch_limit() if self.is_sharded else None
             self.stats.take_restart(start)
             logger.warning("new ranks after %.1f s", self.stats.restart_seconds)
             return True
@@ -434,3 +478,8 @@ class LLMEngine:
 
 def _always(by_heads: bool, batch: ScheduledBatch) -> bool:
     return by_heads
+
+
+def _sharded(choose: Callable[[ScheduledBatch], bool], decodes_by_heads: bool, batch: ScheduledBatch) -> bool:
+    """Decodes run by heads if then nothing is fetched, else by tokens: a rank fetches for its own rows only."""
+    return decodes_by_heads if (batch.num_scheduled_tokens == 1).all() else choose(batch)

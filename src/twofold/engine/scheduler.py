@@ -53,6 +53,14 @@ class StepInFlight:
     masked: list[Request]  # those of `sampled` whose token is masked; empty once the masks are taken
 
 
+@dataclass(frozen=True, slots=True)
+class FetchLimit:
+    """Where ranks keep shares of the KV cache: they have room for so many blocks of other ranks' shares in a step."""
+
+    num_blocks: int  # of all requests of a step, at least those of the longest request
+    decodes_too: bool  # whether it holds for steps of decodes; else these fetch nothing
+
+
 class Scheduler:
     """Continuous batching with chunked prefill, prefix caching, and preemption by recomputation.
 
@@ -76,6 +84,8 @@ class Scheduler:
         self._computing: dict[bytes, Request] = {}  # hash of a full block -> running request that will compute it
         self._in_flight: deque[StepInFlight] = deque()
         self._suspects: list[list[Request]] = []  # groups, each in order of arrival; only the first one may run
+        self.fetch_limit: FetchLimit | None = None
+        self._last_were_decodes = False  # the step scheduled last, where there is a limit
         self._numbers, self._step_ids = count(), count()
         self.num_preemptions = 0
         self.num_prefix_queries = 0  # tokens looked up in the prefix cache
@@ -147,8 +157,25 @@ class Scheduler:
 
         Every step must be given to `complete`, in order. The next step tells the ranks about requests that were
         removed while nothing ran.
+
+        With a fetch limit a step has either decodes or longer parts of prompts, in turn where there are both: contexts
+        of decodes would be fetched for the sake of a few tokens.
         """
-        budget = self.max_num_batched_tokens
+        if self.fetch_limit is None:
+            return self._schedule(None, None)
+        for decodes in (not self._last_were_decodes, self._last_were_decodes):
+            limit = self.fetch_limit.num_blocks if self.fetch_limit.decodes_too or not decodes else None
+            if step := self._schedule(decodes, limit):
+                self._last_were_decodes = decodes
+                return step
+        return None
+
+    def _schedule(self, decodes: bool | None, max_num_blocks: int | None) -> Step | None:
+        """A step of requests with at most `max_num_blocks` blocks in all, but of one request in any case.
+
+        Of those with one token left to compute, if `decodes`, or of the others; of all if it is None.
+        """
+        budget, num_blocks = self.max_num_batched_tokens, 0
         scheduled: list[tuple[Request, int]] = []
         new_block_ids: dict[int, list[int]] = {}
         blocked = False
@@ -158,8 +185,12 @@ class Scheduler:
             request = self._running[i]
             i += 1
             num_new = min(self._num_ready(request), budget)
-            if not num_new:
+            if not num_new or decodes is (self._num_ready(request) > 1):
                 continue
+            num_blocks += self.block_pool.blocks_needed(request.num_computed_tokens + num_new)
+            if max_num_blocks is not None and scheduled and num_blocks > max_num_blocks:
+                blocked = True
+                break
             blocks = self._extend(request, num_new)
             if blocks is None:  # it keeps its blocks: earlier requests will finish, or preempt it
                 blocked = True
@@ -170,14 +201,16 @@ class Scheduler:
             budget -= num_new
 
         new: list[NewRequest] = []
-        for request in [] if blocked else self._candidates():
+        for request in [] if blocked or decodes else self._candidates():
             if not budget or len(self._running) == self.max_num_seqs:
                 break
             if self._awaits_prefix(request):
                 continue
-            num_new = self._admit(request, budget)
+            left = max_num_blocks - num_blocks if max_num_blocks is not None and scheduled else None
+            num_new = self._admit(request, budget, left)
             if not num_new:
                 break
+            num_blocks += len(request.block_ids)
             new.append(
                 NewRequest(
                     number=request.number,
@@ -334,8 +367,11 @@ class Scheduler:
         num_useful = (request.num_tokens - 1) // self.block_pool.block_size if self._uses_cache(request) else 0
         return num_hits < num_useful and request.block_hashes[num_hits] in self._computing
 
-    def _admit(self, request: Request, budget: int) -> int:
-        """Let a waiting request run → how many of its tokens, or 0 if there is no room for it yet."""
+    def _admit(self, request: Request, budget: int, max_num_blocks: int | None) -> int:
+        """Let a waiting request run → how many of its tokens, or 0 if there is no room for it yet.
+
+        There is none either if these tokens and those before them have more than `max_num_blocks` blocks.
+        """
         pool = self.block_pool
         if request.num_placeholders or not pool.num_free:
             return 0
@@ -345,7 +381,8 @@ class Scheduler:
         num_new = min(request.num_tokens - num_computed, budget)
         # A preempted request comes back only when all of it fits, to avoid preemption thrashing.
         num_tokens = request.num_tokens if request.num_preemptions else num_computed + num_new
-        if pool.blocks_needed(num_tokens) - len(hits) > pool.num_free:
+        is_too_long = max_num_blocks is not None and pool.blocks_needed(num_computed + num_new) > max_num_blocks
+        if is_too_long or pool.blocks_needed(num_tokens) - len(hits) > pool.num_free:
             pool.free(hits)
             return 0
         blocks = pool.allocate(pool.blocks_needed(num_computed + num_new) - len(hits))

@@ -10,8 +10,8 @@ class Executor(Protocol):
 
     reports: list[RankReport]  # in the order of ranks
 
-    def allocate(self, num_blocks: int, times_layouts: bool) -> str | None:
-        """Gives every rank a cache of this many blocks; after it the ranks take steps.
+    def allocate(self, num_blocks: int, is_sharded: bool, times_layouts: bool) -> str | None:
+        """Gives the ranks a cache of this many blocks, each all of it or a share; after it the ranks take steps.
 
         If it `times_layouts`, → JSON of `StepCosts`.
         """

@@ -94,8 +94,8 @@ class LocalExecutor:
         """Process ids, in the order of ranks."""
         return [process.pid for process in self._processes]
 
-    def allocate(self, num_blocks: int, times_layouts: bool) -> str | None:
-        self._send(Allocate(num_blocks, times_layouts))
+    def allocate(self, num_blocks: int, is_sharded: bool, times_layouts: bool) -> str | None:
+        self._send(Allocate(num_blocks, is_sharded, times_layouts))
         answers = self._answers(Allocated, self._start_timeout)
         self.reports = [
             replace(report, seconds=answer.seconds) for report, answer in zip(self.reports, answers, strict=True)
@@ -228,7 +228,7 @@ def _shared_files() -> Iterator[SharedFiles]:
     """Files in memory for ranks that are started meanwhile. Nobody but them has these files then."""
     with contextlib.ExitStack() as stack:
         files = []
-        for name in ("store", "weights", "entries", "sums"):
+        for name in ("store", "weights", "entries", "sums", "cache"):
             files.append(os.memfd_create(f"twofold-{name}"))
             stack.callback(os.close, files[-1])
         yield SharedFiles(*files)

@@ -5,6 +5,7 @@ A *slot* is a token's place: slot s lies in block s // block_size. The cache doe
 
 import copy
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Self
 
 import numpy as np
@@ -56,6 +57,15 @@ def bytes_per_block(entry_widths: Sequence[int], block_size: int, dtype: torch.d
     return sum(entry_widths) * block_size * dtype.itemsize
 
 
+@dataclass(frozen=True, slots=True)
+class Write:
+    """Where entries go that have come from all ranks."""
+
+    slots: torch.Tensor  # [n]
+    kv_slots: torch.Tensor  # [num_slots, width]
+    columns: slice = field(default_factory=lambda: slice(None))  # of each entry, so many as a slot has
+
+
 def write_entries(entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
     """kv_slots[slots[i]] = entries[i]. entries [n, entry_width], slots [n], kv_slots [num_slots, entry_width]."""
     if entries.is_cuda:
@@ -66,16 +76,16 @@ def write_entries(entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Te
         kv_slots.index_copy_(0, slots, entries)
 
 
-def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """[n, block_size, entry_width]: a copy of kv_cache[sources[i]], of anything where that is -1.
 
-    kv_cache [num_blocks, block_size, entry_width], contiguous; sources [n].
+    kv_cache [num_blocks, block_size, entry_width] and `out`, if it is given, contiguous; sources [n].
     """
     if kv_cache.is_cuda:
         from twofold.kv.kernels import gather_blocks
 
-        return gather_blocks(kv_cache, sources)
-    return kv_cache.index_select(0, sources.clamp(min=0))
+        return gather_blocks(kv_cache, sources, out)
+    return torch.index_select(kv_cache, 0, sources.clamp(min=0), out=out)
 
 
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:

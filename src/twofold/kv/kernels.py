@@ -61,12 +61,13 @@ def _gather_kernel(
     tl.store(copy + number * block_numbers + offsets, values, mask=inside)
 
 
-def gather_blocks(kv_cache: torch.Tensor, sources: torch.Tensor) -> torch.Tensor:
+def gather_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, out: torch.Tensor | None = None) -> torch.Tensor:
     """copy[i] = kv_cache[sources[i]], not written where that is -1.
 
-    kv_cache [num_blocks, block_size, entry_width] contiguous, sources [n] → [n, block_size, entry_width].
+    kv_cache [num_blocks, block_size, entry_width] contiguous, sources [n] → [n, block_size, entry_width], which is
+    `out` if that is given, contiguous too.
     """
-    copy = kv_cache.new_empty(len(sources), *kv_cache.shape[1:])
+    copy = kv_cache.new_empty(len(sources), *kv_cache.shape[1:]) if out is None else out
     numbers = kv_cache.shape[1] * kv_cache.shape[2]
     grid = (len(sources), triton.cdiv(numbers, BLOCK_NUMBERS))
     _gather_kernel[grid](kv_cache, sources, copy, block_numbers=numbers, width=BLOCK_NUMBERS)

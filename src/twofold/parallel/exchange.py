@@ -20,7 +20,7 @@ from dataclasses import dataclass
 
 import torch
 
-from twofold.kv.cache import write_entries
+from twofold.kv.cache import Write, write_entries
 from twofold.parallel.mesh import Mesh
 from twofold.parallel.transport import Transport
 
@@ -46,6 +46,7 @@ class Exchange:
         if plan.by_heads and self.mesh.size > 1:
             ranks = torch.arange(self.mesh.size, device=plan.slots.device)
             self._parts = self._slots * self.mesh.size + ranks[:, None]
+        self._by_heads = plan.by_heads
         self._is_deferred = plan.defer_exchange and self.mesh.size > 1
         self.transport.begin()
 
@@ -56,12 +57,26 @@ class Exchange:
         `entries` must stay as they are until `complete`.
         """
         if not self._is_deferred:
-            self.transport.send(entries, self._slots.flatten(), kv_slots)
+            self.transport.send(entries, [Write(self._slots.flatten(), kv_slots)])
             return
         is_part = entries.shape[1] < kv_slots.shape[1]
         slots = self._parts if is_part else self._slots
         assert slots is not None, "parts of entries are made in steps by heads only"
         write_entries(entries, slots[self.mesh.rank], kv_slots.view(-1, entries.shape[1]))
+
+    def publish_shares(self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None") -> None:
+        """The same where each rank keeps a share of the cache, by `writes` of whole entries, each to P * N slots.
+
+        Nothing is written before `ready`. In steps by heads every rank has made whole entries of all tokens itself.
+        """
+        if not self._by_heads:
+            self.transport.send(entries, writes, ready)
+            return
+        if ready is not None:
+            torch.cuda.current_stream().wait_event(ready)
+        for write in writes:
+            slots = write.slots.view(self.mesh.size, -1)[self.mesh.rank]
+            write_entries(entries[:, write.columns], slots, write.kv_slots)
 
     def complete(self) -> None:
         """Work enqueued from now on sees what `publish` started to write."""
@@ -84,5 +99,5 @@ class Exchange:
             slots = slots[:, None] + first_slots  # [P, layers, N] gathered entry -> slot of the stack
             kv_slots = stack.view(-1, entry_width)
             entries = kv_slots.index_select(0, slots[self.mesh.rank].flatten())
-            self.transport.send(entries, slots.flatten(), kv_slots)
+            self.transport.send(entries, [Write(slots.flatten(), kv_slots)])
             self.transport.complete()

@@ -8,11 +8,12 @@ they travel.
 
 import logging
 import time
+from collections.abc import Sequence
 from typing import Protocol
 
 import torch
 
-from twofold.kv.cache import write_entries
+from twofold.kv.cache import Write, write_entries
 from twofold.parallel.mesh import Mesh, ProcessMesh
 from twofold.parallel.shared_memory import share
 
@@ -28,8 +29,8 @@ class Transport(Protocol):
     def begin(self) -> None:
         """Starts a step."""
 
-    def send(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
-        """Starts writing every rank's entries [n, W] to `slots` [P * n] of `kv_slots` [num_slots, W].
+    def send(self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None" = None) -> None:
+        """Starts writing every rank's entries [n, W], each of `writes` to P * n slots; CUDA: not before `ready`.
 
         `entries` must stay as they are until `complete`.
         """
@@ -46,8 +47,8 @@ class OneRank:
     def begin(self) -> None:
         pass
 
-    def send(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
-        write_entries(entries, slots, kv_slots)
+    def send(self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None" = None) -> None:
+        write_all(entries, writes)
 
     def complete(self) -> None:
         pass
@@ -68,22 +69,27 @@ class AllGather:
     def begin(self) -> None:
         pass
 
-    def send(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+    def send(self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None" = None) -> None:
         self.num_bytes += entries.nbytes * (self.mesh.size - 1)
         if self._stream is None:
             start = time.perf_counter()
-            self._gather(entries, slots, kv_slots)
+            self._gather(entries, writes, ready)
             self.num_seconds += time.perf_counter() - start
             return
         self._stream.wait_stream(torch.cuda.current_stream())
         self._is_busy = True
         with torch.cuda.stream(self._stream):
-            self._gather(entries, slots, kv_slots)
+            self._gather(entries, writes, ready)
 
-    def _gather(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+    def _gather(self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None") -> None:
         gathered = entries.new_empty(self.mesh.size * len(entries), entries.shape[1])
         self.mesh.all_gather(gathered, entries)
-        write_entries(gathered, slots, kv_slots)
+        self._wait_for(ready)
+        write_all(gathered, writes)
+
+    def _wait_for(self, ready: "torch.cuda.Event | None") -> None:
+        if ready is not None:
+            torch.cuda.current_stream().wait_event(ready)
 
     def complete(self) -> None:
         if self._stream is not None and self._is_busy:  # a graph cannot wait for a stream that it has not used
@@ -117,10 +123,10 @@ class Push(AllGather):
     def begin(self) -> None:
         self._num_sent = 0
 
-    def _gather(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+    def _gather(self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None") -> None:
         rank, size = self.mesh.rank, self.mesh.size
         if entries.nbytes * size > self._max_num_bytes:
-            super()._gather(entries, slots, kv_slots)
+            super()._gather(entries, writes, ready)
             return
         handle = self._handles[self._num_sent % 2]
         if self._num_sent == 0:
@@ -129,10 +135,16 @@ class Push(AllGather):
         for distance in range(1, size):  # no two ranks copy to the same peer at the same time
             peer = (rank + distance) % size
             handle.get_buffer(peer, entries.shape, entries.dtype, rank * entries.numel()).copy_(entries)
-        write_mine(entries, slots, kv_slots, rank)  # mine never go through the buffer
-        handle.barrier(channel=0)
+        if ready is not None:  # a peer's copies need not wait for it
+            handle.barrier(channel=0)
+            self._wait_for(ready)
+        for write in writes:  # mine never go through the buffer
+            write_mine(entries[:, write.columns], write.slots, write.kv_slots, rank)
+        if ready is None:
+            handle.barrier(channel=0)
         gathered = handle.get_buffer(rank, (size * len(entries), entries.shape[1]), entries.dtype)
-        write_others(gathered, slots, kv_slots, rank, size)
+        for write in writes:
+            write_others(gathered[:, write.columns], write.slots, write.kv_slots, rank, size)
 
 
 class SharedMemory(AllGather):
@@ -151,16 +163,22 @@ class SharedMemory(AllGather):
         self._buffers, self._turn = share(mesh, file, 2 * max_num_bytes).chunk(2), 0
         self._flag, self._flags = torch.zeros(1), torch.zeros(mesh.size)
 
-    def _gather(self, entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor) -> None:
+    def _gather(self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None") -> None:
         size, num_bytes = self.mesh.size, entries.nbytes * self.mesh.size
         if num_bytes > len(self._buffers[0]):
-            super()._gather(entries, slots, kv_slots)
+            super()._gather(entries, writes, ready)
             return
         buffer, self._turn = self._buffers[self._turn], 1 - self._turn
         gathered = buffer[:num_bytes].view(entries.dtype).view(size * len(entries), entries.shape[1])
         gathered[self.mesh.rank * len(entries) : (self.mesh.rank + 1) * len(entries)] = entries
         self.mesh.all_gather(self._flags, self._flag)
-        write_entries(gathered, slots, kv_slots)
+        write_all(gathered, writes)
+
+
+def write_all(gathered: torch.Tensor, writes: Sequence[Write]) -> None:
+    """Writes every rank's entries [P * n, W]."""
+    for write in writes:
+        write_entries(gathered[:, write.columns], write.slots, write.kv_slots)
 
 
 def write_mine(entries: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Tensor, rank: int) -> None:

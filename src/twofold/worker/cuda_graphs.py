@@ -14,12 +14,13 @@ from typing import Any
 import torch
 
 from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.own_blocks import OwnBlocks
 from twofold.attention.shared_prefix import SharedPrefix, padded_num_rows
 from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.plan import Buckets, Layout
 from twofold.worker.input_batch import InputBatch
 
-Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan, bool], torch.Tensor]
+Forward = Callable[[torch.Tensor, torch.Tensor, AttentionMetadata, ExchangePlan, bool, OwnBlocks | None], torch.Tensor]
 Finish = Callable[[torch.Tensor], tuple[torch.Tensor, torch.Tensor | None]]
 
 FEW_DECODES = (1, 2, 4, 8, 16, 24, 32)
@@ -42,6 +43,7 @@ class CaptureLimits:
     max_num_blocks: int  # of a request
     block_size: int
     max_copied_tokens: int | None  # in blocks that attention copies for its rows; None if it copies none
+    divides_blocks: bool = False  # of some layers ranks have different blocks: `OwnBlocks` are an input of the graphs
 
     def buckets(self) -> Buckets:
         most = self.layout.max_decodes(self.max_num_seqs)
@@ -51,7 +53,7 @@ class CaptureLimits:
         for end, rounding in PREFILL_ROUNDING:
             start = prefill[-1] if prefill else 0
             prefill += range(start + rounding, min(end, self.max_num_tokens) + 1, rounding)
-        if self.layout.by_heads:
+        if self.layout.by_heads and self.max_num_tokens:
             prefill = list(HEADS_PREFILL)
         if self.max_copied_tokens is not None:
             limit = self.max_copied_tokens
@@ -71,6 +73,7 @@ class _Graph:
     slots: torch.Tensor  # [P * N]
     metadata: AttentionMetadata
     outputs: "Outputs"
+    own: OwnBlocks | None = None
     exchange_bytes: int = 0  # received in a replay
 
 
@@ -145,11 +148,13 @@ class CUDAGraphs:
             metadata=metadata,
             outputs=Outputs(torch.empty(0)),
         )
+        if is_decode and limits.divides_blocks:
+            graph.own = self._make_own_blocks(graph)
         by_heads = limits.layout.by_heads
         plan = ExchangePlan(graph.slots, defer_exchange=is_decode or by_heads, by_heads=by_heads)
 
         def run() -> Outputs:
-            hidden_states = self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode)
+            hidden_states = self._forward(graph.input_ids, graph.position_ids, metadata, plan, is_decode, graph.own)
             return self._add_tokens(hidden_states) if rows <= MAX_LOGIT_ROWS else Outputs(hidden_states)
 
         for _ in range(2):  # kernels are compiled and chosen outside of the capture
@@ -168,7 +173,7 @@ class CUDAGraphs:
             self._logits = logits.new_empty(MAX_LOGIT_ROWS, logits.shape[1])
         return Outputs(hidden_states, self._logits[: len(logits)].copy_(logits), greedy_token_ids)
 
-    def replay(self, batch: InputBatch) -> Outputs | None:
+    def replay(self, batch: InputBatch, own: OwnBlocks | None = None) -> Outputs | None:
         """What comes of a step, or None where no graph fits it."""
         plan, n = batch.plan, len(batch.input_ids)
         shared = batch.metadata.shared_prefix
@@ -197,9 +202,30 @@ class CUDAGraphs:
             static.query_start[rows + 1 :] = n
         if static.shared_prefix is not None and shared is not None:
             _copy_shared_prefix(static.shared_prefix, shared)
+        if graph.own is not None:
+            assert own is not None, "blocks are divided in every step of decodes"
+            there, here = graph.own.rows, own.rows
+            there.seq_lens.copy_(here.seq_lens)
+            there.block_tables[:, : here.block_tables.shape[1]].copy_(here.block_tables)
+            graph.own.slots.copy_(own.slots)
         graph.graph.replay()
         self._exchange.transport.num_bytes += graph.exchange_bytes
         return graph.outputs
+
+    def _make_own_blocks(self, graph: _Graph) -> OwnBlocks:
+        """Where a graph of decodes reads which of its rows' blocks are this rank's."""
+        limits, device, metadata = self._limits, self._device, graph.metadata
+        num_rows = len(graph.input_ids) * (1 if limits.layout.by_heads else limits.layout.num_ranks)
+        rows = replace(
+            metadata,
+            num_tokens=num_rows,
+            query_start=torch.arange(num_rows + 1, dtype=torch.int32, device=device),
+            seq_lens=torch.zeros(num_rows, dtype=torch.int32, device=device),
+            block_tables=torch.zeros(num_rows, limits.max_num_blocks, dtype=torch.int32, device=device),
+            num_decode_rows=num_rows,
+            shared_prefix=None,
+        )
+        return OwnBlocks(rows, limits.layout.by_heads, torch.zeros_like(graph.slots))
 
     def _make_shared_prefix(self, metadata: AttentionMetadata) -> SharedPrefix:
         """Where a graph of decodes reads the prefix that rows share, and the rows without it."""

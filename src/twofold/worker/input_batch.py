@@ -25,6 +25,7 @@ class InputBatch:
     plan: StepPlan
     metadata: AttentionMetadata
     exchange: ExchangePlan
+    slots_np: IntArray  # [P * N] gathered entry -> slot of the cache, as `exchange` has it on the device
     input_ids: torch.Tensor  # [N]
     position_ids: torch.Tensor  # [N]
     row_request_idx: IntArray  # [V] my row -> request of the step
@@ -132,6 +133,7 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
         plan=plan,
         metadata=metadata,
         exchange=ExchangePlan(on_device["slots"], plan.defer_exchange, plan.by_heads),
+        slots_np=slots,
         input_ids=input_ids,
         position_ids=on_device["position_ids"],
         row_request_idx=plan.request_idx[rows],

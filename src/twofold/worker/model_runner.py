@@ -1,7 +1,7 @@
 """One rank's steps: plan, prepare, forward, sample. `launch` enqueues a step, `collect` waits for its tokens."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from functools import partial
 
 import numpy as np
@@ -13,17 +13,21 @@ from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import piece_tokens
 from twofold.attention.op import ForwardContext
+from twofold.attention.own_blocks import OwnBlocks, can_merge
 from twofold.attention.shared_prefix import can_share
-from twofold.attention.spec import LatentSpec
+from twofold.attention.spec import AttentionSpec, LatentSpec
 from twofold.contract import Masks, PromptTokenLogprobs, Step, StepResult
 from twofold.kv.cache import KVCache
+from twofold.kv.sharded import LayerShare, ShardedKVCache
 from twofold.models.decoder import DecoderModel
 from twofold.parallel.exchange import Exchange, ExchangePlan
+from twofold.parallel.fetch_entries import EntryFetch
 from twofold.parallel.mesh import Mesh
 from twofold.parallel.plan import UNPADDED, HeadLayout, Layout, TokenLayout, plan_step
 from twofold.sampling_params import SamplingParams
 from twofold.worker.cuda_graphs import CaptureLimits, CUDAGraphs, Outputs
 from twofold.worker.device import Device, Event
+from twofold.worker.fetch_plan import plan_fetch, plan_own_blocks
 from twofold.worker.input_batch import InputBatch, prepare
 from twofold.worker.request_states import RequestStates, counts_tokens
 from twofold.worker.sampler import (
@@ -59,7 +63,10 @@ class Way:
 
     layout: Layout
     model: DecoderModel
-    cache: KVCache | None = None  # set before the first step; by heads it shows this rank's part of the entries
+    # Set before the first step. Of a replicated cache steps by heads see this rank's part of the entries.
+    cache: KVCache | ShardedKVCache | None = None
+    fetched_layers: list[int] = field(default_factory=list)  # those that need whole entries, of a sharded cache
+    decode_fetched_layers: list[int] = field(default_factory=list)  # those of them that do in steps of decodes, too
     graphs: CUDAGraphs | None = None
 
 
@@ -81,6 +88,8 @@ class ModelRunner:
         self.mesh, self.exchange, self.backend, self.device = mesh, exchange, backend, device
         self.by_tokens = Way(layout, model)
         self.by_heads: Way | None = None  # where steps may run so
+        self.cache: KVCache | ShardedKVCache
+        self.fetch: EntryFetch | None = None  # where each rank has a share of the cache
 
     @property
     def ways(self) -> list[Way]:
@@ -91,23 +100,31 @@ class ModelRunner:
         self.by_heads = Way(HeadLayout(self.mesh.size), model)
 
     def set_cache(self, cache: KVCache) -> None:
-        """Steps use this cache from now on."""
+        """Steps use this cache from now on, of which every rank has the same."""
         self.cache = cache
         for way in self.ways:
             widths = [spec.entry_width for spec in way.model.specs]
             way.cache = cache.part(self.mesh.rank, widths) if way.layout.by_heads else cache
 
+    def set_shares(self, cache: ShardedKVCache, fetch: EntryFetch) -> None:
+        """Steps use this cache from now on, of which each rank has a share."""
+        self.cache, self.fetch = cache, fetch
+        for way in self.ways:
+            way.cache, way.fetched_layers = cache, fetched_layers(cache.shares, way.model.specs)
+            way.decode_fetched_layers = fetched_layers(cache.shares, way.model.specs, in_decodes=True)
+
     @torch.inference_mode()
     def launch(self, step: Step, receive_masks: Callable[[], Masks] | None = None) -> LaunchedStep:
         """Enqueues one step. `receive_masks` is called once its forward pass is enqueued, if it has masked requests."""
         traffic = self.exchange.transport
-        bytes_before, seconds_before = traffic.num_bytes, traffic.num_seconds
+        bytes_before, seconds_before = self._bytes_received(), traffic.num_seconds
         self.states.apply(step)
         way = self.by_heads if step.by_heads else self.by_tokens
         assert way is not None, "steps by heads need a model that divides"
         plan = plan_step(step.batch, way.layout, UNPADDED if way.graphs is None else way.graphs.buckets)
         batch = prepare(step.batch, plan, self.states, self.mesh.rank, self.cache.block_size)
-        outputs = self._forward(way, batch)
+        own = self._begin_fetch(way, step, batch)
+        outputs = self._forward(way, batch, own)
         masks = None
         if step.masked:
             assert receive_masks is not None
@@ -122,10 +139,27 @@ class ModelRunner:
             all_token_ids.to("cpu", non_blocking=True),
             None if logprobs is None else logprobs.to_cpu(),
             [(number, position, tensors.to_cpu()) for number, position, tensors in prompt_logprobs],
-            traffic.num_bytes - bytes_before,
+            self._bytes_received() - bytes_before,
             traffic.num_seconds - seconds_before,
             self.device.record(),
         )
+
+    def _begin_fetch(self, way: Way, step: Step, batch: InputBatch) -> OwnBlocks | None:
+        """Starts to fetch; → what layers use that fetch nothing, though ranks have different blocks."""
+        if self.fetch is None:
+            return None
+        plan, own, cache, rank = None, None, self.fetch.cache, self.mesh.rank
+        layers = way.decode_fetched_layers if batch.plan.is_decode else way.fetched_layers
+        if layers:
+            shares = [cache.shares[layer] for layer in layers]
+            plan = plan_fetch(step.batch, batch, rank, cache.block_size, cache.num_blocks, shares)
+        if len(layers) < len(way.fetched_layers):
+            own = plan_own_blocks(step.batch, batch, self.states, rank, cache.block_size)
+        self.fetch.begin(plan, layers)
+        return own
+
+    def _bytes_received(self) -> int:
+        return self.exchange.transport.num_bytes + (0 if self.fetch is None else self.fetch.num_bytes)
 
     def collect(self, launched: LaunchedStep) -> StepResult:
         """Waits for a launched step; notes its tokens and returns those that this rank sampled."""
@@ -164,20 +198,24 @@ class ModelRunner:
         pool = torch.cuda.graph_pool_handle()
         for way in self.ways:
             way.graphs = None
+            if way.decode_fetched_layers:  # what is fetched differs from step to step
+                continue
+            divides_blocks = bool(way.fetched_layers)  # nothing is fetched for decodes
             specs, dtype = way.model.specs, self.cache.blocks[0].dtype
             kinds = [
                 is_decode
-                for is_decode in (False, True)
+                for is_decode in ((True,) if divides_blocks else (False, True))
                 if all(self.backend.can_capture(spec, dtype, is_decode) for spec in specs)
             ]
             copied = [piece_tokens(spec, dtype.itemsize) for spec in specs if isinstance(spec, LatentSpec)]
             limits = CaptureLimits(
                 layout=way.layout,
-                max_num_tokens=num_tokens,
+                max_num_tokens=0 if divides_blocks else num_tokens,
                 max_num_seqs=self.states.max_num_seqs,
                 max_num_blocks=self.states.block_tables.shape[1],
                 block_size=self.cache.block_size,
                 max_copied_tokens=min(copied) if copied else None,
+                divides_blocks=divides_blocks,
             )
             forward = partial(self._forward_eager, way)
             finish = partial(self._finish, way)
@@ -188,22 +226,23 @@ class ModelRunner:
                     sizes = sorted(graphs.buckets.decode if is_decode else graphs.buckets.prefill, reverse=True)
                     for size in sizes[:1] if only_largest else sizes:
                         graphs.capture(size, is_decode)
-                if True in kinds and any(can_share(spec) for spec in specs):
+                if True in kinds and not divides_blocks and any(can_share(spec) for spec in specs):
                     sizes = sorted(graphs.shared_prefix_sizes, reverse=True)
                     for size in sizes[:1] if only_largest else sizes:
                         graphs.capture(size, True, shares_prefix=True)
             way.graphs = graphs
 
-    def _forward(self, way: Way, batch: InputBatch) -> Outputs:
+    def _forward(self, way: Way, batch: InputBatch, own: OwnBlocks | None) -> Outputs:
         """Hidden states are those of all tokens, or of each row's last one if the plan needs no others.
 
         A rank without tokens runs padding and joins the exchange.
         """
-        if way.graphs is not None and (outputs := way.graphs.replay(batch)) is not None:
+        if way.graphs is not None and (outputs := way.graphs.replay(batch, own)) is not None:
             return outputs
         hidden_states = self._forward_eager(
-            way, batch.input_ids, batch.position_ids, batch.metadata, batch.exchange, batch.plan.needs_all_hidden_states
-        )
+            way, batch.input_ids, batch.position_ids, batch.metadata, batch.exchange,
+            batch.plan.needs_all_hidden_states, own,
+        )  # fmt: skip
         return Outputs(hidden_states)
 
     def _finish(self, way: Way, hidden_states: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
@@ -234,9 +273,11 @@ class ModelRunner:
         metadata: AttentionMetadata,
         plan: ExchangePlan,
         needs_all_hidden_states: bool,
+        own: OwnBlocks | None = None,
     ) -> torch.Tensor:
         assert way.cache is not None, "steps need a cache"
-        context = ForwardContext(way.model.specs, way.cache, self.exchange, self.backend, metadata)
+        fetch = self.fetch if way.fetched_layers else None
+        context = ForwardContext(way.model.specs, way.cache, self.exchange, self.backend, metadata, fetch, own)
         self.exchange.begin(plan)
         hidden_states = way.model.hidden_states(input_ids, position_ids, context, needs_all_hidden_states)
         self.exchange.end(way.cache.stacks)
@@ -357,3 +398,16 @@ class ModelRunner:
                 tensors = compute_logprobs(logits, targets, params.prompt_logprobs)
                 wanted.append((int(states.numbers[i]), position, tensors))
         return wanted
+
+
+def fetched_layers(shares: Sequence[LayerShare], specs: Sequence[AttentionSpec], in_decodes: bool = False) -> list[int]:
+    """The layers that need more of a KV entry than a rank's share has: all but those whose heads are divided alike.
+
+    In steps of decodes those with whole entries in divided blocks do without, as results over blocks are merged.
+    """
+    layers = []
+    for layer, (share, spec) in enumerate(zip(shares, specs, strict=True)):
+        is_enough = spec.entry_width == share.width if share.by_heads else in_decodes and can_merge(spec)
+        if not is_enough:
+            layers.append(layer)
+    return layers

@@ -5,6 +5,7 @@ real ones in a process of its own.
 """
 
 import logging
+import math
 import os
 import signal
 import socket
@@ -22,7 +23,7 @@ from transformers.dynamic_module_utils import init_hf_modules
 
 from twofold.attention.backends import make_backend
 from twofold.attention.backends.base import AttentionBackend
-from twofold.attention.spec import AttentionSpec
+from twofold.attention.spec import AttentionSpec, LatentSpec
 from twofold.channel import Channel, RankChannel
 from twofold.config import RuntimeConfig
 from twofold.contract import (
@@ -34,27 +35,33 @@ from twofold.contract import (
     Profiled,
     RankReport,
     RankStart,
+    ShardedRoom,
     SharedFiles,
     Step,
 )
 from twofold.errors import ModelError
+from twofold.kv import sharded
 from twofold.kv.cache import KVCache, bytes_per_block
+from twofold.kv.sharded import LayerShare, ShardedKVCache
 from twofold.models.decoder import DecoderModel
 from twofold.models.heads import divide
 from twofold.models.loader import empty_model, fix_rope, load_model, share_weights
 from twofold.parallel.exchange import Exchange
+from twofold.parallel.fetch_entries import EntryFetch, workspace_bytes
 from twofold.parallel.mesh import Mesh, make_mesh
+from twofold.parallel.peer_memory import PeerMemory, make_peer_memory
 from twofold.parallel.plan import TokenLayout
 from twofold.parallel.shared_memory import free_bytes
 from twofold.parallel.sums import Sum, make_sum
 from twofold.parallel.transport import make_transport
 from twofold.worker.cuda_graphs import DECODE_ROUNDING, HEADS_PREFILL, PREFILL_ROUNDING
 from twofold.worker.device import CPU, CUDA, Device
-from twofold.worker.model_runner import LaunchedStep, ModelRunner
+from twofold.worker.model_runner import LaunchedStep, ModelRunner, fetched_layers
 from twofold.worker.profile import StepProfiler
 from twofold.worker.request_states import RequestStates
 from twofold.worker.trial import TrialSteps
 
+WORKSPACE_SLACK = 64  # blocks beyond those of one step: each request may leave one of its own half empty
 CPU_CACHE_BYTES = 2 << 30  # a rank's cache on a CPU unless told otherwise; memory that is never written costs nothing
 POLL_SECONDS = 50e-6  # between looks at the GPU and at the engine
 
@@ -73,9 +80,11 @@ class Rank:
         total: Sum,
         backend: AttentionBackend,
         device: Device,
+        memory: PeerMemory | None = None,
     ) -> None:
+        """`memory`: that ranks can read of each other, for a sharded cache; None if they cannot."""
         self.runtime, self.model, self.mesh, self.device = runtime, model, mesh, device
-        self._sum = total
+        self._sum, self._memory = total, memory
         self.seconds: dict[str, float] = {}  # start-up phase -> its time
         self._entry_widths = [spec.entry_width for spec in model.specs]
         engine = runtime.engine
@@ -84,6 +93,7 @@ class Rank:
         self.runner = ModelRunner(model, states, mesh, exchange, backend, device, layout, runtime.eos_token_ids)
         self._trial = TrialSteps(runtime, self.runner)
         self._pending: LaunchedStep | None = None  # the step in flight
+        self._shares = [_share(spec, mesh.size) for spec in model.specs]
 
     def report(self) -> RankReport:
         """Measures how many blocks fit into memory; on CUDA by running the largest step that the scheduler may send."""
@@ -102,8 +112,7 @@ class Rank:
                 room = default = self._trial.measure_room()
         else:
             room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.mesh.size
-            one_request = (-(-runtime.max_model_len // runtime.block_size) + 1) * block_bytes
-            default = max(CPU_CACHE_BYTES, one_request)
+            default = max(CPU_CACHE_BYTES, self._num_blocks_of_request() * block_bytes)
         return RankReport(
             rank=self.mesh.rank,
             num_blocks=(runtime.engine.kv_cache_memory_bytes or default) // block_bytes,
@@ -111,9 +120,43 @@ class Rank:
             bytes_per_block=block_bytes,
             vocab_size=self.model.vocab_size,
             num_parameters=sum(parameter.numel() for parameter in self.model.body.parameters()),
+            sharded=self._sharded_room(room),
             only_by_tokens=only_by_tokens,
             seconds=self.seconds,
         )
+
+    def _sharded_room(self, room: int) -> ShardedRoom | None:
+        """The same if this rank kept a share of the cache; `room` in bytes for all that belongs to it."""
+        if self._memory is None:
+            return None
+        runtime, shares, by_heads = self.runtime, self._shares, self.runner.by_heads
+        bytes_per_block = math.ceil(sharded.bytes_per_block(shares, runtime.block_size, runtime.dtype))
+        num_tokens = max(runtime.max_model_len, runtime.max_num_batched_tokens)
+        max_fetch_blocks = -(-num_tokens // runtime.block_size) + WORKSPACE_SLACK
+        beside = workspace_bytes(shares, max_fetch_blocks + 1, runtime.block_size, runtime.dtype)
+        if self.device.torch_device.type == "cuda":
+            # Outputs of attention to each rank's heads are put together: a copy that no trial step has made.
+            outputs = max(spec.num_heads * spec.v_head_dim for spec in self.model.specs) * runtime.dtype.itemsize
+            beside += 2 * outputs * -(-runtime.max_num_batched_tokens // self.mesh.size)
+            default = room - beside
+        else:
+            # All of it is taken at once: no more than what one rank would use otherwise.
+            default = max(CPU_CACHE_BYTES // self.mesh.size, self._num_blocks_of_request() * bytes_per_block)
+        num_bytes = max(0, runtime.engine.kv_cache_memory_bytes or default)
+        return ShardedRoom(
+            num_blocks=sharded.max_num_blocks(shares, num_bytes, runtime.block_size, runtime.dtype),
+            max_cache_bytes=max(0, room - beside),
+            bytes_per_block=bytes_per_block,
+            workspace_bytes=beside,
+            max_fetch_blocks=max_fetch_blocks,
+            decodes_fetch_by_tokens=bool(fetched_layers(shares, self.model.specs, in_decodes=True)),
+            decodes_fetch_by_heads=by_heads is None
+            or bool(fetched_layers(shares, by_heads.model.specs, in_decodes=True)),
+        )
+
+    def _num_blocks_of_request(self) -> int:
+        """Blocks of a request of max_model_len tokens, and some more."""
+        return -(-self.runtime.max_model_len // self.runtime.block_size) + 1 + 2 * self.mesh.size
 
     def _divide(self) -> str | None:
         """Makes this rank's part of the model, for steps by heads → the reason if none runs so."""
@@ -132,7 +175,10 @@ class Rank:
     def allocate(self, message: Allocate) -> Allocated:
         """Makes the cache, captures the CUDA graphs, which refer to its memory, and times both layouts."""
         with self.phase("cache"):
-            self._make_cache(message.num_blocks)
+            if message.is_sharded:
+                self._make_shares(message.num_blocks)
+            else:
+                self._make_cache(message.num_blocks)
         if self._trial.num_tokens_to_capture:
             with self.phase("graphs"):
                 self.runner.capture_graphs(self._trial.num_tokens_to_capture)
@@ -200,6 +246,29 @@ class Rank:
         runtime, device = self.runtime, self.device.torch_device
         self.runner.set_cache(KVCache(self._entry_widths, num_blocks, runtime.block_size, runtime.dtype, device))
 
+    def _make_shares(self, num_blocks: int) -> None:
+        runtime, memory, room = self.runtime, self._memory, self._sharded_room(0)
+        assert memory is not None, "the engine knows that there is no room for shares"
+        assert room is not None
+        try:
+            cache = ShardedKVCache(
+                self._shares, num_blocks, runtime.block_size, runtime.dtype, self.mesh.rank, memory.allocate
+            )
+        except OSError as error:
+            raise ModelError(
+                f"ranks cannot share memory for the KV cache: {error}; lower kv_cache_memory_bytes, or use "
+                "kv_cache='replicated'"
+            ) from None
+        fetch = EntryFetch(cache, min(room.max_fetch_blocks + 1, num_blocks), memory)
+        self.runner.set_shares(cache, fetch)
+
+
+def _share(spec: AttentionSpec, num_ranks: int) -> LayerShare:
+    """A layer is divided by heads where it can be."""
+    by_heads = spec.num_heads % num_ranks == spec.num_kv_heads % num_ranks == 0
+    by_heads = by_heads and not isinstance(spec, LatentSpec)
+    return LayerShare(spec.entry_width, by_heads, num_ranks, spec.num_heads, spec.sliding_window)
+
 
 def max_exchange_bytes(runtime: RuntimeConfig, specs: Sequence[AttentionSpec]) -> int:
     """Bytes of all ranks' KV entries that travel together: of the widest layer in the largest step, or of all layers
@@ -224,7 +293,8 @@ def make_rank(start: RankStart, device: Device) -> Rank:
     sum_bytes = HEADS_PREFILL[-1] * model.head.get_parameter("weight").shape[1] * runtime.dtype.itemsize
     total = make_sum(mesh, device.torch_device, sum_bytes, files.sums)
     backend = make_backend(runtime.attention_backend)
-    rank = Rank(runtime, model, mesh, Exchange(mesh, transport), total, backend, device)
+    memory = make_peer_memory(runtime.engine.exchange, mesh, device.torch_device, files.cache)
+    rank = Rank(runtime, model, mesh, Exchange(mesh, transport), total, backend, device, memory)
     rank.seconds |= dict(zip(("ranks", "weights"), np.diff(times).tolist(), strict=True))
     return rank
 

@@ -35,6 +35,11 @@ class SDPABackend:
         bounds = metadata.query_start_np.tolist()
         parts = []  # outputs, each [l, H, Dv], and their LSE, each [Hk, G, l]
         for row in range(len(bounds) - 1):
+            if not metadata.seq_lens_np[row]:  # it has no key
+                count = bounds[row + 1] - bounds[row]
+                nothing = query.new_zeros(count, spec.num_heads, spec.v_head_dim)
+                parts.append((nothing, query.new_full((*groups, count), -torch.inf, dtype=torch.float32)))
+                continue
             keys, values = spec.unpack(row_entries(kv_cache, metadata, row))
             q = query[bounds[row] : bounds[row + 1]].unflatten(1, groups).permute(1, 2, 0, 3)  # [Hk, G, L, D]
             out, lse = attend_row(q, keys.transpose(0, 1), values.transpose(0, 1), spec)
