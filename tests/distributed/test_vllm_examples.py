@@ -18,6 +18,14 @@ PROMPTS = ["Hello, my name is", "The president of the United States is", "The ca
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Two threads of a rank wait for each other where others use the machine, too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield
+
+
 @pytest.fixture(scope="module")
 def llm() -> Iterator[LLM]:
     """With the arguments that examples give."""
