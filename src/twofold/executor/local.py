@@ -13,7 +13,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TypeVar
 
-from twofold import processes, streams
+from twofold import native, processes, streams
 from twofold.channel import Channel, pack, wait
 from twofold.config import RuntimeConfig
 from twofold.contract import (
@@ -56,6 +56,8 @@ class LocalExecutor:
     def __init__(self, runtime: RuntimeConfig, start_timeout: float | None = None) -> None:
         self._start_timeout = start_timeout
         streams.reserve_numbers()
+        if runtime.device == "cpu":
+            native.start_build()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._lifelines: list[int] = []

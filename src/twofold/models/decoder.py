@@ -14,6 +14,7 @@ from twofold.models.transforms.base import Transform, transform
 from twofold.models.transforms.experts import FewTokenExperts
 from twofold.models.transforms.last_layer import CutLastLayer, LastLayer
 from twofold.models.transforms.latents import KeepLatents
+from twofold.models.transforms.native_linear import NativeLinears
 from twofold.models.transforms.packing import PackProjections
 from twofold.parallel.sums import Sum, summing
 
@@ -60,6 +61,11 @@ class DecoderModel:
             changes.append(PackProjections(self.layers, num_ranks))
         for change in changes:
             transform(change, self.dtype)
+
+    def optimize_for_cpu(self) -> None:
+        """Applies the transforms for CPUs."""
+        transform(NativeLinears(self.model), self.dtype)
+        transform(NativeLinears(self.body), self.dtype)
 
     def compile(self) -> None:
         """Compiles layers in place, at their first call."""

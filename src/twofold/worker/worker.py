@@ -89,6 +89,8 @@ class Rank:
         is_cuda = self.device.torch_device.type == "cuda"
         if is_cuda:
             self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
+        elif runtime.attention_backend == "native":
+            self.model.optimize_for_cpu()
         only_by_tokens = self._divide()
         if is_cuda:
             with self.phase("compile and profile"):
