@@ -13,7 +13,7 @@ from dataclasses import astuple, replace
 from pathlib import Path
 from typing import TypeVar
 
-from twofold import native, processes, streams
+from twofold import processes, streams
 from twofold.channel import Channel, pack, wait
 from twofold.config import RuntimeConfig
 from twofold.contract import (
@@ -32,6 +32,7 @@ from twofold.contract import (
 )
 from twofold.errors import ModelError, RankDiedError, RankFailedError
 from twofold.interrupts import let_through
+from twofold.native.build import start_build
 from twofold.processes import no_interrupts
 
 LOOK_SECONDS = 0.5  # between looks at ranks that do not answer
@@ -57,7 +58,7 @@ class LocalExecutor:
         self._start_timeout = start_timeout
         streams.reserve_numbers()
         if runtime.device == "cpu":
-            native.start_build()
+            start_build()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._lifelines: list[int] = []

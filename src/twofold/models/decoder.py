@@ -10,11 +10,11 @@ from twofold.attention.op import ForwardContext, forward_context
 from twofold.attention.spec import AttentionSpec
 from twofold.errors import ModelError
 from twofold.models.probe import probe
+from twofold.models.transforms import native
 from twofold.models.transforms.base import Transform, transform
 from twofold.models.transforms.experts import FewTokenExperts
 from twofold.models.transforms.last_layer import CutLastLayer, LastLayer
 from twofold.models.transforms.latents import KeepLatents
-from twofold.models.transforms.native_linear import NativeLinears
 from twofold.models.transforms.packing import PackProjections
 from twofold.parallel.sums import Sum, summing
 
@@ -63,9 +63,9 @@ class DecoderModel:
             transform(change, self.dtype)
 
     def optimize_for_cpu(self) -> None:
-        """Applies the transforms for CPUs."""
-        transform(NativeLinears(self.model), self.dtype)
-        transform(NativeLinears(self.body), self.dtype)
+        """Applies the transforms for CPUs, once our kernels are there."""
+        for change in native.CHANGES:
+            transform(change(torch.nn.ModuleList([self.body, self.head])), self.dtype)
 
     def compile(self) -> None:
         """Compiles layers in place, at their first call."""

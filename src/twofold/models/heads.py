@@ -26,7 +26,7 @@ from twofold.models.probe import Recorder, example_ids, largest_change, run
 from twofold.models.transforms.base import is_same, sample_input
 from twofold.models.transforms.experts import divide_experts
 from twofold.models.transforms.last_layer import LastLayer
-from twofold.models.transforms.native_linear import linear
+from twofold.models.transforms.native import linear
 from twofold.models.transforms.packing import Part
 from twofold.parallel.mesh import Mesh
 from twofold.parallel.sums import Sum, summing

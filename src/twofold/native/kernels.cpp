@@ -399,12 +399,14 @@ template <class T> void attend_rows(const Attention& o) {
     for (auto [first, count] : split) merge<T>(o, tasks[first], count, parts.data());
 }
 
-// y [rows, N] of at most FEW rows: each row of the weight is read once, from where it is.
+// What follows up to the operations is called by all threads, which share its loops.
+
+// y [rows, N] of 8 rows at most: each row of the weight is read once, from where it is.
 template <class T, int M>
-void few_rows(const T* x, const T* weight, long w_row, const T* bias, T* y, long N, long K) {
+void few_rows(const T* x, const T* weight, long w_row, const T* bias, T* y, long y_row, long N, long K) {
     constexpr int OWN = std::max(1, M <= 2 ? W / 2 : M <= 4 ? W / 4 : W / 8);  // rows of the weight at once
     const long units = K / PER_UNIT<T>;
-#pragma omp parallel for schedule(static)
+#pragma omp for schedule(static) nowait
     for (long n = 0; n < N / OWN * OWN; n += OWN) {
         Vec sums[std::max(W, OWN * M)] = {};  // [OWN, M]
         long k = 0;
@@ -437,26 +439,28 @@ void few_rows(const T* x, const T* weight, long w_row, const T* bias, T* y, long
                 float total = totals[i * M + m] + (bias ? to_float(bias[n + i]) : 0);
                 for (long j = k * PER_UNIT<T>; j < K; j++)
                     total += to_float(x[m * K + j]) * to_float(weight[(n + i) * w_row + j]);
-                put(y + m * N + n + i, total);
+                put(y + m * y_row + n + i, total);
             }
     }
+#pragma omp for schedule(static) nowait
     for (long n = N / OWN * OWN; n < N; n++)
         for (int m = 0; m < M; m++) {
             float total = bias ? to_float(bias[n]) : 0;
             for (long j = 0; j < K; j++) total += to_float(x[m * K + j]) * to_float(weight[n * w_row + j]);
-            put(y + m * N + n, total);
+            put(y + m * y_row + n, total);
         }
 }
 
 // y [M, N] = x [M, K] times weight [N, K]^T + bias.
-template <class T> void multiply_rows(const T* x, const T* weight, long w_row, const T* bias, T* y, long M, long N, long K) {
+template <class T>
+void multiply_rows(const T* x, const T* weight, long w_row, const T* bias, T* y, long y_row, long M, long N, long K) {
     switch (M) {
-#define CASE(m) case m: return few_rows<T, m>(x, weight, w_row, bias, y, N, K);
+#define CASE(m) case m: return few_rows<T, m>(x, weight, w_row, bias, y, y_row, N, K);
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
     }
     const long steps = K / PER_UNIT<T>, rows = 48;  // rows of x whose results are converted together
-#pragma omp parallel for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (long n = 0; n < N; n += PANEL) {
         uint32_t* B = scratch<uint32_t>(memory[0], steps * PANEL);
         float* C = scratch<float>(memory[1], rows * PANEL);
@@ -468,7 +472,7 @@ template <class T> void multiply_rows(const T* x, const T* weight, long w_row, c
             const long count = std::min(rows, M - m);
             product<T, false>(reinterpret_cast<const uint32_t*>(x + m * K), steps, B, steps, C, PANEL, count, padded);
             for (long i = 0; i < count; i++) {
-                T* out = y + (m + i) * N + n;
+                T* out = y + (m + i) * y_row + n;
                 long j = 0;
                 for (; j + W <= columns; j += W) put_vector(out + j, load(C + i * PANEL + j) + load(added + j));
                 for (; j < columns; j++) put(out + j, C[i * PANEL + j] + added[j]);
@@ -477,22 +481,135 @@ template <class T> void multiply_rows(const T* x, const T* weight, long w_row, c
     }
 }
 
+template <class T> inline float rounded(float x) { T y; put(&y, x); return to_float(y); }
+
+template <class T> void norm_rows(const T* x, const T* weight, T* y, long M, long K, float epsilon) {
+#pragma omp parallel for schedule(static) if (M * K > 65536)
+    for (long m = 0; m < M; m++) {
+        const T* from = x + m * K;
+        float squares[32] = {}, total = 0;
+        for (long k = 0; k < K / 32 * 32; k += 32)
+            for (int i = 0; i < 32; i++) squares[i] += to_float(from[k + i]) * to_float(from[k + i]);
+        for (long k = K / 32 * 32; k < K; k++) total += to_float(from[k]) * to_float(from[k]);
+        for (int i = 0; i < 32; i++) total += squares[i];
+        const float scale = 1 / std::sqrt(total / K + epsilon);
+        for (long k = 0; k < K; k++) put(y + m * K + k, to_float(weight[k]) * rounded<T>(to_float(from[k]) * scale));
+    }
+}
+
+template <class T> void gate_rows(const T* x, T* y, long M, long K) {
+#pragma omp parallel for schedule(static) if (M * K > 65536)
+    for (long m = 0; m < M; m++) {
+        const T *gate = x + m * 2 * K, *up = gate + K;
+        for (long k = 0; k < K; k += W) {
+            const long count = std::min<long>(W, K - k);
+            float g[W] = {}, u[W] = {}, out[W];
+            for (int i = 0; i < count; i++) g[i] = to_float(gate[k + i]), u[i] = to_float(up[k + i]);
+            // silu(g) = g / (1 + e^-g), by powers of e that are 1 at most
+            Vec v = load(g), e = exponential(v < 0 ? v : -v), share = (v < 0 ? e : all(1)) / (e + 1.0f);
+            store(out, v * share);
+            for (int i = 0; i < count; i++) put(y + m * K + k + i, rounded<T>(out[i]) * u[i]);
+        }
+    }
+}
+
+template <class T> inline void turn(const T* from, const T* cos, const T* sin, T* to, long half) {
+    for (long i = 0; i < half; i++) {
+        const float x = to_float(from[i]), y = to_float(from[half + i]);
+        put(to + i, x * to_float(cos[i]) - y * to_float(sin[i]));
+        put(to + half + i, y * to_float(cos[half + i]) + x * to_float(sin[half + i]));
+    }
+}
+
+template <class T>
+void rotate_rows(const T* qkv, const T* cos, const T* sin, T* q, T* entries, long M, long heads, long kv_heads, long D) {
+#pragma omp parallel for schedule(static) if (M * heads * D > 65536)
+    for (long m = 0; m < M; m++) {
+        const T *from = qkv + m * (heads + 2 * kv_heads) * D, *c = cos + m * D, *s = sin + m * D;
+        for (long h = 0; h < heads; h++) turn(from + h * D, c, s, q + (m * heads + h) * D, D / 2);
+        T* entry = entries + m * kv_heads * 2 * D;
+        for (long h = 0; h < kv_heads; h++) {
+            turn(from + (heads + h) * D, c, s, entry + h * 2 * D, D / 2);
+            memcpy(entry + (h * 2 + 1) * D, from + (heads + kv_heads + h) * D, D * sizeof(T));
+        }
+    }
+}
+
 }  // namespace
 
 using torch::stable::Tensor;
 
-// x [..., K], contiguous; weight [N, K], dense in K; bias [N] -> [..., N].
-Tensor linear(Tensor x, Tensor weight, std::optional<Tensor> bias) {
-    const long N = weight.size(0), K = weight.size(1), M = x.numel() / K;
+namespace {
+
+// Calls one of two functions, by the type of x.
+#define BY_TYPE(x, call)              \
+    do {                              \
+        if ((x).element_size() == 2) { \
+            typedef Bf16 T;           \
+            call;                     \
+        } else {                      \
+            typedef float T;          \
+            call;                     \
+        }                             \
+    } while (0)
+
+Tensor like(const Tensor& x, long width) {  // x's shape, with another last dim
     std::vector<int64_t> shape(x.sizes().begin(), x.sizes().end());
-    shape.back() = N;
-    Tensor y = torch::stable::new_empty(x, shape);
-    const void* b = bias ? bias->data_ptr() : nullptr;
-    if (x.element_size() == 2)
-        multiply_rows((const Bf16*)x.data_ptr(), (const Bf16*)weight.data_ptr(), weight.stride(0), (const Bf16*)b, (Bf16*)y.data_ptr(), M, N, K);
-    else
-        multiply_rows((const float*)x.data_ptr(), (const float*)weight.data_ptr(), weight.stride(0), (const float*)b, (float*)y.data_ptr(), M, N, K);
+    shape.back() = width;
+    return torch::stable::new_empty(x, shape);
+}
+
+}  // namespace
+
+// x [..., K], contiguous; weights [N, K] each, dense in K; biases [N] each, or none -> [..., sum of N].
+Tensor linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
+    const long K = x.size(x.dim() - 1), M = x.numel() / K;
+    long width = 0;
+    for (auto& weight : weights) width += weight.size(0);
+    Tensor y = like(x, width);
+    struct Part { const char *weight, *bias; long row, N, start; };
+    std::vector<Part> parts;
+    long start = 0;
+    for (size_t i = 0; i < weights.size(); i++) {
+        parts.push_back({(const char*)weights[i].data_ptr(), biases.empty() ? nullptr : (const char*)biases[i].data_ptr(),
+                         weights[i].stride(0), weights[i].size(0), start});
+        start += parts.back().N;
+    }
+    const void* from = x.data_ptr();
+    void* to = y.data_ptr();
+    const bool is_bf16 = x.element_size() == 2;
+#pragma omp parallel
+    for (auto& p : parts) {
+        if (is_bf16) multiply_rows((const Bf16*)from, (const Bf16*)p.weight, p.row, (const Bf16*)p.bias, (Bf16*)to + p.start, width, M, p.N, K);
+        else multiply_rows((const float*)from, (const float*)p.weight, p.row, (const float*)p.bias, (float*)to + p.start, width, M, p.N, K);
+    }
     return y;
+}
+
+// Llama's norm: x [..., K], contiguous; weight [K] -> weight * round(x / rms(x)).
+Tensor rms_norm(Tensor x, Tensor weight, double epsilon) {
+    const long K = weight.size(0), M = x.numel() / K;
+    Tensor y = like(x, K);
+    BY_TYPE(x, norm_rows((const T*)x.data_ptr(), (const T*)weight.data_ptr(), (T*)y.data_ptr(), M, K, float(epsilon)));
+    return y;
+}
+
+// x [..., 2 * K], contiguous: gates and what they gate -> silu(gate) * up [..., K].
+Tensor silu_mul(Tensor x) {
+    const long K = x.size(x.dim() - 1) / 2, M = x.numel() / (2 * K);
+    Tensor y = like(x, K);
+    BY_TYPE(x, gate_rows((const T*)x.data_ptr(), (T*)y.data_ptr(), M, K));
+    return y;
+}
+
+// qkv [T, (H + 2 * Hk) * D]; cos, sin [T, D] of Llama's RoPE, which turns halves of a head -> queries [T, H, D], and KV
+// entries [T, Hk * 2 * D], each head's key before its value.
+std::tuple<Tensor, Tensor> rotate(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, int64_t kv_heads) {
+    const long M = qkv.size(0), D = qkv.size(1) / (heads + 2 * kv_heads);
+    Tensor q = torch::stable::new_empty(qkv, {M, heads, D}), entries = torch::stable::new_empty(qkv, {M, kv_heads * 2 * D});
+    BY_TYPE(qkv, rotate_rows((const T*)qkv.data_ptr(), (const T*)cos.data_ptr(), (const T*)sin.data_ptr(), (T*)q.data_ptr(),
+                             (T*)entries.data_ptr(), M, heads, kv_heads, D));
+    return {q, entries};
 }
 
 // query [N, H, D], keys [blocks, block_size, Hk, D], values [blocks, block_size, Hk, Dv]; starts, tables and lens of
@@ -518,11 +635,17 @@ std::tuple<Tensor, Tensor> attend(Tensor query, Tensor keys, Tensor values, Tens
 }
 
 STABLE_TORCH_LIBRARY(twofold_cpu, m) {
-    m.def("linear(Tensor x, Tensor weight, Tensor? bias) -> Tensor");
+    m.def("linear(Tensor x, Tensor[] weights, Tensor[] biases) -> Tensor");
+    m.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
+    m.def("silu_mul(Tensor x) -> Tensor");
+    m.def("rotate(Tensor qkv, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor)");
     m.def("attend(Tensor query, Tensor keys, Tensor values, Tensor starts, Tensor lens, Tensor tables, int rows, "
           "float scaling, int window, float softcap, bool causal) -> (Tensor, Tensor)");
 }
 STABLE_TORCH_LIBRARY_IMPL(twofold_cpu, CPU, m) {
     m.impl("linear", TORCH_BOX(&linear));
+    m.impl("rms_norm", TORCH_BOX(&rms_norm));
+    m.impl("silu_mul", TORCH_BOX(&silu_mul));
+    m.impl("rotate", TORCH_BOX(&rotate));
     m.impl("attend", TORCH_BOX(&attend));
 }

@@ -40,6 +40,7 @@ from twofold.kv.cache import KVCache, bytes_per_block
 from twofold.models.decoder import DecoderModel
 from twofold.models.heads import divide
 from twofold.models.loader import empty_model, fix_rope, load_model, share_weights
+from twofold.native.load import kernels
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.mesh import Mesh, make_mesh
 from twofold.parallel.plan import TokenLayout
@@ -74,6 +75,7 @@ class Rank:
     ) -> None:
         self.runtime, self.model, self.mesh, self.device = runtime, model, mesh, device
         self._sum = total
+        self._may_use_kernels = runtime.attention_backend == "native"
         self.seconds: dict[str, float] = {}  # start-up phase -> its time
         self._entry_widths = [spec.entry_width for spec in model.specs]
         engine = runtime.engine
@@ -89,8 +91,7 @@ class Rank:
         is_cuda = self.device.torch_device.type == "cuda"
         if is_cuda:
             self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
-        elif runtime.attention_backend == "native":
-            self.model.optimize_for_cpu()
+        self._use_kernels()
         only_by_tokens = self._divide()
         if is_cuda:
             with self.phase("compile and profile"):
@@ -113,6 +114,14 @@ class Rank:
             only_by_tokens=only_by_tokens,
             seconds=self.seconds,
         )
+
+    def _use_kernels(self) -> None:
+        """Changes the model for our CPU kernels, once they are compiled: at the start, or between two steps."""
+        if self._may_use_kernels and kernels:
+            self._may_use_kernels = False
+            with self.phase("kernels"):
+                for way in self.runner.ways:
+                    way.model.optimize_for_cpu()
 
     def _divide(self) -> str | None:
         """Makes this rank's part of the model, for steps by heads → the reason if none runs so."""
@@ -156,6 +165,7 @@ class Rank:
                 channel.send(self._profile(message.start))
                 continue
             step: Step = message
+            self._use_kernels()
             if pending is not None and self.runner.needs_tokens_on_cpu(step):
                 channel.send(self.runner.collect(pending))
                 pending = None

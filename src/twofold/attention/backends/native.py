@@ -9,7 +9,7 @@ import torch
 from twofold.attention.backends.sdpa import SDPABackend
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.spec import AttentionSpec
-from twofold.native import kernels
+from twofold.native.load import kernels
 
 DTYPES = (torch.float32, torch.bfloat16)
 
