@@ -38,6 +38,8 @@ constexpr int PANEL = W * COLUMNS;
 constexpr int KEYS = 256 / PANEL * PANEL;  // of a block: its keys, values and logits stay in a core's caches
 constexpr int QUERIES = 96;                // rows of a task: queries of all heads of a group
 constexpr int AHEAD = 4096;                // bytes of a weight that are fetched before they are read
+constexpr long PIECE = 64 << 10;           // bytes of a weight that a thread takes at once
+constexpr long SMALL = 1 << 17;             // products and sums that are not worth a second thread
 constexpr float NONE = -std::numeric_limits<float>::infinity();
 
 typedef float Vec __attribute__((vector_size(W * 4)));
@@ -394,7 +396,9 @@ template <class T> void attend_rows(const Attention& o) {
         }
     }
     std::vector<float> parts(num_parts * groups * (width + 2));
-#pragma omp parallel for schedule(dynamic, 1)
+    long work = 0;
+    for (const Task& t : tasks) work += t.count * groups * (t.high - t.low) * (o.dim + o.v_dim);
+#pragma omp parallel for schedule(dynamic, 1) if (work > SMALL)
     for (size_t i = 0; i < tasks.size(); i++) run<T>(o, tasks[i], parts.data());
     for (auto [first, count] : split) merge<T>(o, tasks[first], count, parts.data());
 }
@@ -406,7 +410,8 @@ template <class T, int M>
 void few_rows(const T* x, const T* weight, long w_row, const T* bias, T* y, long y_row, long N, long K) {
     constexpr int OWN = std::max(1, M <= 2 ? W / 2 : M <= 4 ? W / 4 : W / 8);  // rows of the weight at once
     const long units = K / PER_UNIT<T>;
-#pragma omp for schedule(static) nowait
+    const long piece = std::max<long>(1, PIECE / (OWN * K * long(sizeof(T))));
+#pragma omp for schedule(dynamic, piece) nowait
     for (long n = 0; n < N / OWN * OWN; n += OWN) {
         Vec sums[std::max(W, OWN * M)] = {};  // [OWN, M]
         long k = 0;
@@ -484,7 +489,7 @@ void multiply_rows(const T* x, const T* weight, long w_row, const T* bias, T* y,
 template <class T> inline float rounded(float x) { T y; put(&y, x); return to_float(y); }
 
 template <class T> void norm_rows(const T* x, const T* weight, T* y, long M, long K, float epsilon) {
-#pragma omp parallel for schedule(static) if (M * K > 65536)
+#pragma omp parallel for schedule(static) if (M * K > SMALL)
     for (long m = 0; m < M; m++) {
         const T* from = x + m * K;
         float squares[32] = {}, total = 0;
@@ -497,8 +502,13 @@ template <class T> void norm_rows(const T* x, const T* weight, T* y, long M, lon
     }
 }
 
+template <class T> void add_rows(const T* x, const T* y, T* sum, long count) {
+#pragma omp parallel for schedule(static) if (count > SMALL)
+    for (long i = 0; i < count; i++) put(sum + i, to_float(x[i]) + to_float(y[i]));
+}
+
 template <class T> void gate_rows(const T* x, T* y, long M, long K) {
-#pragma omp parallel for schedule(static) if (M * K > 65536)
+#pragma omp parallel for schedule(static) if (M * K > SMALL)
     for (long m = 0; m < M; m++) {
         const T *gate = x + m * 2 * K, *up = gate + K;
         for (long k = 0; k < K; k += W) {
@@ -523,7 +533,7 @@ template <class T> inline void turn(const T* from, const T* cos, const T* sin, T
 
 template <class T>
 void rotate_rows(const T* qkv, const T* cos, const T* sin, T* q, T* entries, long M, long heads, long kv_heads, long D) {
-#pragma omp parallel for schedule(static) if (M * heads * D > 65536)
+#pragma omp parallel for schedule(static) if (M * heads * D > SMALL)
     for (long m = 0; m < M; m++) {
         const T *from = qkv + m * (heads + 2 * kv_heads) * D, *c = cos + m * D, *s = sin + m * D;
         for (long h = 0; h < heads; h++) turn(from + h * D, c, s, q + (m * heads + h) * D, D / 2);
@@ -612,6 +622,24 @@ std::tuple<Tensor, Tensor> rotate(Tensor qkv, Tensor cos, Tensor sin, int64_t he
     return {q, entries};
 }
 
+Tensor add(const Tensor& x, const Tensor& y) {
+    Tensor sum = like(x, x.size(x.dim() - 1));
+    BY_TYPE(x, add_rows((const T*)x.data_ptr(), (const T*)y.data_ptr(), (T*)sum.data_ptr(), x.numel()));
+    return sum;
+}
+
+// A layer like Llama's before its attention: hidden states x [T, K] -> queries and KV entries, as `rotate` has them.
+std::tuple<Tensor, Tensor> before_attention(Tensor x, Tensor norm, double epsilon, std::vector<Tensor> qkv,
+                                            std::vector<Tensor> biases, Tensor cos, Tensor sin, int64_t heads, int64_t kv_heads) {
+    return rotate(linear(rms_norm(x, norm, epsilon), qkv, biases), cos, sin, heads, kv_heads);
+}
+
+// The same layer after it: hidden states x [T, K] and what attention gave [T, H * D] -> hidden states [T, K].
+Tensor after_attention(Tensor x, Tensor attended, Tensor norm, double epsilon, std::vector<Tensor> weights) {
+    x = add(x, linear(attended, {weights[0]}, {}));
+    return add(x, linear(silu_mul(linear(rms_norm(x, norm, epsilon), {weights[1], weights[2]}, {})), {weights[3]}, {}));
+}
+
 // query [N, H, D], keys [blocks, block_size, Hk, D], values [blocks, block_size, Hk, Dv]; starts, tables and lens of
 // `rows` rows or more, int32 -> out [N, H, Dv], zeros where there is no row; lse [N, H].
 std::tuple<Tensor, Tensor> attend(Tensor query, Tensor keys, Tensor values, Tensor starts, Tensor lens, Tensor tables,
@@ -639,6 +667,9 @@ STABLE_TORCH_LIBRARY(twofold_cpu, m) {
     m.def("rms_norm(Tensor x, Tensor weight, float epsilon) -> Tensor");
     m.def("silu_mul(Tensor x) -> Tensor");
     m.def("rotate(Tensor qkv, Tensor cos, Tensor sin, int heads, int kv_heads) -> (Tensor, Tensor)");
+    m.def("before_attention(Tensor x, Tensor norm, float epsilon, Tensor[] qkv, Tensor[] biases, Tensor cos, Tensor sin, "
+          "int heads, int kv_heads) -> (Tensor, Tensor)");
+    m.def("after_attention(Tensor x, Tensor attended, Tensor norm, float epsilon, Tensor[] weights) -> Tensor");
     m.def("attend(Tensor query, Tensor keys, Tensor values, Tensor starts, Tensor lens, Tensor tables, int rows, "
           "float scaling, int window, float softcap, bool causal) -> (Tensor, Tensor)");
 }
@@ -647,5 +678,7 @@ STABLE_TORCH_LIBRARY_IMPL(twofold_cpu, CPU, m) {
     m.impl("rms_norm", TORCH_BOX(&rms_norm));
     m.impl("silu_mul", TORCH_BOX(&silu_mul));
     m.impl("rotate", TORCH_BOX(&rotate));
+    m.impl("before_attention", TORCH_BOX(&before_attention));
+    m.impl("after_attention", TORCH_BOX(&after_attention));
     m.impl("attend", TORCH_BOX(&attend));
 }

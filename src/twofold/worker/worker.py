@@ -91,8 +91,8 @@ class Rank:
         is_cuda = self.device.torch_device.type == "cuda"
         if is_cuda:
             self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
-        self._use_kernels()
         only_by_tokens = self._divide()
+        self._use_kernels()
         if is_cuda:
             with self.phase("compile and profile"):
                 if not runtime.engine.enforce_eager:

@@ -4,12 +4,13 @@
     norm         one operation in place of eight
     MLP          gate and up are one product, then one operation for what follows it
     attention    q, k and v are one product, then one operation that turns them and packs KV entries
+    layer        all of these in two operations, before attention and after it
 
 A module is found by the names of its parts, and changed if it gives the same results.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
 from typing import Any, TypeGuard
 
@@ -164,42 +165,94 @@ class Attentions(_Change):
 
     def run(self, module: Any) -> list[torch.Tensor]:
         """Queries, keys, values and the output, for angles that differ in all numbers."""
-        given: list[torch.Tensor] = []
         x = sample_input(NUM_TOKENS, module.q_proj.in_features, like=module.q_proj.weight)[None]
-        angles = sample_input(NUM_TOKENS, module.head_dim, like=x).float()[None] * 3
-
-        def attend(_: Any, query: torch.Tensor, *others: Any, **__: Any) -> tuple[torch.Tensor, None]:
-            given.extend([query, *others[:2]])
-            return query.transpose(1, 2), None
-
-        with _attending(module, attend):
-            out = module(hidden_states=x, position_embeddings=(angles.cos().to(x.dtype), angles.sin().to(x.dtype)),
-                         attention_mask=None)[0]  # fmt: skip
+        given, example = _example(module, x)
+        with example as angles:
+            out = module(hidden_states=x, position_embeddings=angles, attention_mask=None)[0]
         return [*given, out]
 
     def forward(
         module: Any,  # noqa: N805
         hidden_states: torch.Tensor,
         position_embeddings: tuple[torch.Tensor, torch.Tensor],
-        attention_mask: torch.Tensor | None = None,
-        **kwargs: Any,
+        **_: Any,
     ) -> tuple[torch.Tensor, None]:
-        dim, implementation = module.head_dim, module.config._attn_implementation
+        dim = module.head_dim
         qkv = _linears(hidden_states[0], [module.q_proj, module.k_proj, module.v_proj])
         heads, kv_heads = module.q_proj.out_features // dim, module.k_proj.out_features // dim
-        cos, sin = (x[0].contiguous() for x in position_embeddings)
+        cos, sin = (x.contiguous() for x in position_embeddings)
         query, entries = torch.ops.twofold_cpu.rotate(qkv, cos, sin, heads, kv_heads)
-        if implementation == ATTENTION_NAME:
-            published = torch.ops.twofold.publish(entries)
-            out = torch.ops.twofold.attend(query, entries, published, dim)
-        else:
-            keys, values = entries.unflatten(1, (kv_heads, 2, dim)).permute(2, 1, 0, 3)[:, None].unbind()
-            attend = ALL_ATTENTION_FUNCTIONS[implementation]
-            out = attend(module, query.transpose(0, 1)[None], keys, values, attention_mask, **kwargs)[0][0]
-        return module.o_proj(out.flatten(1)[None]), None
+        return module.o_proj(_attend(module, query, entries, kv_heads)[None]), None
 
 
-CHANGES: tuple[type[_Change], ...] = (Linears, Norms, GatedMLPs, Attentions)
+def _attend(module: Any, query: torch.Tensor, entries: torch.Tensor, kv_heads: int) -> torch.Tensor:
+    """query [T, H, D], entries [T, Hk * 2 * D] → [T, H * D], by whatever attends for the module now."""
+    dim, implementation = query.shape[2], module.config._attn_implementation
+    if implementation == ATTENTION_NAME:
+        published = torch.ops.twofold.publish(entries)
+        out: torch.Tensor = torch.ops.twofold.attend(query, entries, published, dim)
+    else:
+        keys, values = entries.unflatten(1, (kv_heads, 2, dim)).permute(2, 1, 0, 3)[:, None].unbind()
+        attend = ALL_ATTENTION_FUNCTIONS[implementation]
+        out = attend(module, query.transpose(0, 1)[None], keys, values, None, scaling=module.scaling)[0][0]
+    return out.flatten(1)
+
+
+class Layers(_Change):
+    """Two operations a layer, besides its attention. Only where none of its results are summed over ranks."""
+
+    name = "layers by our kernel"
+
+    def fits(self, module: Any) -> bool:
+        children: dict[str, Any] = dict(module.named_children())
+        names = ("self_attn", "mlp", "input_layernorm", "post_attention_layernorm")
+        if set(names) != set(children):
+            return False
+        attention, mlp, before, after = (children[name] for name in names)
+        if not (Attentions.fits(self, attention) and GatedMLPs.fits(self, mlp)):  # type: ignore[arg-type]
+            return False
+        if not (Norms.fits(self, before) and Norms.fits(self, after)):  # type: ignore[arg-type]
+            return False
+        last = [attention.o_proj, mlp.down_proj]
+        return all(type(x) is Linear and x.bias is None and is_served(x.weight, x.weight) for x in last)
+
+    def run(self, module: Any) -> list[torch.Tensor]:
+        attention = module.self_attn
+        x = sample_input(NUM_TOKENS, attention.q_proj.in_features, like=attention.q_proj.weight)[None]
+        given, example = _example(attention, x)
+        with example as angles:
+            out = module(x, position_embeddings=angles, attention_mask=None)
+        return [*given, out]
+
+    def forward(module: Any, hidden_states: torch.Tensor, **kwargs: Any) -> torch.Tensor:  # noqa: N805
+        attention, mlp, dim = module.self_attn, module.mlp, module.self_attn.head_dim
+        before, after = module.input_layernorm, module.post_attention_layernorm
+        x = hidden_states[0]
+        projections = [attention.q_proj, attention.k_proj, attention.v_proj]
+        biases = [] if projections[0].bias is None else [projection.bias for projection in projections]
+        weights = [projection.weight for projection in projections]
+        heads, kv_heads = len(weights[0]) // dim, len(weights[1]) // dim
+        cos, sin = kwargs["position_embeddings"]
+        query, entries = torch.ops.twofold_cpu.before_attention(
+            x,
+            before.weight,
+            before.variance_epsilon,
+            weights,
+            biases,
+            cos.contiguous(),
+            sin.contiguous(),
+            heads,
+            kv_heads,
+        )
+        attended = _attend(attention, query, entries, kv_heads)
+        weights = [attention.o_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
+        out: torch.Tensor = torch.ops.twofold_cpu.after_attention(
+            x, attended, after.weight, after.variance_epsilon, weights
+        )
+        return out[None]
+
+
+CHANGES: tuple[type[_Change], ...] = (Linears, Norms, GatedMLPs, Attentions, Layers)
 
 EXAMPLE_NAME = "twofold_example"
 
@@ -209,16 +262,30 @@ def _kind(module: torch.nn.Module) -> Any:
     return type(module), tuple((name, tensor.shape) for name, tensor in module.named_parameters())
 
 
-@contextmanager
-def _attending(module: Any, attend: Callable[..., Any]) -> Iterator[None]:
-    """Has one attention module call this function."""
-    before = module.config._attn_implementation
-    ALL_ATTENTION_FUNCTIONS.register(EXAMPLE_NAME, attend)
-    module.config._attn_implementation = EXAMPLE_NAME
-    try:
-        yield
-    finally:
-        module.config._attn_implementation = before
+def _example(
+    module: Any, x: torch.Tensor
+) -> tuple[list[torch.Tensor], AbstractContextManager[tuple[torch.Tensor, ...]]]:
+    """For an attention module and its input x [1, T, K]: the queries, keys and values that it will have made, and a
+    context in which it makes them, of the angles given by the context.
+    """
+    given: list[torch.Tensor] = []
+
+    def attend(_: Any, query: torch.Tensor, *others: Any, **__: Any) -> tuple[torch.Tensor, None]:
+        given.extend([query, *others[:2]])
+        return query.transpose(1, 2), None
+
+    @contextmanager
+    def attending() -> Iterator[tuple[torch.Tensor, ...]]:
+        before = module.config._attn_implementation
+        ALL_ATTENTION_FUNCTIONS.register(EXAMPLE_NAME, attend)
+        module.config._attn_implementation = EXAMPLE_NAME
+        angles = sample_input(NUM_TOKENS, module.head_dim, like=x).float()[None] * 3
+        try:
+            yield angles.cos().to(x.dtype), angles.sin().to(x.dtype)
+        finally:
+            module.config._attn_implementation = before
+
+    return given, attending()
 
 
 def _are_alike(modules: list[Any]) -> TypeGuard[list[Linear]]:
