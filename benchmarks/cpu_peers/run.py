@@ -63,6 +63,8 @@ def install(folder: Path) -> None:
     for packages in PACKAGES:
         if subprocess.run([python, "-m", "pip", "install", "-q", *packages]).returncode:
             print(f"not installed: {' '.join(packages)}", file=sys.stderr)
+    # They come for CUDA, and fail when Transformers imports them beside PyTorch for CPUs.
+    subprocess.run([python, "-m", "pip", "uninstall", "-q", "-y", "torchvision", "torchaudio", "torchcodec"])
 
 
 def main() -> None:
