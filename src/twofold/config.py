@@ -17,7 +17,7 @@ DTYPE_ALIASES = {
 }  # fmt: skip
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
-ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn")
+ATTENTION_BACKENDS = ("auto", "sdpa", "native", "flash_attn")
 EXCHANGES = ("auto", "all_gather", "push")
 PARTITION_POLICIES = ("dual_chunk_swap", "contiguous")
 STEP_LAYOUTS = ("auto", "tokens", "heads")

@@ -45,7 +45,8 @@ def test_good_prompts_are_answered_beside_bad_ones(model: Path, tmp_path: Path) 
     (tmp_path / "empty").touch()
     names = ("good", "binary", "long", "empty", "good")
     files = [flag for name in names for flag in ("--prompt-file", tmp_path / name)]
-    answer = twofold("generate", "--model", model, *files, "-pcp", "2", "--json", "--max-tokens", "8")
+    flags = ("-pcp", "2", "--dtype", "float32", "--json", "--max-tokens", "8")
+    answer = twofold("generate", "--model", model, *files, *flags)
     assert answer.returncode == 1
     lines = [json.loads(line) for line in answer.stdout.splitlines()]
     good, again = lines[0], lines[4]

@@ -20,6 +20,7 @@ from twofold.engine import engine as engine_module
 from twofold.executor.local import LocalExecutor
 
 ARGUMENTS: dict[str, Any] = {
+    "dtype": "float32",
     "prefill_context_parallel_size": 2,
     "skip_tokenizer_init": True,
     "max_num_batched_tokens": 64,

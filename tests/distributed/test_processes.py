@@ -25,7 +25,12 @@ from twofold import LLM, ConfigError, ModelError, RankDiedError, RequestError, R
 from twofold.executor.local import LocalExecutor
 from twofold.models.loader import empty_model, fill_randomly
 
-ARGUMENTS: dict[str, Any] = {"skip_tokenizer_init": True, "max_num_batched_tokens": 64, "block_size": 8}
+ARGUMENTS: dict[str, Any] = {
+    "dtype": "float32",
+    "skip_tokenizer_init": True,
+    "max_num_batched_tokens": 64,
+    "block_size": 8,
+}
 SECONDS = 20  # in which a process must be gone, also on a machine that is busy
 
 
@@ -384,7 +389,7 @@ def test_dummy_weights_are_the_same_on_every_rank(folder: Path, tmp_path: Path) 
     expected = [[one.token_ids for one in output.outputs] for output in generate(engine, PROMPTS, params)]
     engine.shutdown()
     arguments = ARGUMENTS | {"load_format": "dummy", "prefill_context_parallel_size": 2, "seed": 7}
-    with LLM(str(tmp_path), dtype="float32", **arguments) as llm:
+    with LLM(str(tmp_path), **arguments) as llm:
         pids = pids_of(llm)
         assert tokens_of(llm, params) == expected
         llm.engine.add_request("a", PROMPTS[2], GREEDY)

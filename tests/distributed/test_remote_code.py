@@ -159,6 +159,7 @@ def test_a_model_that_brings_its_code_is_served(tmp_path: Path, modules: None) -
         for prompt in PROMPTS
     ]
     arguments: dict[str, Any] = {"skip_tokenizer_init": True, "trust_remote_code": True, "device": "cpu"}
+    arguments["dtype"] = "float32"
     for num_ranks in (1, 2):
         with LLM(str(folder), prefill_context_parallel_size=num_ranks, **arguments) as llm:
             outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)

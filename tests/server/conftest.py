@@ -9,7 +9,18 @@ from tiny import save_tiny_model
 
 from twofold import LLM
 
-FLAGS = ("-pcp", "2", "--kv-cache-memory-bytes", "20000000", "--max-num-batched-tokens", "256", "--max-num-seqs", "64")
+FLAGS = (
+    "-pcp",
+    "2",
+    "--dtype",
+    "float32",
+    "--kv-cache-memory-bytes",
+    "20000000",
+    "--max-num-batched-tokens",
+    "256",
+    "--max-num-seqs",
+    "64",
+)
 
 
 @pytest.fixture(scope="session")
@@ -33,5 +44,5 @@ def _nothing_is_left(request: pytest.FixtureRequest) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def llm(tiny_model: Path) -> Iterator[LLM]:
     """The same model offline: what the server must answer."""
-    with LLM(str(tiny_model), kv_cache_memory_bytes=20_000_000) as offline:
+    with LLM(str(tiny_model), dtype="float32", kv_cache_memory_bytes=20_000_000) as offline:
         yield offline

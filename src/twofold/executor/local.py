@@ -32,6 +32,7 @@ from twofold.contract import (
 )
 from twofold.errors import ModelError, RankDiedError, RankFailedError
 from twofold.interrupts import let_through
+from twofold.native.build import start_build
 from twofold.processes import no_interrupts
 
 LOOK_SECONDS = 0.5  # between looks at ranks that do not answer
@@ -56,6 +57,8 @@ class LocalExecutor:
     def __init__(self, runtime: RuntimeConfig, start_timeout: float | None = None) -> None:
         self._start_timeout = start_timeout
         streams.reserve_numbers()
+        if runtime.device == "cpu":
+            start_build()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []
         self._lifelines: list[int] = []

@@ -10,6 +10,7 @@ from twofold.attention.op import ForwardContext, forward_context
 from twofold.attention.spec import AttentionSpec
 from twofold.errors import ModelError
 from twofold.models.probe import probe
+from twofold.models.transforms import native
 from twofold.models.transforms.base import Transform, transform
 from twofold.models.transforms.experts import FewTokenExperts
 from twofold.models.transforms.last_layer import CutLastLayer, LastLayer
@@ -60,6 +61,11 @@ class DecoderModel:
             changes.append(PackProjections(self.layers, num_ranks))
         for change in changes:
             transform(change, self.dtype)
+
+    def optimize_for_cpu(self) -> None:
+        """Applies the transforms for CPUs, once our kernels are there."""
+        for change in native.CHANGES:
+            transform(change(torch.nn.ModuleList([self.body, self.head])), self.dtype)
 
     def compile(self) -> None:
         """Compiles layers in place, at their first call."""

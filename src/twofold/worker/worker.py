@@ -46,6 +46,7 @@ from twofold.kv.sharded import LayerShare, ShardedKVCache
 from twofold.models.decoder import DecoderModel
 from twofold.models.heads import divide
 from twofold.models.loader import empty_model, fix_rope, load_model, share_weights
+from twofold.native.load import kernels
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.fetch_entries import EntryFetch, workspace_bytes
 from twofold.parallel.mesh import Mesh, make_mesh
@@ -85,6 +86,7 @@ class Rank:
         """`memory`: that ranks can read of each other, for a sharded cache; None if they cannot."""
         self.runtime, self.model, self.mesh, self.device = runtime, model, mesh, device
         self._sum, self._memory = total, memory
+        self._may_use_kernels = runtime.attention_backend == "native"
         self.seconds: dict[str, float] = {}  # start-up phase -> its time
         self._entry_widths = [spec.entry_width for spec in model.specs]
         engine = runtime.engine
@@ -103,6 +105,7 @@ class Rank:
         if is_cuda:
             self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
         only_by_tokens = self._divide()
+        self._use_kernels()
         if is_cuda:
             with self.phase("compile and profile"):
                 if not runtime.engine.enforce_eager:
@@ -158,6 +161,14 @@ class Rank:
         """Blocks of a request of max_model_len tokens, and some more."""
         return -(-self.runtime.max_model_len // self.runtime.block_size) + 1 + 2 * self.mesh.size
 
+    def _use_kernels(self) -> None:
+        """Changes the model for our CPU kernels, once they are compiled: at the start, or between two steps."""
+        if self._may_use_kernels and kernels:
+            self._may_use_kernels = False
+            with self.phase("kernels"):
+                for way in self.runner.ways:
+                    way.model.optimize_for_cpu()
+
     def _divide(self) -> str | None:
         """Makes this rank's part of the model, for steps by heads → the reason if none runs so."""
         layout = self.runtime.engine.step_layout
@@ -198,6 +209,7 @@ class Rank:
                 channel.send(self._profile(message.start))
                 continue
             step: Step = message
+            self._use_kernels()
             if self.runner.needs_tokens_on_cpu(step):
                 self._answer(channel)
             launched = self.runner.launch(step, partial(self._receive_masks, channel))

@@ -1,6 +1,7 @@
 """Attention kernels, by name."""
 
 from twofold.attention.backends.base import AttentionBackend
+from twofold.attention.backends.native import NativeBackend
 from twofold.attention.backends.sdpa import SDPABackend
 
 
@@ -10,4 +11,4 @@ def make_backend(name: str) -> AttentionBackend:
         from twofold.attention.backends.flash_attn import FlashAttnBackend
 
         return FlashAttnBackend()
-    return {"sdpa": SDPABackend}[name]()
+    return {"sdpa": SDPABackend, "native": NativeBackend}[name]()

@@ -8,6 +8,7 @@ slower or larger.
     last layer     skip it where its output is unused             same, at two lengths
     experts        a kernel of ours for few tokens (GPU)          same output of each module of experts
     packing        one product for projections of one input       same output of each projection
+    native         kernels of ours for modules like Llama's (CPU)  same output of one module of each kind
     compile        decoder layers under torch.compile             its rewriting of graphs is compared in tests
 """
 
