@@ -12,11 +12,13 @@ import argparse
 import json
 import os
 import random
+import re
 import signal
 import statistics
 import time
 from collections import Counter
 from collections.abc import Callable
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ from twofold.flags import add_engine_arguments, chosen
 from twofold.outputs import OutputKind, RequestOutput
 from twofold.sampling_params import SamplingParams, StructuredOutputsParams
 
+CHECKER = jsonschema.FormatChecker()
 MAX_TOKENS = 300
 AT_ONCE = 32
 NUM_STEPS = 64  # of which the median is taken
@@ -185,12 +188,17 @@ def answer(llm: LLM, schemas: list[dict[str, Any]], kill: bool) -> list[RequestO
 
 def fault_of(text: str, schema: dict[str, Any]) -> str | None:
     """What is wrong with an answer; None if it is as its schema says."""
-    kind = jsonschema.Draft202012Validator
     try:
-        kind(schema, format_checker=kind.FORMAT_CHECKER).validate(json.loads(text))
+        jsonschema.Draft202012Validator(schema, format_checker=CHECKER).validate(json.loads(text))
     except (jsonschema.ValidationError, json.JSONDecodeError) as error:
         return str(error).splitlines()[0]
     return None
+
+
+@CHECKER.checks("date", raises=ValueError)
+def is_date(text: object) -> bool:
+    """RFC 3339 has a year 0, which is a leap year; Python's dates begin with year 1."""
+    return not isinstance(text, str) or bool(date.fromisoformat(re.sub("^0000", "2000", text)))
 
 
 def time_steps(llm: LLM) -> dict[str, Any]:

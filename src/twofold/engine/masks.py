@@ -216,7 +216,7 @@ class MaskMaker:
 def _make_executor() -> "LLExecutor":
     from llguidance import LLExecutor
 
-    return LLExecutor(max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2)))
+    return LLExecutor(max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2)))
 
 
 def _limits() -> "LLParserLimits":
