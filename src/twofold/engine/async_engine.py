@@ -247,7 +247,7 @@ class AsyncEngine:
         answer = Answer(params, time.monotonic(), self)
         self.num_waiting_requests += len(prompts)
         try:
-            await asyncio.get_running_loop().run_in_executor(self._grammar_thread, self.engine.masks.compile, params)
+            await self._check_restrictions(params)
             texts_and_ids = [await self.in_tokenizer_thread(self._tokenize, prompt) for prompt in prompts]
             self.check()
             self._check_room_for_tokens([len(token_ids) for _, token_ids in texts_and_ids], params.n, num_asked)
@@ -261,6 +261,14 @@ class AsyncEngine:
         for part in answer.parts:
             self._inbox.put(partial(self._add, part))
         return answer
+
+    async def _check_restrictions(self, params: SamplingParams) -> None:
+        """Compiles what restricts tokens, if anything does; the engine's thread finds it made."""
+        if params.is_masked:
+            loop = asyncio.get_running_loop()
+            await loop.run_in_executor(self._grammar_thread, self.engine.masks.compile, params)
+        else:
+            self.engine.masks.compile(params)  # only looks at ids
 
     def _check_room_for_prompts(self, num_prompts: int) -> None:
         limit = self.max_waiting_requests

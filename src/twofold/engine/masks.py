@@ -30,7 +30,8 @@ if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
     from transformers import PreTrainedTokenizerBase
 
-MAX_CHARS = 1 << 18  # of a grammar, a schema or all choices; these compile in less than a second
+MAX_CHARS = {"json": 1 << 18, "choice": 1 << 18, "regex": 1 << 15, "grammar": 1 << 15}
+MAX_KEYS = 3000  # in all objects of a schema: its time grows with their square, and takes 0.6 s for so many
 MAX_LEXER_STATES = 50_000  # of a grammar, 1 to 2 kB each
 WHITESPACE = r"[\x20\x0A\x0D\x09]{1,32}"  # without a bound, a model that has nothing to say never ends its spaces
 MAX_THREADS = 8
@@ -204,18 +205,18 @@ class MaskMaker:
                     has = "skip_tokenizer_init is set" if self._given_tokenizer is None else "the model's has no such"
                     raise _wrong_form(f"structured outputs need a tokenizer of the tokenizers library, and {has}")
                 described = json.loads(backend.to_str()) | {"padding": None, "truncation": None}
-                self._ll_tokenizer = LLTokenizer(
-                    json.dumps(described),
-                    n_vocab=self._num_tokens,
-                    eos_token=sorted(self._eos_token_ids) or getattr(self._given_tokenizer, "eos_token_id", None),
-                )
+                eos = sorted(self._eos_token_ids) or getattr(self._given_tokenizer, "eos_token_id", None)
+                try:
+                    self._ll_tokenizer = LLTokenizer(json.dumps(described), n_vocab=self._num_tokens, eos_token=eos)
+                except ValueError as error:
+                    raise _wrong_form(f"structured outputs cannot use the model's tokenizer: {error}") from None
             return self._ll_tokenizer
 
 
 def _make_executor() -> "LLExecutor":
     from llguidance import LLExecutor
 
-    return LLExecutor(max(1, min(MAX_THREADS, len(os.sched_getaffinity(0)) // 2)))
+    return LLExecutor(max(1, min(MAX_THREADS, (os.cpu_count() or 1) // 2)))
 
 
 def _limits() -> "LLParserLimits":
@@ -245,8 +246,8 @@ def _grammar(form: StructuredOutputsParams) -> str:
     name = _name(form)
     text = form.json or form.regex or form.grammar or json.dumps(form.choice)
     assert isinstance(text, str)
-    if len(text) > MAX_CHARS:
-        raise _wrong_form(f"{name} has {len(text)} characters, more than {MAX_CHARS}; send less")
+    if len(text) > (limit := MAX_CHARS.get(name, len(text))):
+        raise _wrong_form(f"{name} has {len(text)} characters, more than {limit}; send less")
     if name == "regex":
         return LLMatcher.grammar_from_regex(text)
     if name in ("grammar", "choice"):
@@ -255,6 +256,8 @@ def _grammar(form: StructuredOutputsParams) -> str:
         except ValueError as error:
             raise _cannot_compile(form, str(error)) from None
     schema = {"type": "object"} if form.json_object else _parse(text)
+    if (num_keys := _num_keys(schema)) > MAX_KEYS:
+        raise _wrong_form(f"{name} has {num_keys} keys in its objects, more than {MAX_KEYS}; send a smaller schema")
     if form.disable_additional_properties:
         schema = _closed(schema)
     whitespace = WHITESPACE if form.whitespace_pattern is None else form.whitespace_pattern
@@ -279,6 +282,12 @@ def _parse(text: str) -> Any:
         raise _wrong_form(f"json is not JSON: {error.msg} at character {error.pos}") from None
     except (ValueError, RecursionError):
         raise _wrong_form("json cannot be read: it is too deep, or has numbers of thousands of digits") from None
+
+
+def _num_keys(schema: Any) -> int:
+    if isinstance(schema, dict):
+        return len(schema) + sum(map(_num_keys, schema.values()))
+    return sum(map(_num_keys, schema)) if isinstance(schema, list) else 0
 
 
 def _closed(schema: Any) -> Any:

@@ -1,0 +1,241 @@
+"""Answer random JSON schemas, and check every whole answer with jsonschema; then time steps with and without a form.
+
+    python benchmarks/json_schemas.py --model demo -pcp 2 --part alone --output-json F     one request at a time
+    python benchmarks/json_schemas.py --model demo -pcp 2 --part together --output-json F  32 at once; a rank is killed
+    python benchmarks/json_schemas.py --model demo --part steps --output-json F            cost a step at batch 32
+
+Parts of one file are kept beside each other, so each can be run by itself (`--first`, `--count`: some of the schemas).
+The temperature is 1. An answer that ends by its length is not whole, and is counted apart.
+"""
+
+import argparse
+import json
+import os
+import random
+import re
+import signal
+import statistics
+import time
+from collections import Counter
+from collections.abc import Callable
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+
+from twofold import LLM
+from twofold.bench.report import describe, environment
+from twofold.config import EngineConfig
+from twofold.engine.drive import Drive
+from twofold.flags import add_engine_arguments, chosen
+from twofold.outputs import OutputKind, RequestOutput
+from twofold.sampling_params import SamplingParams, StructuredOutputsParams
+
+CHECKER = jsonschema.FormatChecker()
+MAX_TOKENS = 300
+AT_ONCE = 32
+NUM_STEPS = 64  # of which the median is taken
+NAMES = ("name", "id", "title", "price", "tags", "Straße", "is_open", "address", "a b", "x")
+PATTERNS = ("^[a-z]{2,6}$", "^[A-Z][a-z]+(-[0-9]{1,3})?$", "^(red|green|blue)$", "^\\d{4}-\\d{2}$")
+FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "email")
+FOREVER = {"type": "array", "minItems": 100_000, "items": {"type": "object", "properties": {"a": {"type": "string"}}}}
+STEP_FORMS: dict[str, dict[str, Any]] = {  # what requests of a timed step ask for
+    "free": {},
+    "json": {"structured_outputs": StructuredOutputsParams(json=FOREVER)},
+    "regex": {"structured_outputs": StructuredOutputsParams(regex="([A-Za-z]+[ ,])+!")},
+    "bad_words": {"bad_words": ["the", "New York"]},
+    "logit_bias": {"logit_bias": dict.fromkeys(range(100), -5.0)},
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_engine_arguments(parser)
+    parser.add_argument("--part", choices=("alone", "together", "steps"), required=True)
+    parser.add_argument("--first", type=int, default=0)
+    parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--output-json", type=Path)
+    args = parser.parse_args()
+    arguments = chosen(args, EngineConfig)
+    arguments.setdefault("max_model_len", 512)
+    arguments.setdefault("max_num_seqs", AT_ONCE)
+    with LLM(**arguments) as llm:
+        if args.part == "steps":
+            result = time_steps(llm)
+        else:
+            schemas = [make_schema(random.Random(seed)) for seed in range(args.first, args.first + args.count)]
+            result = check_answers(llm, schemas, AT_ONCE if args.part == "together" else 1)
+        name = args.part if args.part == "steps" else f"{args.part} {args.first}-{args.first + args.count - 1}"
+        result |= {"settings": describe(llm.engine), "environment": environment()}
+    print(json.dumps({name: result}, indent=1))
+    if args.output_json:
+        before = json.loads(args.output_json.read_text()) if args.output_json.exists() else {}
+        args.output_json.write_text(json.dumps(before | {name: result}, indent=1) + "\n")
+
+
+def make_schema(rng: random.Random) -> dict[str, Any]:
+    """An object whose properties are of all kinds; some refer to a definition that may contain itself."""
+    schema = _object(rng, depth=0)
+    if rng.random() < 0.3:
+        schema["properties"]["next"] = {"$ref": "#/$defs/node"}
+        node = {"type": "object", "properties": {"value": _any(rng, 2), "next": {"$ref": "#/$defs/node"}}}
+        schema["$defs"] = {"node": node | {"required": ["value"], "additionalProperties": False}}
+    return schema
+
+
+def _any(rng: random.Random, depth: int) -> dict[str, Any]:
+    kinds: list[Callable[[random.Random, int], dict[str, Any]]] = [_string, _string, _number, _choice]
+    if depth < 3:
+        kinds += [_object, _array, _union]
+    return rng.choice(kinds)(rng, depth)
+
+
+def _object(rng: random.Random, depth: int) -> dict[str, Any]:
+    names = rng.sample(NAMES, rng.randint(1, 4))
+    schema: dict[str, Any] = {"type": "object", "properties": {name: _any(rng, depth + 1) for name in names}}
+    schema["required"] = [name for name in names if rng.random() < 0.7]
+    if rng.random() < 0.8:
+        schema["additionalProperties"] = False
+    return schema
+
+
+def _array(rng: random.Random, depth: int) -> dict[str, Any]:
+    least = rng.randint(0, 2)
+    return {"type": "array", "items": _any(rng, depth + 1), "minItems": least, "maxItems": least + rng.randint(0, 3)}
+
+
+def _union(rng: random.Random, depth: int) -> dict[str, Any]:
+    return {"anyOf": [_any(rng, depth + 1) for _ in range(rng.randint(2, 3))]}
+
+
+def _string(rng: random.Random, depth: int) -> dict[str, Any]:
+    limits: list[dict[str, Any]] = [
+        {"maxLength": rng.randint(4, 30)},
+        {"minLength": 3, "maxLength": 12},
+        {"pattern": rng.choice(PATTERNS)},
+        {"format": rng.choice(FORMATS)},
+    ]
+    return {"type": "string"} | rng.choice(limits)
+
+
+def _number(rng: random.Random, depth: int) -> dict[str, Any]:
+    low = rng.randint(-1000, 1000)
+    limits: list[dict[str, Any]] = [
+        {"minimum": low, "maximum": low + rng.randint(0, 500)},
+        {"exclusiveMinimum": low, "maximum": low + 1 + rng.randint(0, 9)},
+    ]
+    if rng.random() < 0.3:
+        return {"type": "integer", "multipleOf": rng.choice([5, 7]), "minimum": 0, "maximum": 1000}
+    return {"type": rng.choice(["integer", "number"])} | rng.choice(limits)
+
+
+def _choice(rng: random.Random, depth: int) -> dict[str, Any]:
+    values = [None, True, 7, -1.5, "yes", 'no "quotes"', "é", [1, "a"], {"k": 1}]
+    choices: list[dict[str, Any]] = [
+        {"enum": rng.sample(values, 3)},
+        {"const": rng.choice(values)},
+        {"type": "boolean"},
+        {"type": ["boolean", "null"]},
+    ]
+    return rng.choice(choices)
+
+
+def check_answers(llm: LLM, schemas: list[dict[str, Any]], at_once: int) -> dict[str, Any]:
+    """Answers to every schema, so many at once; a rank is killed in the middle of each batch of several."""
+    seen: Counter[str] = Counter()
+    wrong: list[dict[str, Any]] = []
+    num_tokens, start = 0, time.perf_counter()
+    for first in range(0, len(schemas), at_once):
+        batch = schemas[first : first + at_once]
+        for schema, output in zip(batch, answer(llm, batch, kill=at_once > 1), strict=True):
+            [completion] = output.outputs
+            num_tokens += len(completion.token_ids)
+            reason = str(completion.finish_reason)
+            if reason == "stop" and (fault := fault_of(completion.text, schema)) is not None:
+                reason = "invalid"
+                wrong.append({"schema": schema, "text": completion.text, "fault": fault})
+            seen[reason] += 1
+        print(f"{first + len(batch)} of {len(schemas)}: {dict(seen)}", flush=True)
+    return {
+        "num_schemas": len(schemas),
+        "at_once": at_once,
+        "valid": seen["stop"],
+        "invalid": seen["invalid"],
+        "cut_by_max_tokens": seen["length"],
+        "failed": seen["error"] + seen["abort"],
+        "wrong": wrong,
+        "num_tokens": num_tokens,
+        "num_restarts": llm.engine.stats.num_restarts,
+        "seconds": round(time.perf_counter() - start, 1),
+    }
+
+
+def answer(llm: LLM, schemas: list[dict[str, Any]], kill: bool) -> list[RequestOutput]:
+    finished: dict[str, RequestOutput] = {}
+    with Drive(llm.engine) as drive:
+        for number, schema in enumerate(schemas):
+            params = SamplingParams(
+                max_tokens=MAX_TOKENS, seed=number, structured_outputs=StructuredOutputsParams(json=schema)
+            )
+            drive.add(f"{number}", f"Here is an example of JSON, number {number}:\n", params)
+        for num_steps, outputs in enumerate(drive):
+            finished |= {output.request_id: output for output in outputs}
+            if kill and num_steps == 15:
+                os.kill(llm.engine.executor.pids[-1], signal.SIGKILL)  # type: ignore[attr-defined]
+    return [finished[f"{number}"] for number in range(len(schemas))]
+
+
+def fault_of(text: str, schema: dict[str, Any]) -> str | None:
+    """What is wrong with an answer; None if it is as its schema says."""
+    try:
+        jsonschema.Draft202012Validator(schema, format_checker=CHECKER).validate(json.loads(text))
+    except (jsonschema.ValidationError, json.JSONDecodeError) as error:
+        return str(error).splitlines()[0]
+    return None
+
+
+@CHECKER.checks("date", raises=ValueError)
+def is_date(text: object) -> bool:
+    """RFC 3339 has a year 0, which is a leap year; Python's dates begin with year 1."""
+    return not isinstance(text, str) or bool(date.fromisoformat(re.sub("^0000", "2000", text)))
+
+
+def time_steps(llm: LLM) -> dict[str, Any]:
+    """Milliseconds of a decode step at batch 32, by what its requests ask for; and of making its masks."""
+    engine = llm.engine
+    masks_ms: list[float] = []
+    make = engine.masks.make
+
+    def timed(*args: Any) -> Any:
+        begin = time.perf_counter()
+        masks = make(*args)
+        masks_ms.append((time.perf_counter() - begin) * 1e3)
+        return masks
+
+    engine.masks.make = timed  # type: ignore[method-assign]
+    result: dict[str, Any] = {"batch": AT_ONCE, "vocab_size": engine.vocab_size}
+    for name in [*STEP_FORMS, "free again"]:
+        masks_ms.clear()
+        times = []
+        with Drive(engine, output_kind=OutputKind.DELTA, recover=False) as drive:
+            for number in range(AT_ONCE):
+                params = SamplingParams(
+                    max_tokens=NUM_STEPS + 8, seed=number, ignore_eos=True, **STEP_FORMS.get(name, {})
+                )
+                drive.add(f"{number}", f"The city number {number} is", params)
+            end = time.perf_counter()
+            for outputs in drive:
+                begin, end = end, time.perf_counter()
+                if len(outputs) == AT_ONCE:
+                    times.append((end - begin) * 1e3)
+        result[name] = {"ms_per_step": round(statistics.median(times[2:-2]), 3)}
+        if masks_ms:
+            ordered = sorted(masks_ms[2:])
+            result[name]["masks_ms"] = {"median": round(statistics.median(ordered), 3), "most": round(ordered[-1], 3)}
+        print(name, result[name], flush=True)
+    return result
+
+
+if __name__ == "__main__":
+    main()
