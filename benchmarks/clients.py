@@ -22,11 +22,12 @@ def models() -> tuple[Any, Any]:
     """A form of answers, and a tool. Bounded, since the tiny model writes anything."""
     from typing import Annotated
 
-    from pydantic import BaseModel, Field
+    from pydantic import BaseModel, ConfigDict, Field
 
     class Weather(BaseModel):
         """The weather of a city."""
 
+        model_config = ConfigDict(extra="forbid")
         city: Annotated[str, Field(max_length=8)]
         days: Annotated[int, Field(ge=1, le=9)]
 
