@@ -21,7 +21,7 @@ from urllib.parse import urlsplit
 
 from server_common import arguments, start, write
 
-OPERATIONS = 5  # of the schema that have parameters or a body; they share the cases
+OPERATIONS = 8  # of the schema that have parameters or a body; they share the cases
 
 
 def main() -> int:

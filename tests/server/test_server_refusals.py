@@ -17,9 +17,17 @@ from running import Server, serve
 
 CHAT = {"model": "tiny", "messages": [{"role": "user", "content": "hi"}], "max_tokens": 2}
 TEXT = {"model": "tiny", "prompt": "hi", "max_tokens": 2}
+TOOL = {"type": "function", "function": {"name": "f", "parameters": {"type": "object", "properties": {}}}}
 
 BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # body, what is wrong, its name in the error
     (CHAT, {"tools": [{"type": "function"}]}, "tools"),
+    (CHAT, {"tools": [{"type": "web_search"}]}, "tools"),
+    (CHAT, {"tools": [TOOL, TOOL]}, "tools"),
+    (CHAT, {"tool_choice": "required"}, "tool_choice"),
+    (CHAT, {"tools": [TOOL], "tool_choice": {"type": "function", "function": {"name": "g"}}}, "tool_choice"),
+    (CHAT, {"continue_final_message": True}, "continue_final_message"),
+    (CHAT, {"priority": 5}, "priority"),
+    (CHAT, {"chat_template": "x"}, "chat_template"),
     (CHAT, {"response_format": {"type": "xml"}}, "response_format"),
     (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"name": "x"}}}, "response_format"),
     (CHAT, {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}}, "response_format"),
@@ -53,7 +61,7 @@ BAD: list[tuple[dict[str, Any], dict[str, Any], str]] = [  # body, what is wrong
     (CHAT, {"stream_options": {"include_usage": True}}, "stream_options"),
     (CHAT, {"stream": True, "stream_options": {"include_everything": True}}, "include_everything"),
     (CHAT, {"messages": []}, "messages"),
-    (CHAT, {"messages": [{"role": "tool", "content": "x"}]}, "messages"),
+    (CHAT, {"messages": [{"role": "robot", "content": "x"}]}, "messages"),
     (CHAT, {"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {}}]}]}, "messages"),
     (CHAT, {"messages": [{"role": "user"}]}, "messages"),
     (CHAT, {"messages": [CHAT["messages"][0], {"role": "system", "content": "x"}]}, "messages"),
@@ -150,6 +158,8 @@ def test_a_body_must_be_sent_as_json(server: Server, content_type: str | None) -
 def test_values_that_ask_for_nothing_are_taken(server: Server) -> None:
     """Guards clients that send defaults of fields which are not supported."""
     harmless = {"tools": None, "response_format": {"type": "text"}, "logit_bias": {}, "user": "me", "store": False}
+    harmless |= {"prompt_cache_key": "x", "safety_identifier": "x", "metadata": {"a": "b"}, "priority": 0, "tools": []}
+    harmless |= {"include_reasoning": True, "add_generation_prompt": True, "service_tier": "auto"}
     assert server.http.post("/v1/chat/completions", json=CHAT | harmless).status_code == 200
 
 

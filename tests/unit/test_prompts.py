@@ -152,10 +152,14 @@ def test_what_is_no_conversation_is_one_line(messages: Any) -> None:
 def test_a_chat_with_a_lone_surrogate_is_one_line() -> None:
     """The tokenizer raised `TextEncodeInput must be Union[...]`."""
     llm = LLM.__new__(LLM)
-    tokenizer = SimpleNamespace(chat_template="", apply_chat_template=lambda messages, **_: messages[0]["content"])
+    tokenizer = SimpleNamespace(
+        chat_template="",
+        get_chat_template=lambda *_: "",
+        apply_chat_template=lambda messages, **_: messages[0]["content"],
+    )
     llm.engine, llm._lock = SimpleNamespace(tokenizer=tokenizer, prompts=READER), Lock()  # type: ignore[assignment]
     assert llm.chat_prompt([{"role": "user", "content": "ab"}]) == {"prompt": "ab", "prompt_token_ids": [0, 1]}
-    with pytest.raises(RequestError, match="the prompt has a lone surrogate at character 1"):
+    with pytest.raises(RequestError, match=r"messages\[0\]: content: it has a lone surrogate"):
         llm.chat_prompt([{"role": "user", "content": "a\ud800"}])
 
 

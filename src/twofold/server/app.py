@@ -147,8 +147,8 @@ class Routes:
         assert self._template is not None
         answers, tools = self._template.answers, chat.tools
         if (schema := tools.answer_schema()) is not None:
-            # Little space, since a model that is weak may go on with it without end.
-            params = replace(params, structured_outputs=StructuredOutputsParams(json=schema, whitespace_pattern=" ?"))
+            form = StructuredOutputsParams(json=schema, disable_additional_properties=True)
+            params = replace(params, structured_outputs=form)
             form_field = "tools"
         is_constrained = params.structured_outputs is not None
         left_out = params.skip_special_tokens

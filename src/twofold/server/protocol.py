@@ -94,9 +94,9 @@ class Body(BaseModel):
     def _refuse_unsupported(cls, values: Any) -> Any:
         if not isinstance(values, dict):
             return values
-        kept = {}
+        kept, known = {}, {field.alias or name for name, field in cls.model_fields.items()}
         for name, value in values.items():
-            if name in cls.model_fields:
+            if name in known:
                 kept[name] = value
             elif value is None or name in HINTS:
                 continue
