@@ -96,7 +96,7 @@ def _device(config: EngineConfig) -> str:
 def _attention_backend(config: EngineConfig, device: str) -> str:
     backend = config.attention_backend
     if backend == "auto":
-        return "flash_attn" if device == "cuda" else "native"
+        return "flash_attn" if device == "cuda" else "sdpa"
     if backend == "flash_attn" and device != "cuda":
         raise ConfigError(
             f"attention_backend 'flash_attn' runs on CUDA only, and the device is {device}; use 'auto' or 'sdpa'",
@@ -109,18 +109,11 @@ def _dtype(config: EngineConfig, model_config: PretrainedConfig, device: str) ->
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype
-    if device == "cpu":
-        return torch.bfloat16 if computes_bfloat16() else torch.float32
     stored = model_config.get_text_config().dtype
     if isinstance(stored, str):
         stored = getattr(torch, stored)
     stored = stored or torch.float32
-    return torch.bfloat16 if stored == torch.float32 else stored
-
-
-def computes_bfloat16() -> bool:
-    """Whether this CPU multiplies bfloat16 faster than float32."""
-    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if device == "cuda" and stored == torch.float32 else stored
 
 
 def _max_model_len(config: EngineConfig, model_config: PretrainedConfig) -> int:

@@ -32,16 +32,7 @@ def test_flash_attention_needs_cuda(folder: Path) -> None:
     ) as caught:
         settled(folder, device="cpu", attention_backend="flash_attn")
     assert caught.value.field == "attention_backend"
-    assert settled(folder, device="cpu").attention_backend == "native"
-
-
-@pytest.mark.parametrize("is_fast", [True, False])
-def test_a_cpu_computes_in_bfloat16_where_it_is_fast(
-    folder: Path, is_fast: bool, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("twofold.runtime.computes_bfloat16", lambda: is_fast)
-    assert settled(folder, device="cpu").dtype == (torch.bfloat16 if is_fast else torch.float32)
-    assert settled(folder, device="cpu", dtype="float32").dtype == torch.float32
+    assert settled(folder, device="cpu").attention_backend == "sdpa"
 
 
 @pytest.mark.parametrize(
