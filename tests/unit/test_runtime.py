@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from tiny_models import tiny_config
 
 from twofold import ConfigError
