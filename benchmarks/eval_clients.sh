@@ -65,13 +65,15 @@ echo "== lm_eval"
     --model_args "model=demo,base_url=$url/v1/completions,tokenizer=$tokenizer,num_concurrent=2,tokenized_requests=True" \
     2>"$folder/lm_eval.log" || failed=1
 echo "== guidellm"
-"$folder/guidellm/bin/guidellm" benchmark --target $url --model demo --processor "$tokenizer" \
-    --profile synchronous --max-requests 4 --data prompt_tokens=64,output_tokens=16 \
+"$folder/guidellm/bin/guidellm" run --backend kind=openai_http,target=$url,model=demo --profile kind=synchronous \
+    --constraint kind=max_requests,count=4 --tokenizer "kind=hf_auto,model=$tokenizer" \
+    --data kind=synthetic_text,prompt_tokens=64,output_tokens=16 --disable-progress --output kind=console \
     >"$folder/guidellm.out" 2>"$folder/guidellm.log" || failed=1
-tail -40 "$folder/guidellm.out"
+grep -o 'completed | .*' "$folder/guidellm.log"
+grep -q 'completed | .*successful=4 errored=0' "$folder/guidellm.log" || failed=1 # it ends with 0 whatever the answers
 echo "== aiperf"
 "$folder/aiperf/bin/aiperf" profile --model demo --url $url --tokenizer "$tokenizer" --endpoint-type chat --streaming \
     --synthetic-input-tokens-mean 64 --output-tokens-mean 16 --request-count 4 --concurrency 2 --ui-type none \
     --artifact-dir "$folder/aiperf.results" >"$folder/aiperf.out" 2>"$folder/aiperf.log" || failed=1
-tail -40 "$folder/aiperf.out"
+grep -E 'Time to First Token|Request Latency|Error Rate|Request Count' "$folder/aiperf.out"
 exit $failed
