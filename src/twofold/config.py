@@ -16,6 +16,7 @@ ATTENTION_BACKENDS = ("auto", "sdpa", "flash_attn")
 EXCHANGES = ("auto", "all_gather", "push")
 PARTITION_POLICIES = ("dual_chunk_swap", "contiguous")
 STEP_LAYOUTS = ("auto", "tokens", "heads")
+WEIGHTS = ("auto", "replicated", "sharded")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +35,7 @@ class EngineConfig:
     partition_policy: str = "dual_chunk_swap"
     step_layout: str = "auto"  # by tokens (context parallel) or by heads (tensor parallel); "auto": step by step
     step_costs: str | None = None  # JSON, as an engine's log says them: for "auto"; None: measured at the start
+    weights: str = "auto"  # whole on every rank, or a part on each; "auto": sharded where whole ones leave no room
     device: str = "auto"
     dtype: str = "auto"
     load_format: str = "auto"
@@ -59,6 +61,7 @@ class EngineConfig:
                 _check_count(name, getattr(self, name))
         _check_choice("partition_policy", self.partition_policy, PARTITION_POLICIES)
         _check_choice("step_layout", self.step_layout, STEP_LAYOUTS)
+        _check_choice("weights", self.weights, WEIGHTS)
         _check_choice("device", self.device, DEVICES)
         _check_choice("dtype", self.dtype, DTYPES)
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
@@ -101,6 +104,7 @@ class RuntimeConfig:
     max_num_batched_tokens: int
     block_size: int
     attention_backend: str
+    weights: str  # replicated, or sharded
     eos_token_ids: frozenset[int]
     num_threads: int  # CPU threads of each rank
 

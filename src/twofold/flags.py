@@ -14,6 +14,7 @@ from twofold.config import (
     LOAD_FORMATS,
     PARTITION_POLICIES,
     STEP_LAYOUTS,
+    WEIGHTS,
     EngineConfig,
 )
 
@@ -29,6 +30,8 @@ ENGINE_HELP = {
     "step_layout": "how ranks share a step: by tokens (context parallel), by heads (tensor parallel), or as costs "
     f"less: {_one_of(STEP_LAYOUTS)}",
     "step_costs": "JSON of an earlier run's log, by which auto chooses (default: measured at the start)",
+    "weights": "what each rank keeps of the weights: all, a part (the rest is fetched from the other ranks), or a part "
+    f"only if all would leave no room: {_one_of(WEIGHTS)}",
     "dtype": f"type of weights and KV cache: {_one_of(DTYPES)}",
     "device": _one_of(DEVICES),
     "max_model_len": "tokens of prompt and answer together (default: the positions that the model has)",

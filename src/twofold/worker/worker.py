@@ -11,8 +11,10 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import torch
@@ -38,9 +40,18 @@ from twofold.contract import (
 from twofold.errors import ModelError
 from twofold.kv.cache import KVCache, bytes_per_block
 from twofold.models.decoder import DecoderModel
-from twofold.models.heads import divide
-from twofold.models.loader import empty_model, fix_rope, load_model, share_weights
+from twofold.models.heads import divide, verify
+from twofold.models.holding import Holding, Take
+from twofold.models.loader import (
+    empty_model,
+    fix_rope,
+    load_model,
+    model_of_stand_ins,
+    read_weights,
+    share_weights,
+)
 from twofold.parallel.exchange import Exchange
+from twofold.parallel.fetch import PartMemory, make_part_memory
 from twofold.parallel.mesh import Mesh, make_mesh
 from twofold.parallel.plan import TokenLayout
 from twofold.parallel.shared_memory import free_bytes
@@ -59,6 +70,14 @@ POLL_SECONDS = 50e-6  # between looks at the GPU and at the engine
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """Of a rank that keeps a part of the weights: its model comes without them."""
+
+    read: Callable[[Take], None]  # hands over all weights, one by one
+    make_memory: Callable[[int], PartMemory]  # of so many bytes a rank; all ranks call it together
+
+
 class Rank:
     """A rank's model and memory. The engine asks for a report, has the cache allocated, then sends steps."""
 
@@ -71,8 +90,12 @@ class Rank:
         total: Sum,
         backend: AttentionBackend,
         device: Device,
+        sharding: Sharding | None = None,
     ) -> None:
+        """With `sharding` the model has stand-ins for its weights (`holding.py`)."""
         self.runtime, self.model, self.mesh, self.device = runtime, model, mesh, device
+        self._sharding = sharding
+        self.holding: Holding | None = None
         self._sum = total
         self.seconds: dict[str, float] = {}  # start-up phase -> its time
         self._entry_widths = [spec.entry_width for spec in model.specs]
@@ -89,7 +112,7 @@ class Rank:
         is_cuda = self.device.torch_device.type == "cuda"
         if is_cuda:
             self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
-        only_by_tokens = self._divide()
+        only_by_tokens = self._divide() if self._sharding is None else self._shard(self._sharding)
         if is_cuda:
             with self.phase("compile and profile"):
                 if not runtime.engine.enforce_eager:
@@ -108,6 +131,7 @@ class Rank:
             bytes_per_block=block_bytes,
             vocab_size=self.model.vocab_size,
             num_parameters=sum(parameter.numel() for parameter in self.model.body.parameters()),
+            weight_bytes=self._weight_bytes(),
             only_by_tokens=only_by_tokens,
             seconds=self.seconds,
         )
@@ -128,6 +152,27 @@ class Rank:
                 raise ModelError(f"steps cannot run by heads: {error}; use step_layout='auto'", field="model") from None
             return str(error)
         return None
+
+    def _shard(self, sharding: Sharding) -> str | None:
+        """Keeps this rank's part of the weights → the reason if no step runs by heads."""
+        with self.phase("heads"), _sharded_or_refused():
+            part = divide(self.model, self.mesh, self._sum)
+            self.holding = Holding(self.model, part, self.mesh, sharding.make_memory)
+        with self.phase("weights"):
+            self.holding.load(sharding.read, self.runtime.source.path)
+        with _sharded_or_refused():
+            verify(self.model, part, self.mesh)  # now with the real numbers
+        if self.runtime.engine.step_layout == "tokens":
+            return "step_layout is tokens"
+        self.runner.add_heads(part)
+        return None
+
+    def _weight_bytes(self) -> int:
+        """Of what this rank keeps, without what it fetches."""
+        models = [self.model.model, self.model.body]
+        sizes: dict[int, int] = {id(p): p.nbytes for model in models for p in model.parameters()}  # tied ones once
+        saved = 0 if self.holding is None else self.holding.fetched_bytes - self.holding.part_bytes
+        return sum(sizes.values()) - saved
 
     def allocate(self, message: Allocate) -> Allocated:
         """Makes the cache, captures the CUDA graphs, which refer to its memory, and times both layouts."""
@@ -189,6 +234,14 @@ class Rank:
         self.runner.set_cache(KVCache(self._entry_widths, num_blocks, runtime.block_size, runtime.dtype, device))
 
 
+@contextmanager
+def _sharded_or_refused() -> Iterator[None]:
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"weights cannot be sharded: {error}; use weights='replicated'", field="weights") from None
+
+
 def max_exchange_bytes(runtime: RuntimeConfig, specs: Sequence[AttentionSpec]) -> int:
     """Bytes of all ranks' KV entries that travel together: of the widest layer in the largest step, or of all layers
     in the largest step of decodes."""
@@ -205,14 +258,23 @@ def make_rank(start: RankStart, device: Device) -> Rank:
     runtime, files, times = start.runtime, start.files, [time.perf_counter()]
     mesh = make_mesh(start.rank, runtime.num_ranks, f"/proc/self/fd/{files.store}", device.torch_device)
     times.append(time.perf_counter())
-    model = DecoderModel(_load(runtime, mesh, device.torch_device, files))
+    arguments = (runtime.engine, runtime.source, runtime.model_config, runtime.dtype, device.torch_device)
+    sharding = None
+    if runtime.weights == "sharded":
+        model = DecoderModel(model_of_stand_ins(*arguments, runtime.max_model_len))
+        sharding = Sharding(
+            partial(read_weights, *arguments),
+            lambda num_bytes: make_part_memory(mesh, device.torch_device, num_bytes, files.weights),
+        )
+    else:
+        model = DecoderModel(_load(runtime, mesh, device.torch_device, files))
     times.append(time.perf_counter())
     max_num_bytes = max_exchange_bytes(runtime, model.specs)
     transport = make_transport(runtime.engine.exchange, mesh, device.torch_device, max_num_bytes, files.entries)
     sum_bytes = HEADS_PREFILL[-1] * model.head.get_parameter("weight").shape[1] * runtime.dtype.itemsize
     total = make_sum(mesh, device.torch_device, sum_bytes, files.sums)
     backend = make_backend(runtime.attention_backend)
-    rank = Rank(runtime, model, mesh, Exchange(mesh, transport), total, backend, device)
+    rank = Rank(runtime, model, mesh, Exchange(mesh, transport), total, backend, device, sharding)
     rank.seconds |= dict(zip(("ranks", "weights"), np.diff(times).tolist(), strict=True))
     return rank
 
