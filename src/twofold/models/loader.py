@@ -68,7 +68,9 @@ def model_of_stand_ins(
     with _loading(config, source, model_config):
 
         def leave_out(module: torch.nn.Module, name: str, parameter: Parameter | None) -> Any:
-            return parameter and Parameter(parameter.to("meta"), requires_grad=False)
+            if parameter is None or parameter.is_meta:  # tied to one that was left out
+                return parameter
+            return Parameter(parameter.to("meta"), requires_grad=False)
 
         # Buffers are made on the device, as in `empty_model`: RoPE frequencies depend on where they are computed.
         hook = register_module_parameter_registration_hook(leave_out)

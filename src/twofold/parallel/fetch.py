@@ -199,6 +199,7 @@ def make_part_memory(mesh: Mesh, device: torch.device, num_bytes: int, file: int
     import torch.distributed._symmetric_memory as symmetric_memory
 
     assert isinstance(mesh, ProcessMesh)
+    torch.cuda.empty_cache()  # this memory is not PyTorch's own
     mine = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
     handle = symmetric_memory.rendezvous(mine, mesh.group)
     return PartMemory([handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(mesh.size)], (mine, handle))
