@@ -262,8 +262,9 @@ def make_rank(start: RankStart, device: Device) -> Rank:
     sharding = None
     if runtime.weights == "sharded":
         model = DecoderModel(model_of_stand_ins(*arguments, runtime.max_model_len))
+        read = partial(read_weights, *arguments)
         sharding = Sharding(
-            partial(read_weights, *arguments),
+            partial(_in_turns, mesh, device.torch_device, read) if runtime.source.gguf_file else read,
             lambda num_bytes: make_part_memory(mesh, device.torch_device, num_bytes, files.weights),
         )
     else:
@@ -307,6 +308,14 @@ def _load(runtime: RuntimeConfig, mesh: Mesh, device: torch.device, files: Share
             return model
         return load_model(*arguments)
     return model
+
+
+def _in_turns(mesh: Mesh, device: torch.device, read: Callable[[Take], None], take: Take) -> None:
+    """One rank reads after the other: Transformers makes all weights of a GGUF file at once."""
+    for rank in range(mesh.size):
+        if rank == mesh.rank:
+            read(take)
+        mesh.all_gather(torch.zeros(mesh.size, device=device), torch.zeros(1, device=device))
 
 
 def _check_room_for_all(model: transformers.PreTrainedModel, num_ranks: int, error: OSError) -> None:
