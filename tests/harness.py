@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -21,14 +22,16 @@ from twofold.config import EngineConfig, ModelSource, RuntimeConfig
 from twofold.contract import Allocate, Breakdown, Masks, Profile, RankReport, ScheduledBatch, Step, StepResult
 from twofold.engine.engine import LLMEngine
 from twofold.models.decoder import DecoderModel
+from twofold.models.holding import Take, use_stand_ins
 from twofold.outputs import RequestOutput
 from twofold.parallel.exchange import Exchange
+from twofold.parallel.fetch import PartMemory
 from twofold.parallel.sums import GatherSum
 from twofold.parallel.sums import OneRank as OneRankSum
 from twofold.parallel.transport import AllGather, OneRank
 from twofold.sampling_params import SamplingParams
 from twofold.worker.model_runner import ModelRunner
-from twofold.worker.worker import Rank
+from twofold.worker.worker import Rank, Sharding
 
 ANY_COSTS = '{"decode": [[1, 1.0, 1.0]], "prefill": [[1, 1.0, 1.0]]}'
 SURE = 1e-3  # a lead in logits that rounding does not turn around
@@ -48,6 +51,14 @@ class ThreadMesh:
         self._barrier.wait()
         gathered.copy_(torch.cat(self._parts))
         self._barrier.wait()
+
+    def share(self, mine: torch.Tensor) -> list[torch.Tensor]:
+        """Every rank's tensor itself, not a copy."""
+        self._parts[self.rank] = mine
+        self._barrier.wait()
+        everyones = list(self._parts)
+        self._barrier.wait()
+        return everyones
 
     def close(self) -> None:
         pass
@@ -130,13 +141,24 @@ class ThreadExecutor:
         self.meshes = [ThreadMesh(rank, parts, self.barrier) for rank in range(size)]
         self.channels = [ThreadChannel() for _ in range(size)]
 
+        def read(take: Take) -> None:
+            for name, tensor in model.state_dict().items():
+                take(name, tensor)
+
+        def make_memory(mesh: ThreadMesh, num_bytes: int) -> PartMemory:
+            return PartMemory(mesh.share(torch.zeros(num_bytes, dtype=torch.uint8)))
+
         def start(mesh: ThreadMesh, channel: ThreadChannel) -> tuple[Rank, RankReport]:
             device = LaggingDevice(channel.engine_waits)
             transport = AllGather(mesh, device.torch_device) if size > 1 else OneRank()
-            body = DecoderModel(copy.deepcopy(model, memo=dict(weights)))
+            mine = copy.deepcopy(model, memo=dict(weights))
+            if runtime.weights == "sharded":
+                use_stand_ins(mine, device.torch_device)
             total = GatherSum(mesh) if size > 1 else OneRankSum()
             memory = ThreadMemory(mesh) if size > 1 else None
-            rank = Rank(runtime, body, mesh, Exchange(mesh, transport), total, make_backend("sdpa"), device, memory)
+            sharding = Sharding(read, partial(make_memory, mesh)) if runtime.weights == "sharded" else None
+            exchange, backend = Exchange(mesh, transport), make_backend("sdpa")
+            rank = Rank(runtime, DecoderModel(mine), mesh, exchange, total, backend, device, memory, sharding)
             report = replace(rank.report(), num_blocks=num_blocks)
             sharded = None if report.sharded is None else replace(report.sharded, num_blocks=size * num_blocks)
             return rank, replace(report, sharded=sharded)
@@ -252,6 +274,7 @@ def make_engine(
         block_size=block_size,
         kv_cache=engine_args.get("kv_cache", "replicated") if num_ranks > 1 else "replicated",
         attention_backend="sdpa",
+        weights="sharded" if engine_args.get("weights") == "sharded" and num_ranks > 1 else "replicated",
         eos_token_ids=eos_token_ids,
         num_threads=1,
     )

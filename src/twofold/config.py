@@ -46,6 +46,7 @@ class EngineConfig:
     partition_policy: str = "dual_chunk_swap"
     step_layout: str = "auto"  # by tokens (context parallel) or by heads (tensor parallel); "auto": step by step
     step_costs: str | None = None  # JSON, as an engine's log says them: for "auto"; None: measured at the start
+    weights: str = "auto"  # whole on every rank, or a part on each; "auto": sharded where whole ones leave no room
     device: str = "auto"
     dtype: str = "auto"
     load_format: str = "auto"
@@ -84,6 +85,7 @@ class EngineConfig:
         _check_choice("partition_policy", self.partition_policy, PARTITION_POLICIES)
         _check_choice("step_layout", self.step_layout, STEP_LAYOUTS)
         _check_choice("kv_cache", self.kv_cache, HOLDINGS)
+        _check_choice("weights", self.weights, HOLDINGS)
         _check_choice("device", self.device, DEVICES)
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         _check_choice("dtype", self.dtype, DTYPES)
@@ -139,6 +141,7 @@ class RuntimeConfig:
     block_size: int
     kv_cache: str  # replicated or sharded; auto: sharded if one request of max_model_len tokens would not fit
     attention_backend: str
+    weights: str  # replicated, or sharded
     eos_token_ids: frozenset[int]
     num_threads: int  # CPU threads of each rank
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # of the model: for `SamplingParams`

@@ -171,6 +171,7 @@ class RankReport:
     bytes_per_block: int
     vocab_size: int
     num_parameters: int
+    weight_bytes: int  # that this rank keeps; those that it fetches from other ranks not included
     sharded: ShardedRoom | None = None  # None where ranks cannot read each other's memory
     only_by_tokens: str | None = None  # why no step can run by heads; None if steps can
     seconds: dict[str, float] = field(default_factory=dict)  # start-up phase -> its time

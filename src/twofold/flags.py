@@ -42,6 +42,8 @@ ENGINE_HELP = {
     "step_layout": "how ranks share a step: by tokens (context parallel), by heads (tensor parallel), or as costs "
     f"less: {_one_of(STEP_LAYOUTS)}",
     "step_costs": "JSON of an earlier run's log, by which auto chooses",
+    "weights": "what each rank keeps of the weights: all, a part (the rest is fetched from the other ranks), or a part "
+    f"only if all would leave no room: {_one_of(HOLDINGS)}",
     "dtype": f"type of weights and KV cache: {_one_of(DTYPES)}; also bf16, fp16, half, fp32, float",
     "device": _one_of(DEVICES),
     "max_model_len": "tokens of prompt and answer together",

@@ -1,5 +1,6 @@
 """Decides every `None` and `auto` of the engine arguments, once, by the model's files and the machine."""
 
+import logging
 import os
 from collections.abc import Mapping
 from dataclasses import replace
@@ -10,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from twofold.config import EngineConfig, ModelSource, RuntimeConfig
 from twofold.errors import ConfigError, ModelError, RequestError
+from twofold.models.sizes import model_bytes
 from twofold.models.source import check_weights, load_config, load_generation_config, load_tokenizer, resolve
 from twofold.models.support import model_class, refusal
 from twofold.parallel.costs import StepCosts
@@ -22,6 +24,9 @@ SAMPLING_NAMES = {
 }  # fmt: skip
 LONGER_ROPE = ("yarn", "linear", "dynamic")  # kinds that serve `factor` times as many positions
 RANKS_PER_CORE = 4  # more ranks would only wait for each other
+WORKSPACE_BYTES = 4 << 30  # of a GPU, besides weights and cache: activations of the largest step, kernels, graphs
+
+logger = logging.getLogger(__name__)
 
 
 def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase | None]:
@@ -50,17 +55,19 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
     cls = model_class(model_config, config.trust_remote_code)
     if config.load_format != "dummy" and cls is not None:
         check_weights(source, model_config, cls)
+    dtype, max_model_len = _dtype(config, model_config, device), _max_model_len(config, model_config)
     runtime = RuntimeConfig(
         engine=config,
         source=source,
         model_config=model_config,
         device=device,
-        dtype=_dtype(config, model_config, device),
-        max_model_len=_max_model_len(config, model_config),
+        dtype=dtype,
+        max_model_len=max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens or _default_batched_tokens(config, device),
         block_size=config.block_size or (16 if device == "cpu" else 128),
         kv_cache=config.kv_cache if config.prefill_context_parallel_size > 1 else "replicated",
         attention_backend=_attention_backend(config, device),
+        weights=_weights(config, model_config, device, dtype, max_model_len),
         eos_token_ids=_eos_token_ids(generation, model_config, tokenizer),
         num_threads=int(os.environ.get("OMP_NUM_THREADS") or 0)
         or max(1, usable_cores() // config.prefill_context_parallel_size),
@@ -103,6 +110,29 @@ def _attention_backend(config: EngineConfig, device: str) -> str:
             field="attention_backend",
         )
     return backend
+
+
+def _weights(
+    config: EngineConfig, model_config: PretrainedConfig, device: str, dtype: torch.dtype, max_model_len: int
+) -> str:
+    """Ranks of a CPU share one copy already, so there "auto" shards nothing."""
+    num_ranks = config.prefill_context_parallel_size
+    if num_ranks == 1:
+        return "replicated"
+    if config.weights != "auto" or device == "cpu":
+        return "replicated" if config.weights == "auto" else config.weights
+    sizes = model_bytes(model_config, dtype, config.trust_remote_code)
+    cache = config.kv_cache_memory_bytes or max_model_len * sizes.entry
+    total = int(torch.cuda.get_device_properties(0).total_memory * config.gpu_memory_utilization)
+    needed = sizes.whole + cache + WORKSPACE_BYTES
+    if needed <= total:
+        return "replicated"
+    logger.info(
+        "weights are sharded: whole ones of %.1f GB and a cache of %.1f GB do not fit in the %.1f GB that a GPU may "
+        "use; each rank keeps %.1f GB of weights",
+        *(size / 1e9 for size in (sizes.whole, cache, total, sizes.sharded(num_ranks))),
+    )
+    return "sharded"
 
 
 def _dtype(config: EngineConfig, model_config: PretrainedConfig, device: str) -> torch.dtype:

@@ -341,16 +341,14 @@ def _stored_name(name: str, headers: Mapping[str, StoredTensor]) -> str | None:
 
 
 @torch.no_grad()
-def check_numbers(source: Path | str, model: PreTrainedModel) -> None:
-    """Looks at each weight once, on the device where it is.
+def check_numbers(source: Path | str, weights: Mapping[str, torch.Tensor]) -> None:
+    """Looks at each weight once, on the device where it is. `weights` by their names, such as a `state_dict`.
 
     Raises:
         ModelError: a weight is NaN or infinite.
     """
-    weights = {
-        id(weight): (name, weight) for name, weight in model.state_dict(keep_vars=True).items()
-    }  # tied ones once
-    named = [(name, weight) for name, weight in weights.values() if weight.is_floating_point() and weight.numel()]
+    once = {id(weight): (name, weight) for name, weight in weights.items()}  # tied ones
+    named = [(name, weight) for name, weight in once.values() if weight.is_floating_point() and weight.numel()]
     if not named:
         return
     ends = torch.stack([torch.stack(torch.aminmax(weight.detach())).float() for _, weight in named]).cpu()  # [N, 2]

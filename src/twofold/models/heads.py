@@ -97,7 +97,7 @@ def divide(whole: DecoderModel, mesh: Mesh, total: Sum) -> DecoderModel:
     if not num_divided:
         raise ModelError("no projection of it is known to divide")
     part.sum = total
-    _verify(whole, part, mesh)
+    verify(whole, part, mesh)
     _divide_head(whole, part, mesh)
     return part
 
@@ -223,7 +223,12 @@ def _divide_attention(module: torch.nn.Module, spec: AttentionSpec, mesh: Mesh) 
     return replace(spec, **changes)
 
 
-def _verify(whole: DecoderModel, part: DecoderModel, mesh: Mesh) -> None:
+def verify(whole: DecoderModel, part: DecoderModel, mesh: Mesh) -> None:
+    """Compares both ways. All ranks call it together.
+
+    Raises:
+        ModelError: results differ; the same on every rank.
+    """
     ids = example_ids(whole.body, NUM_TOKENS)
     positions = torch.arange(NUM_TOKENS, device=ids.device)
     expected = Recorder(whole.specs)

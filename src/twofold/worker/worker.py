@@ -12,8 +12,9 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -44,10 +45,19 @@ from twofold.kv import sharded
 from twofold.kv.cache import KVCache, bytes_per_block
 from twofold.kv.sharded import LayerShare, ShardedKVCache
 from twofold.models.decoder import DecoderModel
-from twofold.models.heads import divide
-from twofold.models.loader import empty_model, fix_rope, load_model, share_weights
+from twofold.models.heads import divide, verify
+from twofold.models.holding import Holding, Take
+from twofold.models.loader import (
+    empty_model,
+    fix_rope,
+    load_model,
+    model_of_stand_ins,
+    read_weights,
+    share_weights,
+)
 from twofold.native.load import kernels
 from twofold.parallel.exchange import Exchange
+from twofold.parallel.fetch import PartMemory, make_part_memory
 from twofold.parallel.fetch_entries import EntryFetch, workspace_bytes
 from twofold.parallel.mesh import Mesh, make_mesh
 from twofold.parallel.peer_memory import PeerMemory, make_peer_memory
@@ -69,6 +79,14 @@ POLL_SECONDS = 50e-6  # between looks at the GPU and at the engine
 logger = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True, slots=True)
+class Sharding:
+    """Of a rank that keeps a part of the weights: its model comes without them."""
+
+    read: Callable[[Take], None]  # hands over all weights, one by one
+    make_memory: Callable[[int], PartMemory]  # of so many bytes a rank; all ranks call it together
+
+
 class Rank:
     """A rank's model and memory. The engine asks for a report, has the cache allocated, then sends steps."""
 
@@ -82,11 +100,17 @@ class Rank:
         backend: AttentionBackend,
         device: Device,
         memory: PeerMemory | None = None,
+        sharding: Sharding | None = None,
     ) -> None:
-        """`memory`: that ranks can read of each other, for a sharded cache; None if they cannot."""
+        """`memory`: that ranks can read of each other, for a sharded cache; None if they cannot.
+
+        With `sharding` the model has stand-ins for its weights (`holding.py`).
+        """
         self.runtime, self.model, self.mesh, self.device = runtime, model, mesh, device
+        self._sharding = sharding
+        self.holding: Holding | None = None
         self._sum, self._memory = total, memory
-        self._may_use_kernels = runtime.attention_backend == "native"
+        self._may_use_kernels = runtime.attention_backend == "native" and sharding is None
         self.seconds: dict[str, float] = {}  # start-up phase -> its time
         self._entry_widths = [spec.entry_width for spec in model.specs]
         engine = runtime.engine
@@ -104,7 +128,7 @@ class Rank:
         is_cuda = self.device.torch_device.type == "cuda"
         if is_cuda:
             self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
-        only_by_tokens = self._divide()
+        only_by_tokens = self._divide() if self._sharding is None else self._shard(self._sharding)
         self._use_kernels()
         if is_cuda:
             with self.phase("compile and profile"):
@@ -124,6 +148,7 @@ class Rank:
             vocab_size=self.model.vocab_size,
             num_parameters=sum(parameter.numel() for parameter in self.model.body.parameters()),
             sharded=self._sharded_room(room),
+            weight_bytes=self._weight_bytes(),
             only_by_tokens=only_by_tokens,
             seconds=self.seconds,
         )
@@ -182,6 +207,27 @@ class Rank:
                 raise ModelError(f"steps cannot run by heads: {error}; use step_layout='auto'", field="model") from None
             return str(error)
         return None
+
+    def _shard(self, sharding: Sharding) -> str | None:
+        """Keeps this rank's part of the weights → the reason if no step runs by heads."""
+        with self.phase("heads"), _sharded_or_refused():
+            part = divide(self.model, self.mesh, self._sum)
+            self.holding = Holding(self.model, part, self.mesh, sharding.make_memory)
+        with self.phase("weights"):
+            self.holding.load(sharding.read, self.runtime.source.path)
+        with _sharded_or_refused():
+            verify(self.model, part, self.mesh)  # now with the real numbers
+        if self.runtime.engine.step_layout == "tokens":
+            return "step_layout is tokens"
+        self.runner.add_heads(part)
+        return None
+
+    def _weight_bytes(self) -> int:
+        """Of what this rank keeps, without what it fetches."""
+        models = [self.model.model, self.model.body]
+        sizes: dict[int, int] = {id(p): p.nbytes for model in models for p in model.parameters()}  # tied ones once
+        saved = 0 if self.holding is None else self.holding.fetched_bytes - self.holding.part_bytes
+        return sum(sizes.values()) - saved
 
     def allocate(self, message: Allocate) -> Allocated:
         """Makes the cache, captures the CUDA graphs, which refer to its memory, and times both layouts."""
@@ -282,6 +328,14 @@ def _share(spec: AttentionSpec, num_ranks: int) -> LayerShare:
     return LayerShare(spec.entry_width, by_heads, num_ranks, spec.num_heads, spec.sliding_window)
 
 
+@contextmanager
+def _sharded_or_refused() -> Iterator[None]:
+    try:
+        yield
+    except ModelError as error:
+        raise ModelError(f"weights cannot be sharded: {error}; use weights='replicated'", field="weights") from None
+
+
 def max_exchange_bytes(runtime: RuntimeConfig, specs: Sequence[AttentionSpec]) -> int:
     """Bytes of all ranks' KV entries that travel together: of the widest layer in the largest step, or of all layers
     in the largest step of decodes."""
@@ -298,7 +352,17 @@ def make_rank(start: RankStart, device: Device) -> Rank:
     runtime, files, times = start.runtime, start.files, [time.perf_counter()]
     mesh = make_mesh(start.rank, runtime.num_ranks, f"/proc/self/fd/{files.store}", device.torch_device)
     times.append(time.perf_counter())
-    model = DecoderModel(_load(runtime, mesh, device.torch_device, files))
+    arguments = (runtime.engine, runtime.source, runtime.model_config, runtime.dtype, device.torch_device)
+    sharding = None
+    if runtime.weights == "sharded":
+        model = DecoderModel(model_of_stand_ins(*arguments, runtime.max_model_len))
+        read = partial(read_weights, *arguments)
+        sharding = Sharding(
+            partial(_in_turns, mesh, device.torch_device, read) if runtime.source.gguf_file else read,
+            lambda num_bytes: make_part_memory(mesh, device.torch_device, num_bytes, files.weights),
+        )
+    else:
+        model = DecoderModel(_load(runtime, mesh, device.torch_device, files))
     times.append(time.perf_counter())
     max_num_bytes = max_exchange_bytes(runtime, model.specs)
     transport = make_transport(runtime.engine.exchange, mesh, device.torch_device, max_num_bytes, files.entries)
@@ -306,7 +370,7 @@ def make_rank(start: RankStart, device: Device) -> Rank:
     total = make_sum(mesh, device.torch_device, sum_bytes, files.sums)
     backend = make_backend(runtime.attention_backend)
     memory = make_peer_memory(runtime.engine.exchange, mesh, device.torch_device, files.cache)
-    rank = Rank(runtime, model, mesh, Exchange(mesh, transport), total, backend, device, memory)
+    rank = Rank(runtime, model, mesh, Exchange(mesh, transport), total, backend, device, memory, sharding)
     rank.seconds |= dict(zip(("ranks", "weights"), np.diff(times).tolist(), strict=True))
     return rank
 
@@ -339,6 +403,14 @@ def _load(runtime: RuntimeConfig, mesh: Mesh, device: torch.device, files: Share
             return model
         return load_model(*arguments)
     return model
+
+
+def _in_turns(mesh: Mesh, device: torch.device, read: Callable[[Take], None], take: Take) -> None:
+    """One rank reads after the other: Transformers makes all weights of a GGUF file at once."""
+    for rank in range(mesh.size):
+        if rank == mesh.rank:
+            read(take)
+        mesh.all_gather(torch.zeros(mesh.size, device=device), torch.zeros(1, device=device))
 
 
 def _check_room_for_all(model: transformers.PreTrainedModel, num_ranks: int, error: OSError) -> None:

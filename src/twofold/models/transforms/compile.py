@@ -15,7 +15,7 @@ from torch.fx.experimental.symbolic_shapes import statically_known_true, sym_eq
 
 from twofold.models.transforms.base import Transform
 from twofold.models.transforms.few_row_linear import DTYPES, MAX_WEIGHTS
-from twofold.models.transforms.last_layer import LastLayer
+from twofold.models.transforms.stand_in import bare
 from twofold.parallel import sums  # noqa: F401 (defines `sum_over_ranks`)
 
 FEW_ROW_DEVICE = "cuda"  # whose products of few rows our kernel computes
@@ -31,8 +31,7 @@ class CompileLayers(Transform):
     name = "compiled layers"
 
     def __init__(self, layers: torch.nn.ModuleList) -> None:
-        # The last layer's stand-in stays outside: it calls its layer twice.
-        self.layers = [layer.layer if isinstance(layer, LastLayer) else layer for layer in layers]
+        self.layers = [bare(layer) for layer in layers]  # what stands in for a layer stays outside
 
     def find(self) -> str | None:
         return None

@@ -26,6 +26,7 @@ from twofold.attention.spec import AttentionSpec
 from twofold.errors import ModelError
 from twofold.models.probe import Recorder, example_ids, largest_change, run
 from twofold.models.transforms.base import Transform
+from twofold.models.transforms.stand_in import StandIn
 
 PROMPT_LENS = ((5, 3), (4, 3, 4))  # of the two steps that are compared
 
@@ -34,12 +35,11 @@ class StopAfterPublish(Exception):  # noqa: N818  (nothing went wrong)
     """The last layer's KV entries are on their way; the rest of its output is unused for these tokens."""
 
 
-class LastLayer(torch.nn.Module):
-    """Stands in for a decoder layer."""
+class LastLayer(StandIn):
+    """Stands in for the last decoder layer."""
 
     def __init__(self, layer: torch.nn.Module) -> None:
-        super().__init__()
-        self.layer, self.training = layer, layer.training
+        super().__init__(layer)
         self.token_dims: Any = None  # in the structure of (args, kwargs): each tensor's token dim, or None
         self._attention: ForwardContext | Recorder | None = None  # of the forward pass that is cut now
 
@@ -70,13 +70,6 @@ class LastLayer(torch.nn.Module):
         attention.on_publish = lambda entries: None
         args, kwargs = _select((args, kwargs), self.token_dims, attention.select_last_tokens())
         return self.layer(*args, **kwargs)
-
-    def __getattr__(self, name: str) -> Any:
-        """Families read attributes of their layers."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            return getattr(super().__getattr__("layer"), name)
 
 
 def _token_dims(short: Any, long: Any, num_tokens: tuple[int, int]) -> Any:

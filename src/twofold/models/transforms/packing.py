@@ -74,8 +74,10 @@ class PackProjections(Transform):
         return None
 
     def apply(self) -> None:
+        # Layers whose weights are in the same memory (`holding.py`) share packed ones, too.
+        packed: dict[tuple[int, ...], torch.Tensor] = {}
         for module, names in self.siblings:
-            _pack(module, names, self.num_ranks)
+            _pack(module, names, self.num_ranks, packed)
 
     def verify(self) -> float:
         return largest_change(self._products(), self._expected)
@@ -94,16 +96,23 @@ class PackProjections(Transform):
         ]
 
 
-def _pack(module: torch.nn.Module, names: list[str], num_ranks: int) -> None:
+def _pack(
+    module: torch.nn.Module, names: list[str], num_ranks: int, known: dict[tuple[int, ...], torch.Tensor]
+) -> None:
+    """`known`: addresses of weights -> those weights packed."""
     linears: list[Linear] = [module.get_submodule(name) for name in names]  # type: ignore[misc]
     out_features = sum(linear.out_features for linear in linears)
     divides = all(linear.out_features % num_ranks == 0 for linear in linears)
     num_parts = num_ranks if divides else 1
     packed = Linear(linears[0].in_features, out_features, bias=linears[0].bias is not None, device="meta")
     for field in dict(packed.named_parameters()):
-        # [rank, outputs of the rank, ...] of each, side by side
-        parts = [linear.get_parameter(field).unflatten(0, (num_parts, -1)) for linear in linears]
-        setattr(packed, field, torch.nn.Parameter(torch.cat(parts, dim=1).flatten(0, 1), requires_grad=False))
+        parameters = [linear.get_parameter(field) for linear in linears]
+        addresses = tuple(parameter.data_ptr() for parameter in parameters)
+        if addresses not in known:
+            # [rank, outputs of the rank, ...] of each, side by side
+            parts = [parameter.unflatten(0, (num_parts, -1)) for parameter in parameters]
+            known[addresses] = torch.cat(parts, dim=1).flatten(0, 1)
+        setattr(packed, field, torch.nn.Parameter(known[addresses], requires_grad=False))
     start = 0
     for name, linear in zip(names, linears, strict=True):
         size = linear.out_features // num_parts
