@@ -13,14 +13,9 @@ from twofold.flags import ENGINE_HELP
 from twofold.vllm_arguments import FOREIGN
 
 DOCUMENT = Path(__file__).parents[2] / "docs" / "vllm.md"
-TWOFOLDS = (
-    "partition_policy",
-    "step_layout",
-    "step_costs",
-    "exchange",
-    "step_timeout",
-    "kv_cache",
-)  # that vLLM does not have
+TWOFOLDS = (  # that vLLM does not have
+    "partition_policy", "step_layout", "step_costs", "exchange", "step_timeout", "kv_cache", "weights",
+)  # fmt: skip
 
 
 def rows() -> list[str]:
