@@ -28,7 +28,7 @@ from twofold.flags import add_engine_arguments, add_fields, chosen
 if TYPE_CHECKING:
     from twofold import LLM
 
-DEFAULTS = {"temperature": 0.0, "max_tokens": 256}  # where the model has no others; SamplingParams has others, too
+DEFAULTS = {"temperature": 0, "max_tokens": 256}  # where the model has no others; SamplingParams has others, too
 SAMPLING_HELP = {
     "max_tokens": "largest number of tokens in an answer",
     "min_tokens": "smallest number of tokens in an answer",

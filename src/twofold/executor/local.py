@@ -57,7 +57,7 @@ class LocalExecutor:
     def __init__(self, runtime: RuntimeConfig, start_timeout: float | None = None) -> None:
         self._start_timeout = start_timeout
         streams.reserve_numbers()
-        if runtime.device == "cpu":
+        if runtime.attention_backend == "native":
             start_build()
         self._processes: list[subprocess.Popen[bytes]] = []
         self._channels: list[Channel] = []

@@ -26,7 +26,6 @@ from twofold.models.probe import Recorder, example_ids, largest_change, run
 from twofold.models.transforms.base import is_same, sample_input
 from twofold.models.transforms.experts import divide_experts
 from twofold.models.transforms.last_layer import LastLayer
-from twofold.models.transforms.native import linear
 from twofold.models.transforms.packing import Part
 from twofold.parallel.mesh import Mesh
 from twofold.parallel.sums import Sum, summing
@@ -55,7 +54,7 @@ class SummedLinear(torch.nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] → [..., out_features], the same on every rank."""
-        total: torch.Tensor = torch.ops.twofold.sum_over_ranks(linear(x, self.weight))
+        total: torch.Tensor = torch.ops.twofold.sum_over_ranks(torch.nn.functional.linear(x, self.weight))
         return total if self.bias is None else total + self.bias
 
 
@@ -73,7 +72,7 @@ class PackedLinear(torch.nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """x [..., in_features] → [..., out_features]."""
         parts = zip(self.weights, self.biases, strict=True)
-        return torch.cat([linear(x, weight, bias) for weight, bias in parts], dim=-1)
+        return torch.cat([torch.nn.functional.linear(x, weight, bias) for weight, bias in parts], dim=-1)
 
 
 @dataclass(slots=True)
