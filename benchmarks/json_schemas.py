@@ -29,8 +29,8 @@ from twofold.bench.report import describe, environment
 from twofold.config import EngineConfig
 from twofold.engine.drive import Drive
 from twofold.flags import add_engine_arguments, chosen
-from twofold.outputs import OutputKind, RequestOutput
-from twofold.sampling_params import SamplingParams, StructuredOutputsParams
+from twofold.outputs import RequestOutput
+from twofold.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 CHECKER = jsonschema.FormatChecker()
 MAX_TOKENS = 300
@@ -218,7 +218,7 @@ def time_steps(llm: LLM) -> dict[str, Any]:
     for name in [*STEP_FORMS, "free again"]:
         masks_ms.clear()
         times = []
-        with Drive(engine, output_kind=OutputKind.DELTA, recover=False) as drive:
+        with Drive(engine, output_kind=RequestOutputKind.DELTA, recover=False) as drive:
             for number in range(AT_ONCE):
                 params = SamplingParams(
                     max_tokens=NUM_STEPS + 8, seed=number, ignore_eos=True, **STEP_FORMS.get(name, {})
