@@ -35,7 +35,6 @@ from twofold.sampling_params import RequestOutputKind, SamplingParams, Structure
 CHECKER = jsonschema.FormatChecker()
 MAX_TOKENS = 300
 AT_ONCE = 32
-NUM_STEPS = 64  # of which the median is taken
 NAMES = ("name", "id", "title", "price", "tags", "Straße", "is_open", "address", "a b", "x")
 PATTERNS = ("^[a-z]{2,6}$", "^[A-Z][a-z]+(-[0-9]{1,3})?$", "^(red|green|blue)$", "^\\d{4}-\\d{2}$")
 FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "email")
@@ -55,6 +54,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("alone", "together", "steps"), required=True)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--num-steps", type=int, default=64, help="of which the median is taken")
     parser.add_argument("--output-json", type=Path)
     args = parser.parse_args()
     arguments = chosen(args, EngineConfig)
@@ -62,7 +62,7 @@ def main() -> None:
     arguments.setdefault("max_num_seqs", AT_ONCE)
     with LLM(**arguments) as llm:
         if args.part == "steps":
-            result = time_steps(llm)
+            result = time_steps(llm, args.num_steps)
         else:
             schemas = [make_schema(random.Random(seed)) for seed in range(args.first, args.first + args.count)]
             result = check_answers(llm, schemas, AT_ONCE if args.part == "together" else 1)
@@ -201,7 +201,7 @@ def is_date(text: object) -> bool:
     return not isinstance(text, str) or bool(date.fromisoformat(re.sub("^0000", "2000", text)))
 
 
-def time_steps(llm: LLM) -> dict[str, Any]:
+def time_steps(llm: LLM, num_steps: int) -> dict[str, Any]:
     """Milliseconds of a decode step at batch 32, by what its requests ask for; and of making its masks."""
     engine = llm.engine
     masks_ms: list[float] = []
@@ -221,7 +221,7 @@ def time_steps(llm: LLM) -> dict[str, Any]:
         with Drive(engine, output_kind=RequestOutputKind.DELTA, recover=False) as drive:
             for number in range(AT_ONCE):
                 params = SamplingParams(
-                    max_tokens=NUM_STEPS + 8, seed=number, ignore_eos=True, **STEP_FORMS.get(name, {})
+                    max_tokens=num_steps + 8, seed=number, ignore_eos=True, **STEP_FORMS.get(name, {})
                 )
                 drive.add(f"{number}", f"The city number {number} is", params)
             end = time.perf_counter()
