@@ -160,7 +160,7 @@ def test_tools_of_messages(claude: anthropic.Anthropic) -> None:
     tools: Any = [{"name": "get_weather", "description": "It tells.", "input_schema": PARAMETERS}]
     body: Any = {
         "model": "tiny",
-        "max_tokens": 200,
+        "max_tokens": 400,
         "tools": tools,
         "tool_choice": {"type": "any", "disable_parallel_tool_use": True},
     }
