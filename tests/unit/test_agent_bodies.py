@@ -95,7 +95,7 @@ def test_a_body_that_is_nearly_right_is_read_or_refused(model: type[Body], data:
         for template in ("", "{{ 'x' + call.arguments + 'y' }}", "{% for part in message.content %}"):
             json.dumps(for_template(chat.messages, template), ensure_ascii=False).encode()
         json.dumps(chat.tools.answer_schema(), ensure_ascii=False).encode()
-        read.sampling_params()
+        read.sampling_params({})
 
 
 @pytest.mark.parametrize("model", BODIES, ids=lambda model: model.__name__)
@@ -103,4 +103,4 @@ def test_the_bodies_are_right(model: type[Body]) -> None:
     """Guards the test above: what it changes is read as it is."""
     read: Any = read_json(json.dumps(BODIES[model]).encode(), model)
     assert read.conversation().tools.forced_name == "f"
-    assert read.sampling_params()
+    assert read.sampling_params({})
