@@ -62,6 +62,7 @@ def test_openai_parses_an_object(server: Server) -> None:
 )
 def test_every_way_to_ask(server: Server, asked: dict[str, Any], is_right: Any) -> None:
     """Guards vLLM's fields, for completions and chats."""
+    asked = asked | {"max_tokens": 300}  # a random model writes many spaces where it may
     completion = post(server, "/v1/completions", prompt="hi", n=2, **asked).json()
     chat = post(server, "/v1/chat/completions", messages=MESSAGES, **asked).json()
     texts = [choice["text"] for choice in completion["choices"]] + [chat["choices"][0]["message"]["content"]]
