@@ -10,6 +10,9 @@ engines' work, on streams of their own, ordered by events:
 
 A step begins with both buffers, whatever they held, and ends when all that it started to copy was used. So it can be
 captured as a CUDA graph.
+
+All experts of a layer come, not those that the step's tokens chose: they choose all. Of E experts, K a token, T tokens
+leave one out with a chance of (1 - K / E)^T: 0.2 % for 6 of 64 and 64 tokens, and steps by tokens have a thousand.
 """
 
 import ctypes
@@ -51,8 +54,6 @@ class Fetch:
         # No two ranks copy from the same peer at the same time.
         self._layers = [sorted(copies, key=lambda copy: (copy.rank - mesh.rank - 1) % mesh.size) for copies in layers]
         self._rank, self._layer = mesh.rank, 0
-        self.num_bytes = 0  # received from other ranks, since the start
-        self._num_bytes = [sum(copy.part.nbytes for copy in copies if copy.rank != mesh.rank) for copies in layers]
         self._cuda = _Streams(device) if device.type == "cuda" else None
 
     def begin(self, layer: int) -> None:
@@ -72,7 +73,6 @@ class Fetch:
             self._start(layer + 2)
 
     def _start(self, layer: int) -> None:
-        self.num_bytes += self._num_bytes[layer]
         copies = self._layers[layer]
         theirs = [copy for copy in copies if copy.rank != self._rank]
         mine = [copy for copy in copies if copy.rank == self._rank]
