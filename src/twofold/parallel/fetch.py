@@ -16,6 +16,8 @@ leave one out with a chance of (1 - K / E)^T: 0.2 % for 6 of 64 and 64 tokens, a
 """
 
 import ctypes
+import errno
+import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -192,12 +194,16 @@ def make_part_memory(mesh: Mesh, device: torch.device, num_bytes: int, file: int
     `file` is a new file that all ranks have a descriptor of, for ranks of a CPU.
 
     Raises:
-        OSError: there is no room. Every rank raises it.
+        OSError: there is no room, or ranks cannot read each other's memory. Every rank raises it.
     """
     if device.type == "cpu":
         return PartMemory(list(share(mesh, file, mesh.size * num_bytes).split(num_bytes)))
     import torch.distributed._symmetric_memory as symmetric_memory
 
+    pairs = itertools.permutations(range(mesh.size), 2)
+    is_one_each = mesh.size <= torch.cuda.device_count()
+    if is_one_each and not all(torch.cuda.can_device_access_peer(*pair) for pair in pairs):
+        raise OSError(errno.EOPNOTSUPP, "the GPUs cannot read each other's memory")
     assert isinstance(mesh, ProcessMesh)
     torch.cuda.empty_cache()  # this memory is not PyTorch's own
     mine = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)

@@ -244,7 +244,7 @@ class Rank:
 def _sharded_or_refused() -> Iterator[None]:
     try:
         yield
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         raise ModelError(f"weights cannot be sharded: {error}; use weights='replicated'", field="weights") from None
 
 
