@@ -113,7 +113,7 @@ def main() -> None:
     print(about)
     print_table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
     if args.output_json:
-        result = {"checkpoint": about, "ms": rows, "environment": environment()}
+        result = {"checkpoint": about, "runs": rows, "environment": environment()}
         Path(args.output_json).write_text(json.dumps(result, indent=1, default=str) + "\n")
 
 

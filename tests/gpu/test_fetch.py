@@ -1,4 +1,4 @@
-"""Fetched weights are whole when their layer reads them, and an engine that fetches answers as Transformers does."""
+"""Fetched weights are whole when their layer reads them; an engine that fetches answers as Transformers does."""
 
 import random
 import sys
@@ -121,7 +121,7 @@ MIXTRAL = MixtralConfig(
 def test_answers_are_those_of_whole_weights(
     tmp_path: Path, config: PretrainedConfig, dtype: str, enforce_eager: bool, step_layout: str
 ) -> None:
-    """In float32 the tokens of Transformers; in bfloat16 log-probabilities of prompts as close as rounding lets."""
+    """In float32 the tokens of Transformers; in bfloat16 log-probabilities that differ by rounding."""
     torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config).float()
     for parameter in model.parameters():

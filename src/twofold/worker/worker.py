@@ -217,6 +217,12 @@ class Rank:
             self.holding.load(sharding.read, self.runtime.source.path)
         with _sharded_or_refused():
             verify(self.model, part, self.mesh)  # now with the real numbers
+        logger.info(
+            "weights are sharded: a rank keeps %.2f GB of %.2f, and has two buffers of %.2f GB for what it fetches",
+            self._weight_bytes() / 1e9,
+            (self._weight_bytes() + self.holding.fetched_bytes - self.holding.part_bytes) / 1e9,
+            self.holding.buffer_bytes / 2e9,
+        )
         if self.runtime.engine.step_layout == "tokens":
             return "step_layout is tokens"
         self.runner.add_heads(part)
@@ -332,7 +338,7 @@ def _share(spec: AttentionSpec, num_ranks: int) -> LayerShare:
 def _sharded_or_refused() -> Iterator[None]:
     try:
         yield
-    except ModelError as error:
+    except (ModelError, OSError) as error:
         raise ModelError(f"weights cannot be sharded: {error}; use weights='replicated'", field="weights") from None
 
 
