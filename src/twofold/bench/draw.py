@@ -32,6 +32,8 @@ def draw_ttft(rows: list[dict[str, Any]], title: str, path: Path) -> None:
         times = [of[length, size]["median_ms"] for length in known]
         left.plot(known, times, marker="o", label=f"{size} rank{'s' * (size > 1)}")
     left.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="time to first token, ms")
+    left.set_xticks(lens, [f"{length:,}" for length in lens], minor=False)
+    left.xaxis.minorticks_off()
     left.set_title("Time to first token")
     left.legend()
     if compares:
