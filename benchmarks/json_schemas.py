@@ -9,6 +9,7 @@ The temperature is 1. An answer that ends by its length is not whole, and is cou
 """
 
 import argparse
+import ipaddress
 import json
 import os
 import random
@@ -16,6 +17,7 @@ import re
 import signal
 import statistics
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from datetime import date
@@ -32,7 +34,8 @@ from twofold.flags import add_engine_arguments, chosen
 from twofold.outputs import RequestOutput
 from twofold.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
-CHECKER = jsonschema.FormatChecker()
+CLOCK = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"  # of RFC 3339
+CHECKER = jsonschema.FormatChecker(formats=())
 MAX_TOKENS = 300
 AT_ONCE = 32
 NAMES = ("name", "id", "title", "price", "tags", "Straße", "is_open", "address", "a b", "x")
@@ -171,6 +174,30 @@ def check_answers(llm: LLM, schemas: list[dict[str, Any]], at_once: int) -> dict
     }
 
 
+def is_date(text: str) -> bool:
+    """RFC 3339 has a year 0, which is a leap year; Python's dates begin with year 1."""
+    return re.fullmatch(r"\d{4}-\d\d-\d\d", text) is not None and bool(
+        date.fromisoformat(re.sub("^0000", "2000", text))
+    )
+
+
+def is_time(text: str) -> bool:
+    return re.fullmatch(CLOCK, text, re.IGNORECASE) is not None
+
+
+for name, is_valid in {
+    "date": is_date,
+    "time": is_time,
+    "date-time": lambda text: is_date(text[:10]) and text[10:11].lower() == "t" and is_time(text[11:]),
+    "uuid": lambda text: bool(uuid.UUID(text)),
+    "ipv4": lambda text: bool(ipaddress.IPv4Address(text)),
+    "email": lambda text: re.fullmatch(r"[^@]+@[^@]+", text) is not None,
+}.items():
+    CHECKER.checks(name, raises=ValueError)(
+        lambda value, is_valid=is_valid: not isinstance(value, str) or is_valid(value)
+    )
+
+
 def answer(llm: LLM, schemas: list[dict[str, Any]], kill: bool) -> list[RequestOutput]:
     finished: dict[str, RequestOutput] = {}
     with Drive(llm.engine) as drive:
@@ -193,12 +220,6 @@ def fault_of(text: str, schema: dict[str, Any]) -> str | None:
     except (jsonschema.ValidationError, json.JSONDecodeError) as error:
         return str(error).splitlines()[0]
     return None
-
-
-@CHECKER.checks("date", raises=ValueError)
-def is_date(text: object) -> bool:
-    """RFC 3339 has a year 0, which is a leap year; Python's dates begin with year 1."""
-    return not isinstance(text, str) or bool(date.fromisoformat(re.sub("^0000", "2000", text)))
 
 
 def time_steps(llm: LLM, num_steps: int) -> dict[str, Any]:

@@ -311,7 +311,7 @@ def _adjust(logits: torch.Tensor, batch: SamplingBatch, first_id: int = 0) -> to
     """
     part = range(first_id, first_id + logits.shape[-1])
     forbidden = [(row, i - first_id) for row, ids in enumerate(batch.forbidden_token_ids) for i in ids if i in part]
-    biased = [(row, i - first_id, b) for row, ids in enumerate(batch.logit_bias) for i, b in ids.items() if i in part]
+    biased = any(batch.logit_bias)
     repeats = batch.repetition_penalty != 1
     penalised = np.flatnonzero(repeats | (batch.presence_penalty != 0) | (batch.frequency_penalty != 0))
     masked = np.flatnonzero(batch.mask_idx >= 0)
@@ -319,8 +319,7 @@ def _adjust(logits: torch.Tensor, batch: SamplingBatch, first_id: int = 0) -> to
         return logits
     scores = logits.to(torch.float32, copy=True)
     if biased:
-        rows, ids = _to(np.array([(row, i) for row, i, _ in biased], np.int64).T, logits)
-        scores[rows, ids] += _to(np.array([bias for _, _, bias in biased], np.float32), logits)
+        _add_bias(scores, batch.logit_bias, first_id)
     if penalised.size:
         idx = _to(penalised, logits)
         x = scores[idx]  # [P, V]
@@ -347,6 +346,15 @@ def _adjust(logits: torch.Tensor, batch: SamplingBatch, first_id: int = 0) -> to
         rows, ids = _to(np.array(forbidden, np.int64).T, logits)
         scores[rows, ids] = -torch.inf
     return scores
+
+
+def _add_bias(scores: torch.Tensor, logit_bias: Sequence[Mapping[int, float]], first_id: int) -> None:
+    """Adds each row's bias to `scores` [S, V] of the V token ids from `first_id`."""
+    rows = np.repeat(np.arange(len(logit_bias)), [len(bias) for bias in logit_bias])
+    columns = np.concatenate([np.fromiter(bias, np.int64) for bias in logit_bias]) - first_id
+    values = np.concatenate([np.fromiter(bias.values(), np.float32) for bias in logit_bias])
+    inside = (columns >= 0) & (columns < scores.shape[-1])
+    scores[_to(rows[inside], scores), _to(columns[inside], scores)] += _to(values[inside], scores)
 
 
 def _unpack(masks: torch.Tensor, part: range) -> torch.Tensor:
