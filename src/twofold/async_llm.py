@@ -63,9 +63,10 @@ class AsyncLLM:
         check_extras(lora_request, priority)
         if self._engine.state is State.STARTING:
             self._engine.start()
-        if request_id in self._answers:
-            raise RequestError(f"request id {request_id!r} is in use; choose another", field="request_id")
         answer = await self._engine.submit([prompt], sampling_params)
+        if request_id in self._answers:
+            answer.close()
+            raise RequestError(f"request id {request_id!r} is in use; choose another", field="request_id")
         self._answers[request_id] = answer
         kind, so_far = sampling_params.output_kind, None
         try:
