@@ -25,7 +25,7 @@ from dataclasses import dataclass
 import torch
 
 from twofold.parallel.mesh import Mesh, ProcessMesh
-from twofold.parallel.shared_memory import share
+from twofold.parallel.peer_memory import SharedFile, Symmetric
 
 ALIGNMENT = 256  # bytes, of each part and each weight in a buffer
 COPY_ANY_KIND = 4  # cudaMemcpyDefault: the addresses say where memory is
@@ -197,15 +197,11 @@ def make_part_memory(mesh: Mesh, device: torch.device, num_bytes: int, file: int
         OSError: there is no room, or ranks cannot read each other's memory. Every rank raises it.
     """
     if device.type == "cpu":
-        return PartMemory(list(share(mesh, file, mesh.size * num_bytes).split(num_bytes)))
-    import torch.distributed._symmetric_memory as symmetric_memory
-
+        return PartMemory(SharedFile(mesh, file).allocate(num_bytes))
     pairs = itertools.permutations(range(mesh.size), 2)
     is_one_each = mesh.size <= torch.cuda.device_count()
     if is_one_each and not all(torch.cuda.can_device_access_peer(*pair) for pair in pairs):
         raise OSError(errno.EOPNOTSUPP, "the GPUs cannot read each other's memory")
     assert isinstance(mesh, ProcessMesh)
-    torch.cuda.empty_cache()  # this memory is not PyTorch's own
-    mine = symmetric_memory.empty(num_bytes, dtype=torch.uint8, device=device)
-    handle = symmetric_memory.rendezvous(mine, mesh.group)
-    return PartMemory([handle.get_buffer(rank, (num_bytes,), torch.uint8) for rank in range(mesh.size)], (mine, handle))
+    memory = Symmetric(mesh, device)
+    return PartMemory(memory.allocate(num_bytes), memory)

@@ -1,4 +1,4 @@
-"""Memory of each rank that its peers read: of the KV cache where each rank has a share of it."""
+"""Memory of each rank that its peers read: of the KV cache and of weights, where each rank keeps a part of them."""
 
 from typing import Protocol
 
