@@ -28,11 +28,6 @@ class OwnBlocks:
     slots: torch.Tensor  # [P * N] gathered entry -> slot of my share; 0 where another rank keeps it
 
 
-def can_merge(spec: AttentionSpec) -> bool:
-    """Whether queries attend to all tokens of their row: which of a rank's own tokens are in a window is not known."""
-    return spec.sliding_window is None
-
-
 def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,

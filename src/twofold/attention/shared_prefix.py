@@ -69,11 +69,6 @@ def padded_num_rows(num_rows: int) -> int:
     return 1 << (num_rows - 1).bit_length()
 
 
-def can_share(spec: AttentionSpec) -> bool:
-    """Whether queries at any position attend to all of a prefix."""
-    return spec.sliding_window is None
-
-
 def attend(
     query: torch.Tensor,
     kv_cache: torch.Tensor,
@@ -83,7 +78,7 @@ def attend(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """What `backend.attend` gives; a prefix that rows share is read once."""
     shared = metadata.shared_prefix
-    if shared is None or not shared.prefix.max_seq_len or not can_share(spec):
+    if shared is None or not shared.prefix.max_seq_len or not spec.attends_to_all:
         return backend.attend(query, kv_cache, spec, metadata)
     num_kv_heads, num_rows = spec.num_kv_heads, len(shared.rows)
     heads = query.unflatten(1, (num_kv_heads, -1)).transpose(0, 1)  # [Hk, V', G, D]

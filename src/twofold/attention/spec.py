@@ -26,6 +26,11 @@ class AttentionSpec:
     values_in_keys: bool = False  # an entry holds keys only; the first Dv numbers of a head's key are its value
 
     @property
+    def attends_to_all(self) -> bool:
+        """Whether a query attends to all tokens before it, so that any part of them may be attended to by itself."""
+        return self.sliding_window is None
+
+    @property
     def entry_width(self) -> int:
         """Numbers in a KV entry."""
         return self.num_kv_heads * (self.qk_head_dim + (0 if self.values_in_keys else self.v_head_dim))

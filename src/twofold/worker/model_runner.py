@@ -13,8 +13,7 @@ from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.mla import piece_tokens
 from twofold.attention.op import ForwardContext
-from twofold.attention.own_blocks import OwnBlocks, can_merge
-from twofold.attention.shared_prefix import can_share
+from twofold.attention.own_blocks import OwnBlocks
 from twofold.attention.spec import AttentionSpec, LatentSpec
 from twofold.contract import Masks, PromptTokenLogprobs, Step, StepResult
 from twofold.kv.cache import KVCache
@@ -226,7 +225,7 @@ class ModelRunner:
                     sizes = sorted(graphs.buckets.decode if is_decode else graphs.buckets.prefill, reverse=True)
                     for size in sizes[:1] if only_largest else sizes:
                         graphs.capture(size, is_decode)
-                if True in kinds and not divides_blocks and any(can_share(spec) for spec in specs):
+                if True in kinds and not divides_blocks and any(spec.attends_to_all for spec in specs):
                     sizes = sorted(graphs.shared_prefix_sizes, reverse=True)
                     for size in sizes[:1] if only_largest else sizes:
                         graphs.capture(size, True, shares_prefix=True)
@@ -407,7 +406,7 @@ def fetched_layers(shares: Sequence[LayerShare], specs: Sequence[AttentionSpec],
     """
     layers = []
     for layer, (share, spec) in enumerate(zip(shares, specs, strict=True)):
-        is_enough = spec.entry_width == share.width if share.by_heads else in_decodes and can_merge(spec)
+        is_enough = spec.entry_width == share.width if share.by_heads else in_decodes and spec.attends_to_all
         if not is_enough:
             layers.append(layer)
     return layers
