@@ -97,8 +97,7 @@ class LLM:
         The model's chat template makes a prompt of each; `chat_args` are the arguments of `chat_prompt`. A content is
         text, or a list of parts of type "text". The answer's text is as the model wrote it, calls of tools included.
         """
-        if lora_request is not None:
-            raise RequestError("lora_request is not supported: there are no adapters; give None", field="lora_request")
+        check_extras(lora_request, None)
         is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
         conversations: Any = messages if is_list and not any(isinstance(one, dict) for one in messages) else [messages]
         prompts = [self.chat_prompt(one, **chat_args) for one in conversations]
