@@ -13,12 +13,10 @@ import time
 from pathlib import Path
 from typing import Any
 
-from layouts import NUM_STEPS, decode_ms, ttft_ms
+from layouts import add_arguments, read_arguments, time_ms, title
 
 from twofold import LLM
 from twofold.bench.report import describe, environment, print_table
-from twofold.config import EngineConfig
-from twofold.flags import add_engine_arguments, chosen
 
 
 def measure(arguments: dict[str, Any], whats: list[int | str], in_each_layout: bool) -> dict[str, Any]:
@@ -30,11 +28,10 @@ def measure(arguments: dict[str, Any], whats: list[int | str], in_each_layout: b
         print(arguments["weights"], f"ready after {ready} s", report.seconds, engine.step_costs, flush=True)
         times: dict[str, dict[str, float]] = {}
         for what in whats:
-            name = f"TTFT {what}" if isinstance(what, int) else f"decode {what}"
+            name = title(what)
             times[name] = {}
             for layout in engine.in_each_layout():
-                ms = ttft_ms(engine, what) if isinstance(what, int) else decode_ms(engine, what)
-                times[name][layout] = round(ms, 3)
+                times[name][layout] = time_ms(engine, what)
                 if not in_each_layout:
                     break
             print(name, times[name], flush=True)
@@ -54,21 +51,13 @@ def measure(arguments: dict[str, Any], whats: list[int | str], in_each_layout: b
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_engine_arguments(parser)
-    parser.add_argument("--lens", default="1024,2048,8192,32768")
-    parser.add_argument("--decodes", default="1024x1,1024x8,1024x32")
+    add_arguments(parser, lens="1024,2048,8192,32768", decodes="1024x1,1024x8,1024x32")
     parser.add_argument("--in-each-layout", action="store_true", help="also all steps by tokens, and all by heads")
-    parser.add_argument("--output-json")
     args = parser.parse_args()
-    whats: list[int | str] = [int(n) for n in args.lens.split(",") if n]
-    decodes = [name for name in args.decodes.split(",") if name]
-    contexts = [int(name.rstrip("=").split("x")[0]) for name in decodes]
-    arguments = chosen(args, EngineConfig)
-    arguments.setdefault("max_model_len", max([*(n for n in whats if isinstance(n, int)), *contexts]) + NUM_STEPS + 16)
-    arguments.setdefault("max_num_seqs", 32)
+    arguments, whats = read_arguments(args)
     asked = arguments.pop("weights", "auto")
     holdings = ("replicated", "sharded") if asked == "auto" else (asked,)
-    runs = [measure(arguments | {"weights": weights}, [*whats, *decodes], args.in_each_layout) for weights in holdings]
+    runs = [measure(arguments | {"weights": weights}, whats, args.in_each_layout) for weights in holdings]
     chosen_layout = next(iter(next(iter(runs[0]["ms"].values()))))
     rows = []
     for what in runs[0]["ms"]:

@@ -12,6 +12,7 @@ import json
 import statistics
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -29,28 +30,20 @@ NUM_PROMPTS = 7
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add_engine_arguments(parser)
-    parser.add_argument("--lens", default="16,256,1024")
-    parser.add_argument("--decodes", default="1024x1,1024x8")
+    add_arguments(parser, lens="16,256,1024", decodes="1024x1,1024x8")
     parser.add_argument("--profile", help="decodes to list kernels of, e.g. 1024x1", default="")
-    parser.add_argument("--output-json")
     args = parser.parse_args()
-    lens = [int(n) for n in args.lens.split(",") if n]
-    decodes = [name for name in args.decodes.split(",") if name]
-    longest = max([*lens, *(int(name.split("x")[0]) for name in decodes)])
-    arguments = chosen(args, EngineConfig)
-    arguments.setdefault("max_model_len", longest + NUM_STEPS + 16)
-    arguments.setdefault("max_num_seqs", 32)
+    arguments, whats = read_arguments(args)
     start = time.perf_counter()
     with LLM(**arguments, skip_tokenizer_init=True) as llm:
         engine = llm.engine
         print(f"ready after {time.perf_counter() - start:.1f} s", engine.reports[0].seconds)
         print("costs of steps:", engine.step_costs, engine.reports[0].only_by_tokens or "", flush=True)
         rows = []
-        for what in [*lens, *decodes]:
-            row = {"what": f"TTFT {what}" if isinstance(what, int) else f"decode {what}"}
+        for what in whats:
+            row = {"what": title(what)}
             for layout in engine.in_each_layout():
-                row[layout] = round(ttft_ms(engine, what) if isinstance(what, int) else decode_ms(engine, what), 3)
+                row[layout] = time_ms(engine, what)
             rows.append(row)
             print(row, flush=True)
         for name in [name for name in args.profile.split(",") if name]:
@@ -61,6 +54,31 @@ def main() -> None:
     print_table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
     if args.output_json:
         Path(args.output_json).write_text(json.dumps(result | {"ms": rows}, indent=1, default=str) + "\n")
+
+
+def add_arguments(parser: argparse.ArgumentParser, *, lens: str, decodes: str) -> None:
+    """The engine's arguments, what to time with its defaults, and --output-json."""
+    add_engine_arguments(parser)
+    parser.add_argument("--lens", default=lens)
+    parser.add_argument("--decodes", default=decodes)
+    parser.add_argument("--output-json")
+
+
+def read_arguments(args: argparse.Namespace) -> tuple[dict[str, Any], list[int | str]]:
+    """→ the engine's arguments, and what to time: a prompt's length, or the name of decodes."""
+    lens = [int(n) for n in args.lens.split(",") if n]
+    decodes = [name for name in args.decodes.split(",") if name]
+    longest = max([*lens, *(int(name.split("x")[0]) for name in decodes)])
+    arguments = {"max_model_len": longest + NUM_STEPS + 16, "max_num_seqs": 32} | chosen(args, EngineConfig)
+    return arguments, [*lens, *decodes]
+
+
+def title(what: int | str) -> str:
+    return f"TTFT {what}" if isinstance(what, int) else f"decode {what}"
+
+
+def time_ms(engine: LLMEngine, what: int | str) -> float:
+    return round(ttft_ms(engine, what) if isinstance(what, int) else decode_ms(engine, what), 3)
 
 
 def ttft_ms(engine: LLMEngine, length: int) -> float:
