@@ -25,11 +25,6 @@ FLAGS = (
 logger = logging.getLogger(__name__)
 
 
-def is_wanted() -> bool:
-    """TWOFOLD_NATIVE=0 asks for PyTorch's own operations, for comparison."""
-    return sys.platform == "linux" and os.environ.get("TWOFOLD_NATIVE") != "0"
-
-
 @cache
 def library() -> Path:
     """The file of the kernels for this source, processor and PyTorch, compiled or not."""
@@ -56,8 +51,8 @@ _builders: list["subprocess.Popen[bytes]"] = []  # kept, because one that is dro
 
 
 def start_build() -> None:
-    """Starts to compile the kernels, if they are wanted and not there."""
-    if not is_wanted() or library().exists():
+    """Starts to compile the kernels, if they are not there."""
+    if library().exists():
         return
     try:
         library().parent.mkdir(parents=True, exist_ok=True)

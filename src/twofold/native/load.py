@@ -5,7 +5,7 @@ import time
 
 import torch
 
-from twofold.native.build import is_wanted, library
+from twofold.native.build import library
 
 LOOK_SECONDS = 0.5  # between looks for kernels that are being compiled
 
@@ -16,7 +16,7 @@ class _Kernels:
     """True when the kernels are loaded."""
 
     def __init__(self) -> None:
-        self._is_loaded, self._may_come, self._next_look = False, is_wanted(), 0.0
+        self._is_loaded, self._may_come, self._next_look = False, True, 0.0
 
     def __bool__(self) -> bool:
         """Loads them if they are there; looks for them from time to time."""
