@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # All that is to be shown of a sharded KV cache on two GPUs: benchmarks/sharded_cache.sh OUT STAGE
-#   tests       tests/gpu/test_sharded_cache.py
+#   tests       tests/gpu/test_cache_shares.py
 #   capacity    tokens that fit into 8 GiB a rank, with either holding
 #   layouts     TTFT and decodes of Llama-3.1-8B's shape, replicated and sharded in one call; LENS, DECODES
 #   million     one request of LEN tokens (1,000,000); needs 141 GB a GPU
@@ -11,7 +11,7 @@ out=$1 stage=$2 python=${PYTHON:-python3}
 export HF_HUB_OFFLINE=1 PYTHONPATH="$PWD/src${PYTHONPATH:+:$PYTHONPATH}"
 mkdir -p "$out"
 case $stage in
-  tests) "$python" -m pytest tests/gpu/test_sharded_cache.py -x -q -p no:benchmark --disable-warnings ;;
+  tests) "$python" -m pytest tests/gpu/test_cache_shares.py -x -q -p no:benchmark --disable-warnings ;;
   capacity) "$python" benchmarks/long_context.py -pcp 2 --capacity 8 --output-json "$out/capacity.json" ;;
   layouts)
     "$python" -c "
