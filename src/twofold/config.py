@@ -144,11 +144,16 @@ class RuntimeConfig:
     weights: str  # replicated, or sharded
     eos_token_ids: frozenset[int]
     num_threads: int  # CPU threads of each rank
+    num_nodes: int = 1  # machines; each has as many ranks, and rank r is on node r // ranks_per_node
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)  # of the model: for `SamplingParams`
 
     @property
     def num_ranks(self) -> int:
         return self.engine.prefill_context_parallel_size
+
+    @property
+    def ranks_per_node(self) -> int:
+        return self.num_ranks // self.num_nodes
 
 
 def _dtype_name(given: Any) -> Any:
