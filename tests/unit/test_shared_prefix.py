@@ -14,8 +14,8 @@ from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 from twofold.attention import shared_prefix
 from twofold.attention.backends.sdpa import SDPABackend
 from twofold.attention.combine import apply_sinks
-from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.shared_prefix import SharedPrefix, largest_shared_prefix
+from twofold.attention.metadata import AttentionMetadata, SharedPrefix
+from twofold.attention.shared_prefix import largest_shared_prefix
 from twofold.attention.spec import AttentionSpec
 from twofold.contract import NewRequest, ScheduledBatch, Step
 from twofold.parallel.plan import HeadLayout, TokenLayout, plan_step

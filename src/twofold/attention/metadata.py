@@ -1,14 +1,10 @@
 """A step's rows on this rank, as attention kernels want them."""
 
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-
-if TYPE_CHECKING:
-    from twofold.attention.shared_prefix import SharedPrefix
 
 
 @dataclass(slots=True)
@@ -91,3 +87,12 @@ class AttentionMetadata:
                     num_decode_rows=0,
                 )
         return self._longer_rows
+
+
+@dataclass(frozen=True, slots=True)
+class SharedPrefix:
+    """What rows of a step of decodes have in common (`shared_prefix.py`), of the step's V' rows."""
+
+    rows: torch.Tensor  # [M] int64, those that share the prefix; repeats of the first may follow
+    prefix: AttentionMetadata  # one row of one token, the last of the prefix; of length 0 where no row shares it
+    suffixes: AttentionMetadata  # the step's rows; those of `rows` without the prefix

@@ -12,7 +12,7 @@ The prefix is one row of one token whose key-value heads have as many queries as
 those of any other row. Then each row attends to its suffix, and both results are merged by log-sum-exp.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -24,15 +24,6 @@ from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.spec import AttentionSpec
 
 MIN_SAVED_TOKENS = 8192  # KV entries that are read less often in a layer: with fewer it costs more than it saves
-
-
-@dataclass(frozen=True, slots=True)
-class SharedPrefix:
-    """What rows of a step of decodes have in common, of the step's V' rows."""
-
-    rows: torch.Tensor  # [M] int64, those that share the prefix; repeats of the first may follow
-    prefix: AttentionMetadata  # one row of one token, the last of the prefix; of length 0 where no row shares it
-    suffixes: AttentionMetadata  # the step's rows; those of `rows` without the prefix
 
 
 def largest_shared_prefix(

@@ -13,9 +13,9 @@ from typing import Any
 
 import torch
 
-from twofold.attention.metadata import AttentionMetadata
+from twofold.attention.metadata import AttentionMetadata, SharedPrefix
 from twofold.attention.own_blocks import OwnBlocks
-from twofold.attention.shared_prefix import SharedPrefix, padded_num_rows
+from twofold.attention.shared_prefix import padded_num_rows
 from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.plan import Buckets, Layout
 from twofold.worker.input_batch import InputBatch

@@ -8,8 +8,7 @@ import torch
 from numpy.typing import NDArray
 
 from twofold.attention import shared_prefix
-from twofold.attention.metadata import AttentionMetadata
-from twofold.attention.shared_prefix import SharedPrefix
+from twofold.attention.metadata import AttentionMetadata, SharedPrefix
 from twofold.contract import ScheduledBatch
 from twofold.parallel.exchange import ExchangePlan
 from twofold.parallel.plan import StepPlan
