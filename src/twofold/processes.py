@@ -48,6 +48,15 @@ def _tie(pid: int, life_read: int) -> None:
             fcntl.fcntl(life_read, fcntl.F_SETFL, os.O_ASYNC)
 
 
+def is_stopped(pid: int) -> bool:
+    """Whether a signal has stopped a process."""
+    try:
+        stat = Path(f"/proc/{pid}/stat").read_text()
+    except OSError:  # it has ended
+        return False
+    return stat.rpartition(")")[2].split()[0] == "T"
+
+
 @contextlib.contextmanager
 def no_interrupts() -> Iterator[None]:
     """Holds Ctrl-C back. A process started meanwhile never gets it: it is for this one, which ends the others."""
