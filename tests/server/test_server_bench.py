@@ -8,7 +8,8 @@ import pytest
 from running import Server
 
 from twofold import LLM
-from twofold.bench.serve import Outcome, summarise
+from twofold.bench.load import Outcome
+from twofold.bench.result import summarise
 from twofold.cli.main import main
 
 QUESTION, ANSWER = "The quick brown fox jumps over the lazy dog.", "A rank is lost, the others wait for it."

@@ -10,24 +10,19 @@ import asyncio
 import json
 import math
 import sys
-import time
 from argparse import ArgumentParser, Namespace, _ArgumentGroup
-from collections.abc import AsyncIterator, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-from tqdm import tqdm
-
-from twofold.bench.prompts import Prompt, make_prompts
-from twofold.bench.report import print_table
+from twofold.bench.load import Bench
+from twofold.bench.prompts import make_prompts
+from twofold.bench.result import METRICS, print_result, summarise
 from twofold.errors import ConfigError, EngineError
 from twofold.flags import whole_number
 
 if TYPE_CHECKING:
-    import httpx
     from transformers import PreTrainedTokenizerBase
 
 ENDPOINTS = {"openai": "/v1/completions", "vllm": "/v1/completions", "openai-chat": "/v1/chat/completions"}
@@ -36,33 +31,6 @@ POSITIVE = (
     *("num_prompts", "num_conversations", "num_turns", "num_shared_prefixes", "turn_len", "output_len"),
     *("request_rate", "burstiness"),
 )
-METRICS = {
-    "ttft": "Time to First Token",
-    "tpot": "Time per Output Token (excl. 1st token)",
-    "itl": "Inter-token Latency",
-    "e2el": "End-to-end Latency",
-}
-
-
-@dataclass(slots=True)
-class Outcome:
-    """A request and its answer. Times are in seconds."""
-
-    prompt_len: int
-    turn: int = 1  # of its conversation
-    cached_len: int | None = None  # tokens of the prompt that were in the prefix cache, if the server tells
-    start: float = 0.0  # since the start of the run
-    success: bool = False
-    ttft: float = 0.0
-    latency: float = 0.0
-    itl: list[float] = field(default_factory=list)
-    num_tokens: int = 0
-    text: str = ""
-    error: str = ""
-
-    @property
-    def tpot(self) -> float:
-        return (self.latency - self.ttft) / (self.num_tokens - 1) if self.num_tokens > 1 else 0.0
 
 
 def configure(parser: ArgumentParser) -> None:
@@ -217,7 +185,7 @@ def run(args: Namespace) -> int:
     bench = Bench(args, url + (args.endpoint or ENDPOINTS[args.backend]), headers)
     outcomes, duration = asyncio.run(bench.run(prompts))
     result = summarise(outcomes, duration, percentiles, goals)
-    _print(result, args, shown, percentiles)
+    print_result(result, args, shown, percentiles)
     if args.save_result or args.save_detailed or args.result_filename:
         _save(result, args)
     return 0 if result["completed"] else 1
@@ -229,207 +197,6 @@ def _load_tokenizer(name: str) -> "PreTrainedTokenizerBase":
 
     # With dummy weights the directory may have none: only the tokenizer is read.
     return load_tokenizer(None, resolve(EngineConfig(model=name, load_format="dummy")))
-
-
-# Load
-
-
-class Bench:
-    """Sends prompts at their times, and times the answers."""
-
-    def __init__(self, args: Namespace, url: str, headers: dict[str, str]) -> None:
-        self.args, self.url, self.headers = args, url, headers
-        self.max_concurrent = 0
-        self._num_running = 0
-
-    async def run(self, prompts: Sequence[Prompt]) -> tuple[list[Outcome], float]:
-        """Sends each prompt, and what follows it in its conversation.
-
-        → the outcome of each request, and seconds from the first request to the end of the last.
-        """
-        import httpx
-
-        args = self.args
-        limits = httpx.Limits(max_connections=None, max_keepalive_connections=None)
-        async with httpx.AsyncClient(timeout=None, limits=limits, headers=self.headers) as client:
-            for _ in range(1 + args.num_warmups):
-                outcome = await self._ask(client, self._warmup(prompts[0]), time.perf_counter())
-                if not outcome.success:
-                    raise EngineError(f"the first request failed: {outcome.error}")
-            gate = asyncio.Semaphore(args.max_concurrency or len(prompts))
-            with tqdm(total=args.num_prompts, disable=args.disable_tqdm) as bar:
-                begin = time.perf_counter()
-
-                async def talk(prompt: Prompt) -> list[Outcome]:
-                    outcomes = []
-                    while True:
-                        async with gate:
-                            outcomes.append(await self._ask(client, prompt, begin))
-                        bar.update()
-                        if not prompt.later or not outcomes[-1].success:
-                            return outcomes
-                        prompt = prompt.next(outcomes[-1].text)
-                        await asyncio.sleep(args.think_time)
-
-                tasks = [asyncio.create_task(talk(prompt)) async for prompt in self._arrivals(prompts)]
-                outcomes = [outcome for talked in await asyncio.gather(*tasks) for outcome in talked]
-                return outcomes, time.perf_counter() - begin
-
-    def _warmup(self, prompt: Prompt) -> Prompt:
-        """What no conversation begins with: it would be in the cache when they begin."""
-        return Prompt("Hello", 0, prompt.max_tokens) if self.args.dataset_name == "conversations" else prompt
-
-    async def _arrivals(self, prompts: Sequence[Prompt]) -> AsyncIterator[Prompt]:
-        """Yields each prompt at its time. Gaps have a gamma distribution; with burstiness 1 an exponential one."""
-        rate, shape = self.args.request_rate, self.args.burstiness
-        rng = np.random.default_rng(self.args.seed + 1)
-        due = time.perf_counter()
-        for prompt in prompts:
-            yield prompt
-            if rate < math.inf:
-                due += rng.gamma(shape, 1 / (rate * shape))
-                await asyncio.sleep(max(due - time.perf_counter(), 0))
-
-    async def _ask(self, client: "httpx.AsyncClient", prompt: Prompt, begin: float) -> Outcome:
-        import httpx
-
-        outcome = Outcome(prompt.num_tokens, prompt.turn)
-        self._num_running += 1
-        self.max_concurrent = max(self.max_concurrent, self._num_running)
-        start = last = time.perf_counter()
-        outcome.start = start - begin
-        try:
-            async with client.stream("POST", self.url, json=self._body(prompt)) as response:
-                if response.status_code != 200:
-                    outcome.error = f"{response.status_code}: {(await response.aread()).decode(errors='replace')[:500]}"
-                    return outcome
-                async for line in response.aiter_lines():
-                    if not line.startswith("data: ") or line == "data: [DONE]":
-                        continue
-                    event = json.loads(line.removeprefix("data: "))
-                    if "error" in event:
-                        outcome.error = str(event["error"])
-                        return outcome
-                    now = time.perf_counter()
-                    if usage := event.get("usage"):
-                        outcome.num_tokens = usage["completion_tokens"]
-                        outcome.prompt_len = usage["prompt_tokens"]
-                        outcome.cached_len = (usage.get("prompt_tokens_details") or {}).get("cached_tokens")
-                    if event["choices"]:
-                        if outcome.ttft:
-                            outcome.itl.append(now - last)
-                        else:
-                            outcome.ttft = now - start
-                        last = now
-                        choice = event["choices"][0]
-                        outcome.text += choice.get("text") or choice.get("delta", {}).get("content") or ""
-                outcome.latency, outcome.success = last - start, outcome.ttft > 0
-        except (httpx.HTTPError, ValueError, KeyError) as error:
-            outcome.error = f"{type(error).__name__}: {error}"
-        finally:
-            self._num_running -= 1
-        return outcome
-
-    def _body(self, prompt: Prompt) -> dict[str, Any]:
-        args = self.args
-        body: dict[str, Any] = {
-            "model": args.model,
-            "temperature": args.temperature,
-            "stream": True,
-            "stream_options": {"include_usage": True},
-        }
-        if args.ignore_eos:
-            body["ignore_eos"] = True
-        if args.backend == "openai-chat":
-            messages = [*prompt.history, {"role": "user", "content": prompt.content}]
-            return body | {"messages": messages, "max_completion_tokens": prompt.max_tokens}
-        content = prompt.content
-        if isinstance(content, str):
-            content = "".join(message["content"] for message in prompt.history) + content
-        return body | {"prompt": content, "max_tokens": prompt.max_tokens}
-
-
-# Result
-
-
-def summarise(
-    outcomes: Sequence[Outcome], duration: float, percentiles: Sequence[float], goals: dict[str, float]
-) -> dict[str, Any]:
-    """The result, with vLLM's fields."""
-    good = [outcome for outcome in outcomes if outcome.success]
-    num_in, num_out = sum(one.prompt_len for one in good), sum(one.num_tokens for one in good)
-    result: dict[str, Any] = {
-        "duration": duration,
-        "completed": len(good),
-        "failed": len(outcomes) - len(good),
-        "total_input_tokens": num_in,
-        "total_output_tokens": num_out,
-        "total_cached_tokens": sum(one.cached_len or 0 for one in good),
-        "prefix_cache_hit_rate": _hit_rate(good),
-        "turns": _by_turn(good),
-        "request_throughput": len(good) / duration,
-        "request_goodput": sum(_keeps(one, goals) for one in good) / duration if goals else None,
-        "output_throughput": num_out / duration,
-        "total_token_throughput": (num_in + num_out) / duration,
-        "max_concurrent_requests": _most_at_once(good),
-        "input_lens": [one.prompt_len for one in outcomes],
-        "output_lens": [one.num_tokens for one in outcomes],
-        "ttfts": [one.ttft for one in outcomes],
-        "itls": [one.itl for one in outcomes],
-        "start_times": [one.start for one in outcomes],
-        "generated_texts": [one.text for one in outcomes],
-        "errors": [one.error for one in outcomes],
-    }
-    values = {
-        "ttft": [one.ttft for one in good],
-        "tpot": [one.tpot for one in good if one.num_tokens > 1],
-        "itl": [gap for one in good for gap in one.itl],
-        "e2el": [one.latency for one in good],
-    }
-    for name, seconds in values.items():
-        ms = np.array(seconds or [0.0]) * 1000
-        result[f"mean_{name}_ms"] = float(ms.mean())
-        result[f"median_{name}_ms"] = float(np.median(ms))
-        result[f"std_{name}_ms"] = float(ms.std())
-        for percentile in percentiles:
-            result[f"p{percentile:g}_{name}_ms"] = float(np.percentile(ms, percentile))
-    return result
-
-
-def _hit_rate(outcomes: Sequence[Outcome]) -> float | None:
-    """Cached tokens / tokens of the prompts; None if the server does not tell of cached ones."""
-    told = [one for one in outcomes if one.cached_len is not None]
-    return sum(one.cached_len or 0 for one in told) / sum(one.prompt_len for one in told) if told else None
-
-
-def _by_turn(outcomes: Sequence[Outcome]) -> list[dict[str, Any]]:
-    """What each turn of the conversations took."""
-    turns = []
-    for turn in sorted({one.turn for one in outcomes}):
-        of_turn = [one for one in outcomes if one.turn == turn]
-        ttfts = np.array([one.ttft for one in of_turn]) * 1000
-        turns.append(
-            {
-                "turn": turn,
-                "completed": len(of_turn),
-                "mean_input_tokens": sum(one.prompt_len for one in of_turn) / len(of_turn),
-                "prefix_cache_hit_rate": _hit_rate(of_turn),
-                "mean_ttft_ms": float(ttfts.mean()),
-                "median_ttft_ms": float(np.median(ttfts)),
-                "max_ttft_ms": float(ttfts.max()),
-            }
-        )
-    return turns
-
-
-def _most_at_once(outcomes: Sequence[Outcome]) -> int:
-    changes = sorted([(one.start, 1) for one in outcomes] + [(one.start + one.latency, -1) for one in outcomes])
-    return int(np.cumsum([change for _, change in changes] or [0]).max())
-
-
-def _keeps(outcome: Outcome, goals: dict[str, float]) -> bool:
-    measured = {"ttft": outcome.ttft, "tpot": outcome.tpot, "e2el": outcome.latency}
-    return all(measured[name] * 1000 <= limit for name, limit in goals.items())
 
 
 def _goals(given: Sequence[str]) -> dict[str, float]:
@@ -448,54 +215,6 @@ def _numbers(flag: str, text: str) -> list[float]:
     except ValueError:
         field = flag.strip("-").replace("-", "_")
         raise ConfigError(f"{flag} must be numbers with commas between them, got {text!r}", field=field) from None
-
-
-def _print(result: dict[str, Any], args: Namespace, shown: Sequence[str], percentiles: Sequence[float]) -> None:
-    def line(name: str, value: Any) -> None:
-        print(f"{name + ':':<40} {value:<10.2f}" if isinstance(value, float) else f"{name + ':':<40} {value:<10}")
-
-    print(f"{' Serving Benchmark Result ':=^50}")
-    line("Successful requests", result["completed"])
-    line("Failed requests", result["failed"])
-    if args.max_concurrency is not None:
-        line("Maximum request concurrency", args.max_concurrency)
-    if args.request_rate < math.inf:
-        line("Request rate configured (RPS)", args.request_rate)
-    line("Benchmark duration (s)", result["duration"])
-    line("Total input tokens", result["total_input_tokens"])
-    line("Total generated tokens", result["total_output_tokens"])
-    if (hit_rate := result["prefix_cache_hit_rate"]) is not None:
-        line("Cached input tokens", result["total_cached_tokens"])
-        line("Prefix cache hit rate (%)", 100 * hit_rate)
-    line("Request throughput (req/s)", result["request_throughput"])
-    if result["request_goodput"] is not None:
-        line("Request goodput (req/s)", result["request_goodput"])
-    line("Output token throughput (tok/s)", result["output_throughput"])
-    line("Peak concurrent requests", result["max_concurrent_requests"])
-    line("Total token throughput (tok/s)", result["total_token_throughput"])
-    for name in shown:
-        print(f"{METRICS[name]:-^50}")
-        for how in ("mean", "median", *(f"p{percentile:g}" for percentile in percentiles)):
-            line(f"{how.capitalize()} {name.upper()} (ms)", result[f"{how}_{name}_ms"])
-    if len(result["turns"]) > 1:
-        print(f"{'Time to First Token by Turn':-^50}")
-        print_table(
-            ("turn", "requests", "input tokens", "hit rate %", "median ms", "max ms"), _turn_cells(result["turns"])
-        )
-    print("=" * 50)
-    for error in sorted({error for error in result["errors"] if error})[:3]:
-        print(f"failed: {error}", file=sys.stderr)
-
-
-def _turn_cells(turns: Sequence[dict[str, Any]]) -> list[list[str]]:
-    return [
-        [
-            *(str(turn["turn"]), str(turn["completed"]), f"{turn['mean_input_tokens']:.0f}"),
-            "" if turn["prefix_cache_hit_rate"] is None else f"{100 * turn['prefix_cache_hit_rate']:.1f}",
-            *(f"{turn['median_ttft_ms']:.1f}", f"{turn['max_ttft_ms']:.1f}"),
-        ]
-        for turn in turns
-    ]
 
 
 def _save(result: dict[str, Any], args: Namespace) -> None:
