@@ -55,7 +55,7 @@ def make_layers(
 def run_rank(rank: int, size: int, folder: str, name: str) -> None:
     device = torch.device(f"cuda:{rank}")
     torch.cuda.set_device(device)
-    mesh = ProcessMesh(rank, size, f"{folder}/store", device)
+    mesh = ProcessMesh.join(rank, size, f"{folder}/store", device)
     layers, _memory = make_layers(mesh, device, SHAPES[name])
     num_bytes = sum(copy.part.nbytes for copy in layers[0] if copy.rank != rank)
 

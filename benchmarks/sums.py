@@ -141,7 +141,7 @@ def run_rank(rank: int, size: int, folder: str, repeats: int) -> None:
     if torch.cuda.is_available():
         device = torch.device(f"cuda:{rank}")
         torch.cuda.set_device(device)
-    mesh = ProcessMesh(rank, size, f"{folder}/store", device)
+    mesh = ProcessMesh.join(rank, size, f"{folder}/store", device)
     with torch.inference_mode():
         rows = run_cpu(mesh, folder, repeats) if device.type == "cpu" else run_gpu(mesh, device, repeats)
     if rank == 0:

@@ -26,9 +26,9 @@ from twofold.models.holding import Take, use_stand_ins
 from twofold.outputs import RequestOutput
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.fetch import PartMemory
-from twofold.parallel.sums import GatherSum
-from twofold.parallel.sums import OneRank as OneRankSum
-from twofold.parallel.transport import AllGather, OneRank
+from twofold.parallel.mesh import Axes, SingleRank
+from twofold.parallel.sums import make_sum
+from twofold.parallel.transport import make_transport
 from twofold.sampling_params import SamplingParams
 from twofold.worker.model_runner import ModelRunner
 from twofold.worker.worker import Rank, Sharding
@@ -136,9 +136,9 @@ class ThreadExecutor:
         self.runtime = runtime
         size = runtime.num_ranks
         weights = {id(tensor): tensor for tensor in model.parameters()}
-        self.barrier = threading.Barrier(size, timeout=120)  # a rank that skips a collective fails the test
-        parts: list[Any] = [None] * size
-        self.meshes = [ThreadMesh(rank, parts, self.barrier) for rank in range(size)]
+        self.barriers: list[threading.Barrier] = []
+        self.axes = self._make_axes(runtime)
+        self.meshes = [axes.world for axes in self.axes]
         self.channels = [ThreadChannel() for _ in range(size)]
 
         def read(take: Take) -> None:
@@ -148,27 +148,48 @@ class ThreadExecutor:
         def make_memory(mesh: ThreadMesh, num_bytes: int) -> PartMemory:
             return PartMemory(mesh.share(torch.zeros(num_bytes, dtype=torch.uint8)))
 
-        def start(mesh: ThreadMesh, channel: ThreadChannel) -> tuple[Rank, RankReport]:
-            device = LaggingDevice(channel.engine_waits)
-            transport = AllGather(mesh, device.torch_device) if size > 1 else OneRank()
+        def start(axes: Axes, channel: ThreadChannel) -> tuple[Rank, RankReport]:
+            device, mesh = LaggingDevice(channel.engine_waits), axes.gpu
+            transport = make_transport("auto", axes, device.torch_device, 0, -1)
             mine = copy.deepcopy(model, memo=dict(weights))
             if runtime.weights == "sharded":
                 use_stand_ins(mine, device.torch_device)
-            total = GatherSum(mesh) if size > 1 else OneRankSum()
-            memory = ThreadMemory(mesh) if size > 1 else None
+            total = make_sum(mesh, device.torch_device, 0, -1)
+            memory = ThreadMemory(mesh) if isinstance(mesh, ThreadMesh) and runtime.num_nodes == 1 else None
             sharding = Sharding(read, partial(make_memory, mesh)) if runtime.weights == "sharded" else None
-            exchange, backend = Exchange(mesh, transport), make_backend("sdpa")
-            rank = Rank(runtime, DecoderModel(mine), mesh, exchange, total, backend, device, memory, sharding)
+            exchange, backend = Exchange(mesh, transport, axes.node), make_backend("sdpa")
+            rank = Rank(runtime, DecoderModel(mine), axes, exchange, total, backend, device, memory, sharding)
             report = replace(rank.report(), num_blocks=num_blocks)
             sharded = None if report.sharded is None else replace(report.sharded, num_blocks=size * num_blocks)
             return rank, replace(report, sharded=sharded)
 
         with ThreadPoolExecutor(size) as threads:
-            started = list(threads.map(start, self.meshes, self.channels))
+            started = list(threads.map(start, self.axes, self.channels))
         self.ranks, self.reports = map(list, zip(*started, strict=True))
         self.steps: list[Step] = []
         self._threads: list[threading.Thread] = []
         self.results: list[list[StepResult]] = []  # of each step, by rank
+
+    def _make_axes(self, runtime: RuntimeConfig) -> list[Axes]:
+        """Of each rank."""
+
+        def meshes(size: int) -> list[Any]:
+            if size == 1:
+                return [SingleRank()]
+            barrier = threading.Barrier(size, timeout=120)  # a rank that skips a collective fails the test
+            self.barriers.append(barrier)
+            parts: list[Any] = [None] * size
+            return [ThreadMesh(rank, parts, barrier) for rank in range(size)]
+
+        world = meshes(runtime.num_ranks)
+        if runtime.num_nodes == 1:
+            return [Axes.of_one_node(mesh) for mesh in world]
+        gpu = [mesh for _ in range(runtime.num_nodes) for mesh in meshes(runtime.ranks_per_node)]
+        node = [meshes(runtime.num_nodes) for _ in range(runtime.ranks_per_node)]
+        return [
+            Axes(world[rank], gpu[rank], node[rank % runtime.ranks_per_node][rank // runtime.ranks_per_node])
+            for rank in range(runtime.num_ranks)
+        ]
 
     @property
     def models(self) -> list[DecoderModel]:
@@ -196,7 +217,8 @@ class ThreadExecutor:
         except EOFError:
             pass
         except BaseException as error:
-            self.barrier.abort()
+            for barrier in self.barriers:
+                barrier.abort()
             channel.send(error)
 
     def submit(self, step: Step) -> None:
@@ -244,6 +266,7 @@ def make_engine(
     model: PreTrainedModel,
     num_ranks: int,
     *,
+    num_nodes: int = 1,
     max_model_len: int = 256,
     max_num_batched_tokens: int = 4096,
     num_blocks: int | None = None,
@@ -277,6 +300,7 @@ def make_engine(
         weights="sharded" if engine_args.get("weights") == "sharded" and num_ranks > 1 else "replicated",
         eos_token_ids=eos_token_ids,
         num_threads=1,
+        num_nodes=num_nodes,
     )
     if num_blocks is None:
         num_blocks = 4 * -(-max_model_len // block_size) + 1

@@ -122,6 +122,7 @@ class StepResult:
     prompt_logprobs: tuple[PromptTokenLogprobs, ...] = ()
     num_pairs: int = 0  # (query, key) pairs that this rank attended to in the step
     exchange_bytes: int = 0  # received from other ranks in the step
+    node_bytes: int = 0  # those of them that came from other nodes
     exchange_seconds: float = 0.0
 
 
@@ -130,13 +131,27 @@ class StepResult:
 
 @dataclass(frozen=True, slots=True)
 class SharedFiles:
-    """Descriptors of files in memory, of the same files on every rank. They have no name and end with the ranks."""
+    """Descriptors of files in memory, of the same files on every rank of a node.
 
-    store: int  # in which the collectives find each other
+    They have no name and end with the ranks.
+    """
+
+    store: int  # in which the collectives find each other, if there is no `StoreAddress`
     weights: int  # CPU only
     entries: int  # KV entries that travel; CPU only
     sums: int  # partial results that are added up; CPU only
     cache: int  # KV entries of all ranks, where each keeps a share; CPU only
+
+
+@dataclass(frozen=True, slots=True)
+class StoreAddress:
+    """Where the collectives of several machines find each other: a `TCPStore`, which the ranks' executor serves.
+
+    Which network interface leads there, the executor says in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME.
+    """
+
+    host: str
+    port: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -146,6 +161,7 @@ class RankStart:
     rank: int
     runtime: RuntimeConfig
     files: SharedFiles
+    store: StoreAddress | None = None  # None: ranks of one machine, which have a file
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,6 +33,7 @@ def read_metrics(now: EngineSnapshot) -> list[Metric]:
         Counter("twofold:engine_step_seconds", stats.step_seconds),
         Counter("twofold:computed_tokens", stats.num_tokens),
         Counter("twofold:exchange_bytes", stats.exchange_bytes),
+        Counter("twofold:exchange_node_bytes", stats.node_bytes),
         Counter("twofold:exchange_seconds", stats.exchange_seconds),
         Counter("twofold:rank_restarts", stats.num_restarts),
     ]

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from exchange_steps import MAX_NUM_ENTRIES, NUMS_OF_ENTRIES, WIDTHS, assert_equal, expected_caches, take_steps
 
 from twofold.parallel.exchange import Exchange
-from twofold.parallel.mesh import ProcessMesh
+from twofold.parallel.mesh import Axes, ProcessMesh
 from twofold.parallel.transport import AllGather, SharedMemory, make_transport
 
 CPU = torch.device("cpu")
@@ -23,13 +23,13 @@ CPU = torch.device("cpu")
 
 def run_rank(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    mesh, max_num_bytes = ProcessMesh(rank, size, f"{folder}/store", CPU), MAX_NUM_ENTRIES * max(WIDTHS) * 2
+    mesh, max_num_bytes = ProcessMesh.join(rank, size, f"{folder}/store", CPU), MAX_NUM_ENTRIES * max(WIDTHS) * 2
     file = os.open(f"{folder}/entries", os.O_RDWR | os.O_CREAT)
     with patch("os.posix_fallocate", side_effect=OSError(errno.ENOSPC, "No space left on device")):
-        without_room = make_transport("auto", mesh, CPU, max_num_bytes, file)
+        without_room = make_transport("auto", Axes.of_one_node(mesh), CPU, max_num_bytes, file)
     transports = {
         "all_gather": AllGather(mesh, CPU),
-        "shared_memory": make_transport("auto", mesh, CPU, max_num_bytes, file),
+        "shared_memory": make_transport("auto", Axes.of_one_node(mesh), CPU, max_num_bytes, file),
         "without_room": without_room,
     }
     assert isinstance(transports["shared_memory"], SharedMemory)

@@ -25,7 +25,7 @@ WAYS = ("gather", "made", "without_room")
 
 def run_rank(rank: int, size: int, folder: str) -> None:
     torch.set_num_threads(1)
-    mesh, max_num_bytes = ProcessMesh(rank, size, f"{folder}/store", CPU), MAX_NUM_ROWS * WIDTH * 4
+    mesh, max_num_bytes = ProcessMesh.join(rank, size, f"{folder}/store", CPU), MAX_NUM_ROWS * WIDTH * 4
     file = os.open(f"{folder}/sums", os.O_RDWR | os.O_CREAT)
     with patch("os.posix_fallocate", side_effect=OSError(errno.ENOSPC, "No space left on device")):
         without_room = make_sum(mesh, CPU, max_num_bytes, file)

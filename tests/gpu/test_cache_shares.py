@@ -35,7 +35,7 @@ def run_rank(rank: int, size: int, folder: str) -> None:
         share_gpu()
     device = torch.device(f"cuda:{rank % torch.cuda.device_count()}")
     torch.cuda.set_device(device)
-    mesh = ProcessMesh(rank, size, f"{folder}/store", device)
+    mesh = ProcessMesh.join(rank, size, f"{folder}/store", device)
     memory = Symmetric(mesh, device)
     shares = [LayerShare(256, by_heads, size, 8) for by_heads in (True, False, True, False, True)]
     cache = ShardedKVCache(shares, NUM_BLOCKS, BLOCK_SIZE, torch.bfloat16, rank, memory.allocate)

@@ -36,7 +36,7 @@ def run_rank(rank: int, size: int, folder: str) -> None:
         share_gpu()
     device = torch.device(f"cuda:{rank % torch.cuda.device_count()}")
     torch.cuda.set_device(device)
-    mesh = ProcessMesh(rank, size, f"{folder}/store", device)
+    mesh = ProcessMesh.join(rank, size, f"{folder}/store", device)
     exchanges = {
         "all_gather": Exchange(mesh, AllGather(mesh, device)),
         "push": Exchange(mesh, Push(mesh, device, MAX_NUM_ENTRIES * max(WIDTHS) * 2)),

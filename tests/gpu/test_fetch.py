@@ -36,7 +36,7 @@ def run_rank(rank: int, size: int, folder: str) -> None:
         share_gpu()
     device = torch.device(f"cuda:{rank % torch.cuda.device_count()}")
     torch.cuda.set_device(device)
-    mesh = ProcessMesh(rank, size, f"{folder}/store", device)
+    mesh = ProcessMesh.join(rank, size, f"{folder}/store", device)
     kinds = range(len(SHAPES))
     right = [[whole_weight(layer, kind).to(device) for kind in kinds] for layer in range(NUM_LAYERS)]
     num_bytes = sum(weight.nbytes for layer in right for weight in layer) // size

@@ -31,7 +31,7 @@ def run_rank(rank: int, size: int, folder: str) -> None:
         share_gpu()
     device = torch.device(f"cuda:{rank % torch.cuda.device_count()}")
     torch.cuda.set_device(device)
-    mesh = ProcessMesh(rank, size, f"{folder}/store", device)
+    mesh = ProcessMesh.join(rank, size, f"{folder}/store", device)
     ways: dict[str, Sum] = {"gather": GatherSum(mesh)}
     for way in WAYS:
         ways[way] = SymmetricSum(mesh, device, MAX_NUM_BYTES, choices=((MAX_NUM_BYTES, way),))

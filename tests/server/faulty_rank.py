@@ -22,7 +22,7 @@ launch = ModelRunner.launch
 
 
 def launch_or_fail(self: ModelRunner, step: Step, *args: Any) -> LaunchedStep:
-    rank = self.mesh.rank
+    rank = self.axes.world.rank
     if _take(f"oom-{rank}"):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nGPU 0 has a total of ...")
     if _take(f"hang-{rank}"):

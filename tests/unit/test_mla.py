@@ -172,7 +172,7 @@ def test_only_latents_are_stored_and_sent(deepseek: PreTrainedModel) -> None:
         stored = sum(stack.untyped_storage().nbytes() for stack in runner.cache.stacks)
         assert stored / (num_blocks * block_size) / len(runner.cache.blocks) == ENTRY_WIDTH * 4
         assert runner.exchange.transport.num_bytes == 2 * (num_tokens - num_tokens // num_ranks) * ENTRY_WIDTH * 4
-        sent = [shape for shape in runner.mesh.calls if len(shape) == 2]
+        sent = [shape for shape in runner.axes.world.calls if len(shape) == 2]
         assert sent == [(num_tokens // num_ranks, ENTRY_WIDTH)] * 2
     assert engine.executor.reports[0].bytes_per_block == 2 * block_size * ENTRY_WIDTH * 4
     [new] = [new for step in engine.executor.steps for new in step.new]

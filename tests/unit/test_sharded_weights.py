@@ -86,7 +86,7 @@ def test_packed_projections_are_filled_part_by_part(monkeypatch: pytest.MonkeyPa
     shard = Rank._shard
 
     def packed(self: Rank, *args: Any) -> str | None:
-        self.model.optimize(self.mesh.size, enforce_eager=False)
+        self.model.optimize(self.axes.gpu.size, enforce_eager=False)
         return shard(self, *args)
 
     monkeypatch.setattr(Rank, "_shard", packed)

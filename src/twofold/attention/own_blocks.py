@@ -16,7 +16,7 @@ from twofold.attention.backends.base import AttentionBackend
 from twofold.attention.combine import merge
 from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.spec import AttentionSpec
-from twofold.parallel.mesh import Mesh
+from twofold.parallel.mesh import Mesh, gather
 
 
 @dataclass(slots=True)
@@ -44,21 +44,14 @@ def attend(
     n, h = query.shape[:2]
     queries, rows, heads = query, slice(None), slice(None)
     if not own.by_heads:
-        queries, rows = _gather(query, mesh).flatten(0, 1), slice(mesh.rank * n, (mesh.rank + 1) * n)
+        queries, rows = gather(mesh, query).flatten(0, 1), slice(mesh.rank * n, (mesh.rank + 1) * n)
     elif h < num_heads:
-        queries = _gather(query, mesh).transpose(0, 1).flatten(1, 2)
+        queries = gather(mesh, query).transpose(0, 1).flatten(1, 2)
         heads = slice(mesh.rank * h, (mesh.rank + 1) * h)
     whole = replace(spec, num_heads=queries.shape[1], sinks=None)
-    parts = [_gather(part, mesh)[:, rows, heads] for part in backend.attend(queries, kv_cache, whole, own.rows)]
+    parts = [gather(mesh, part)[:, rows, heads] for part in backend.attend(queries, kv_cache, whole, own.rows)]
     outs, lses = parts[0].float(), parts[1]
     out, lse = outs[0], lses[0]
     for rank in range(1, mesh.size):
         out, lse = merge(out, lse, outs[rank], lses[rank])
     return out.to(query.dtype), lse
-
-
-def _gather(mine: torch.Tensor, mesh: Mesh) -> torch.Tensor:
-    """[N, ...] of every rank → [P, N, ...]."""
-    gathered = mine.new_empty(mesh.size * len(mine), *mine.shape[1:])
-    mesh.all_gather(gathered, mine.contiguous())
-    return gathered.view(mesh.size, *mine.shape)

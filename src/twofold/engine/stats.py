@@ -14,6 +14,7 @@ class EngineStats:
     step_seconds: float = 0.0
     tokens_per_second: float = 0.0  # of late, of steps that prefill
     exchange_bytes: int = 0  # received by all ranks from others
+    node_bytes: int = 0  # those of them that came from other nodes
     exchange_seconds: float = 0.0  # of the rank that spent least: the others waited for it
     partition_imbalance: float = 1.0  # attended pairs, busiest rank over mean, in the last step that prefilled
     num_restarts: int = 0
@@ -31,6 +32,7 @@ class EngineStats:
             pairs = [result.num_pairs for result in results]
             self.partition_imbalance = max(pairs) * len(pairs) / sum(pairs)
         self.exchange_bytes += sum(result.exchange_bytes for result in results)
+        self.node_bytes += sum(result.node_bytes for result in results)
         self.exchange_seconds += min(result.exchange_seconds for result in results)
 
     def take_restart(self, start: float) -> None:

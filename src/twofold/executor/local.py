@@ -1,4 +1,7 @@
-"""Ranks as processes of this machine, each behind a socket pair. They end when their engine does, however it ends."""
+"""Ranks as processes of this machine, each behind a socket pair. They end when their engine does, however it ends.
+
+Told of several nodes, it pretends: ranks of one node share memory, and those of different nodes share nothing.
+"""
 
 import contextlib
 import os
@@ -43,11 +46,12 @@ class LocalExecutor(ChannelExecutor):
         self._looks_stopped = [0] * runtime.num_ranks
         self._end = weakref.finalize(self, _end_ranks, os.getpid(), self._processes, self._channels, self._lifelines)
         try:
-            with _shared_files() as files:
-                for _ in range(runtime.num_ranks):
-                    self._start(runtime, files)
-            for rank in range(runtime.num_ranks):
-                self._post(rank, pack(RankStart(rank, runtime, files)))
+            with _shared_files(runtime.num_nodes) as of_nodes:
+                files = [of_nodes[rank // runtime.ranks_per_node] for rank in range(runtime.num_ranks)]
+                for mine in files:
+                    self._start(runtime, mine)
+            for rank, mine in enumerate(files):
+                self._post(rank, pack(RankStart(rank, runtime, mine)))
             self.reports = self._answers(RankReport, start_timeout)
         except OSError as error:
             self.shutdown()
@@ -117,11 +121,14 @@ def _end_ranks(
 
 
 @contextlib.contextmanager
-def _shared_files() -> Iterator[SharedFiles]:
-    """Files in memory for ranks that are started meanwhile. Nobody but them has these files then."""
+def _shared_files(num_nodes: int) -> Iterator[list[SharedFiles]]:
+    """Files in memory for the ranks of each node that are started meanwhile. Nobody but them has these files then."""
     with contextlib.ExitStack() as stack:
-        files = []
-        for name in ("store", "weights", "entries", "sums", "cache"):
-            files.append(os.memfd_create(f"twofold-{name}"))
-            stack.callback(os.close, files[-1])
-        yield SharedFiles(*files)
+
+        def make(name: str) -> int:
+            file = os.memfd_create(f"twofold-{name}")
+            stack.callback(os.close, file)
+            return file
+
+        store = make("store")
+        yield [SharedFiles(store, *map(make, ("weights", "entries", "sums", "cache"))) for _ in range(num_nodes)]

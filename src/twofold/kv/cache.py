@@ -30,6 +30,7 @@ class KVCache:
             for width in dict.fromkeys(widths)
         }
         self.stacks = list(stacks.values())
+        self.whole_stacks: list[torch.Tensor] = []  # by heads: those of which no rank has a part
         layers = {width: iter(stack) for width, stack in stacks.items()}
         self.slots = [next(layers[width]) for width in widths]  # each [num_slots, entry_width]
         # each [num_blocks, block_size, entry_width]
@@ -38,8 +39,8 @@ class KVCache:
     def part(self, rank: int, entry_widths: Sequence[int]) -> Self:
         """The same memory as a rank sees it in steps by heads.
 
-        Of a layer with narrower `entry_widths` its blocks are only the columns of the rank's part, and `stacks` are
-        those with such layers.
+        Of a layer with narrower `entry_widths` its blocks are only the columns of the rank's part. `stacks` are those
+        with such layers, `whole_stacks` the others.
         """
         part = copy.copy(self)
         layers = zip(self.blocks, entry_widths, strict=True)
@@ -49,6 +50,7 @@ class KVCache:
         ]
         divided = {whole.shape[-1] for whole, mine in zip(self.blocks, part.blocks, strict=True) if whole is not mine}
         part.stacks = [stack for stack in self.stacks if stack.shape[-1] in divided]
+        part.whole_stacks = [stack for stack in self.stacks if stack.shape[-1] not in divided]
         return part
 
 

@@ -69,6 +69,7 @@ class ShardedKVCache:
         """`allocate` takes so many bytes on every rank, and gives everyone's. `num_blocks` are those of all ranks."""
         self.num_blocks, self.block_size, self.shares, self.rank = num_blocks, block_size, list(shares), rank
         self.stacks: list[torch.Tensor] = []  # nothing travels when a step ends
+        self.whole_stacks: list[torch.Tensor] = []
         memory = allocate(num_bytes(shares, num_blocks, block_size, dtype))
         # [rank][layer], each [places, block_size, width]
         self.everyones = [_layers(mine, shares, num_blocks, block_size, dtype) for mine in memory]

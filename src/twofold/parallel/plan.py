@@ -10,7 +10,8 @@ policy says which rank computes which chunk. Causal attention makes late chunks 
 than there are chunks, a decode for example, is one row of one rank; these are dealt out by context length.
 
 By heads (tensor parallelism), every rank computes its heads and columns of all tokens: a request is one row on every
-rank. It is still sampled by one of them, its owner.
+rank. It is still sampled by one of them, its owner. Between nodes sums over ranks would be slow: of several nodes, one
+has a request, which is a row on every rank there.
 
 PCP=2 example by tokens: a prompt of 8 tokens A...H and a decode X
 
@@ -27,6 +28,14 @@ The same by heads
     rows             [ A-H  X | A-H  X ]                            row_ptr = [0, 2, 4]
     sampled          [ A-H | X ]
     owner            request 0 -> rank 0, request 1 -> rank 1
+
+The same by heads on 2 nodes of 2 ranks: node 0 has the prompt, node 1 the decode
+
+    rank             0                 1                 2                 3
+    rows             [ A-H             | A-H             | X               | X ]               row_ptr = [0, 1, 2, 3, 4]
+    gathered         [ A B C D E F G H | X _ _ _ _ _ _ _ | A B C D E F G H | X _ _ _ _ _ _ _ ] of ranks 0, 2, 1, 3
+    sampled          [ A-H             | _               | X               | _ ]
+    owner            request 0 -> rank 0, request 1 -> rank 2
 """
 
 from collections.abc import Callable
@@ -66,6 +75,9 @@ class Layout(Protocol):
     def num_ranks(self) -> int: ...
 
     @property
+    def num_nodes(self) -> int: ...
+
+    @property
     def by_heads(self) -> bool: ...
 
     def rows(self, batch: ScheduledBatch) -> "Rows":
@@ -81,7 +93,10 @@ class Layout(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """V rows of all ranks, sorted by rank, then request, then start. By heads a token is in a row of every rank."""
+    """V rows of all ranks, sorted by rank, then request, then start.
+
+    By heads a token is in a row of every rank of one node.
+    """
 
     rank: IntArray  # [V]
     request_idx: IntArray  # [V] row -> request of the scheduled batch
@@ -92,10 +107,11 @@ class Rows:
 
 @dataclass(frozen=True, slots=True)
 class TokenLayout:
-    """By tokens: each rank computes whole layers of its rows. Several nodes would be one more axis of ranks here."""
+    """By tokens: each rank computes whole layers of its rows, on whichever node it is."""
 
     num_ranks: int
     policy: str = "dual_chunk_swap"
+    num_nodes: int = 1
     by_heads = False
 
     def __post_init__(self) -> None:
@@ -132,11 +148,7 @@ class TokenLayout:
         lengths = base[:, None] + (turn < extra[:, None])  # [split, C]
         starts = computed[split, None] + np.cumsum(lengths, axis=1) - lengths
 
-        # Whole requests: the longest contexts first, back and forth over the ranks.
-        place = np.empty(len(whole), np.int64)
-        longest_first = np.argsort(-(computed[whole] + scheduled[whole]), kind="stable")
-        place[longest_first] = np.arange(len(whole)) % (2 * num_ranks)
-        whole_rank = np.minimum(place, 2 * num_ranks - 1 - place)
+        whole_rank = deal(computed[whole] + scheduled[whole], num_ranks)  # by the length of contexts
 
         request_idx = np.concatenate([np.repeat(split, num_chunks), whole])
         start = np.concatenate([starts.ravel(), computed[whole]])
@@ -150,26 +162,47 @@ class TokenLayout:
 
 @dataclass(frozen=True, slots=True)
 class HeadLayout:
-    """By heads: each rank computes its heads and columns of every row. Requests are dealt out to be sampled."""
+    """By heads: each rank of a node computes its heads and columns of all rows of that node's requests.
+
+    Requests are dealt out to the nodes, and those of a node to its ranks to be sampled.
+    """
 
     num_ranks: int
+    num_nodes: int = 1
     by_heads = True
+
+    def node_of(self, batch: ScheduledBatch) -> IntArray:
+        """[R] request -> node: by its tokens in the step, and among equal ones by the length of its context."""
+        return deal((batch.num_scheduled_tokens << 32) + batch.num_computed_tokens, self.num_nodes)
 
     def max_keys(self, num_tokens: int) -> int:
         return num_tokens
 
     def max_decodes(self, num_requests: int) -> int:
-        return num_requests
+        return -(-num_requests // self.num_nodes)
 
     def rows(self, batch: ScheduledBatch) -> Rows:
-        requests, ranks = np.arange(len(batch)), np.arange(self.num_ranks)
+        num_places, node = self.num_ranks // self.num_nodes, self.node_of(batch)
+        of_node = [np.flatnonzero(node == number) for number in range(self.num_nodes)]
+        counts = np.repeat([len(requests) for requests in of_node], num_places)  # [P] rank -> its rows
+        request_idx = np.concatenate([np.tile(requests, num_places) for requests in of_node])
+        owner = np.empty(len(batch), np.int64)
+        for number, requests in enumerate(of_node):
+            owner[requests] = number * num_places + np.arange(len(requests)) % num_places
         return Rows(
-            rank=np.repeat(ranks, len(batch)),
-            request_idx=np.tile(requests, self.num_ranks),
-            start=np.tile(batch.num_computed_tokens, self.num_ranks),
-            length=np.tile(batch.num_scheduled_tokens, self.num_ranks),
-            owner=requests % self.num_ranks,
+            rank=np.repeat(np.arange(self.num_ranks), counts),
+            request_idx=request_idx,
+            start=batch.num_computed_tokens[request_idx],
+            length=batch.num_scheduled_tokens[request_idx],
+            owner=owner,
         )
+
+
+def deal(weights: IntArray, num_hands: int) -> IntArray:
+    """[R] request -> the hand that gets it: the heaviest first, back and forth over the hands."""
+    place = np.empty(len(weights), np.int64)
+    place[np.argsort(-weights, kind="stable")] = np.arange(len(weights)) % (2 * num_hands)
+    return np.minimum(place, 2 * num_hands - 1 - place)
 
 
 @dataclass(frozen=True, slots=True)
@@ -190,11 +223,12 @@ UNPADDED = Buckets()
 class StepPlan:
     """What every rank does in a step. V rows sorted by rank, then request, then start; R requests, P ranks.
 
-    T is the number of all ranks' tokens, by heads P times those of the batch; tokens are in the order of rows. Each
-    rank's part of the gathered KV entries has N places.
+    T is the number of all ranks' tokens, by heads those of the batch times the ranks of a node; tokens are in the order
+    of rows. Each rank's part of the gathered KV entries has N places.
     """
 
     by_heads: bool
+    num_nodes: int
 
     request_idx: IntArray  # [V] row -> request of the scheduled batch
     start: IntArray  # [V] tokens of the request before the row, on whichever rank
@@ -218,6 +252,10 @@ class StepPlan:
         rank's new ones."""
         return self.is_decode or self.by_heads
 
+    def node_of(self, rank: int) -> int:
+        """Rank -> its node."""
+        return rank * self.num_nodes // self.num_ranks
+
     def rows_of(self, rank: int) -> slice:
         return slice(int(self.row_ptr[rank]), int(self.row_ptr[rank + 1]))
 
@@ -233,9 +271,10 @@ class StepPlan:
         return positions
 
     def gathered_idx(self) -> IntArray:
-        """[T] token -> place of its KV entry among the P * N gathered ones."""
+        """[T] token -> place of its KV entry among the P * N gathered ones (`exchange.py` has their order)."""
         rank_end = np.cumsum(self.num_tokens)
-        shift = np.arange(self.num_ranks) * self.num_padded_tokens - (rank_end - self.num_tokens)
+        part = np.arange(self.num_ranks).reshape(-1, self.num_nodes).T.ravel()  # rank -> its part of the gathered ones
+        shift = part * self.num_padded_tokens - (rank_end - self.num_tokens)
         places: IntArray = np.arange(int(rank_end[-1])) + np.repeat(shift, self.num_tokens)
         return places
 
@@ -278,6 +317,7 @@ def plan_step(batch: ScheduledBatch, layout: Layout, buckets: Buckets = UNPADDED
 
     return StepPlan(
         by_heads=layout.by_heads,
+        num_nodes=layout.num_nodes,
         request_idx=rows.request_idx,
         start=start,
         length=length,

@@ -3,7 +3,7 @@
     my entries [n, W] ──► everyone's entries [P * n, W] ──write──► kv_slots [num_slots, W]
 
 Every rank sends the same shape, so a rank without tokens takes part like the others. `parallel/exchange.py` says when
-they travel.
+they travel. Between nodes they travel once, in `AcrossNodes`; all other transports are for the ranks of one node.
 """
 
 import logging
@@ -14,7 +14,7 @@ from typing import Protocol
 import torch
 
 from twofold.kv.cache import Write, write_entries
-from twofold.parallel.mesh import Mesh, ProcessMesh
+from twofold.parallel.mesh import Axes, Mesh, ProcessMesh, gather
 from twofold.parallel.shared_memory import share
 
 logger = logging.getLogger(__name__)
@@ -23,8 +23,12 @@ logger = logging.getLogger(__name__)
 class Transport(Protocol):
     """One way for entries to travel."""
 
-    num_bytes: int  # received from other ranks, since the start
-    num_seconds: float  # in which this rank did nothing else, waits for slower ranks included; CPU only
+    num_bytes: int  # received from other ranks of my node, since the start
+    num_node_bytes: int  # the same from other nodes
+
+    @property
+    def num_seconds(self) -> float:
+        """In which this rank did nothing else, waits for slower ranks included; CPU only."""
 
     def begin(self) -> None:
         """Starts a step."""
@@ -42,7 +46,7 @@ class Transport(Protocol):
 class OneRank:
     """For one rank, which only writes its own entries."""
 
-    num_bytes, num_seconds = 0, 0.0
+    num_bytes, num_node_bytes, num_seconds = 0, 0, 0.0
 
     def begin(self) -> None:
         pass
@@ -62,7 +66,7 @@ class AllGather:
 
     def __init__(self, mesh: Mesh, device: torch.device) -> None:
         self.mesh = mesh
-        self.num_bytes, self.num_seconds = 0, 0.0
+        self.num_bytes, self.num_node_bytes, self.num_seconds = 0, 0, 0.0
         self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
         self._is_busy = False  # the stream has work that no other stream waits for yet
 
@@ -175,6 +179,59 @@ class SharedMemory(AllGather):
         write_all(gathered, writes)
 
 
+class AcrossNodes:
+    """Entries travel twice: to the ranks at my place of every node, and from there within each node.
+
+    So an entry crosses from one node to another once, whatever the number of ranks there:
+
+        my entries [n, W] ──gather──► those of my place [N * n, W] ──within──► everyone's [G * N * n, W]
+
+    N=2, G=2 example: rank 0's entry A goes to rank 2; then rank 0 hands it to rank 1, and rank 2 to rank 3.
+
+    On CUDA the gather runs on a stream of its own, as the transport `within` a node does.
+    """
+
+    def __init__(self, node: Mesh, within: Transport, device: torch.device) -> None:
+        self._node, self._within = node, within
+        self.num_node_bytes, self._num_seconds = 0, 0.0
+        self._stream = torch.cuda.Stream(device, priority=-1) if device.type == "cuda" else None
+        self._gathered: list[torch.Tensor] = []  # used by the stream of `within` until `complete`
+
+    @property
+    def num_bytes(self) -> int:
+        return self._within.num_bytes
+
+    @num_bytes.setter
+    def num_bytes(self, value: int) -> None:
+        self._within.num_bytes = value
+
+    @property
+    def num_seconds(self) -> float:
+        return self._num_seconds + self._within.num_seconds
+
+    def begin(self) -> None:
+        self._within.begin()
+
+    def send(self, entries: torch.Tensor, writes: Sequence[Write], ready: "torch.cuda.Event | None" = None) -> None:
+        self.num_node_bytes += entries.nbytes * (self._node.size - 1)
+        if self._stream is None:
+            start = time.perf_counter()
+            gathered = gather(self._node, entries).flatten(0, 1)
+            self._num_seconds += time.perf_counter() - start
+            self._within.send(gathered, writes, ready)
+            return
+        self._stream.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(self._stream):
+            self._gathered.append(gather(self._node, entries).flatten(0, 1))
+            self._within.send(self._gathered[-1], writes, ready)
+
+    def complete(self) -> None:
+        self._within.complete()
+        if self._stream is not None and self._gathered:  # a graph cannot wait for a stream that it has not used
+            torch.cuda.current_stream().wait_stream(self._stream)
+            self._gathered.clear()
+
+
 def write_all(gathered: torch.Tensor, writes: Sequence[Write]) -> None:
     """Writes every rank's entries [P * n, W]."""
     for write in writes:
@@ -194,11 +251,17 @@ def write_others(gathered: torch.Tensor, slots: torch.Tensor, kv_slots: torch.Te
             write_entries(gathered[part], slots[part], kv_slots)
 
 
-def make_transport(name: str, mesh: Mesh, device: torch.device, max_num_bytes: int, file: int) -> Transport:
+def make_transport(name: str, axes: Axes, device: torch.device, max_num_bytes: int, file: int) -> Transport:
     """The transport that the engine argument `exchange` names; "auto" pushes where GPUs reach each other's memory.
 
-    `max_num_bytes` of entries from all ranks travel together; `file` is one that all ranks have a descriptor of.
+    `max_num_bytes` of entries from all ranks travel together; `file` is one that all ranks of a node have a descriptor
+    of.
     """
+    within = _within_node(name, axes.gpu, device, max_num_bytes, file)
+    return within if axes.node.size == 1 else AcrossNodes(axes.node, within, device)
+
+
+def _within_node(name: str, mesh: Mesh, device: torch.device, max_num_bytes: int, file: int) -> Transport:
     if mesh.size == 1:
         return OneRank()
     if name == "all_gather" or not isinstance(mesh, ProcessMesh):

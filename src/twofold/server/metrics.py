@@ -116,6 +116,7 @@ class _State(Collector):  # type: ignore[misc]
         yield counter("engine_step_seconds", "Seconds in steps.", stats.step_seconds)
         yield counter("computed_tokens", "Computed tokens of prompts and answers.", stats.num_tokens)
         yield counter("exchange_bytes", "Bytes of KV entries received from other ranks.", stats.exchange_bytes)
+        yield counter("exchange_node_bytes", "Those of them from ranks of other nodes.", stats.node_bytes)
         yield counter("exchange_seconds", "Seconds of the exchange that nothing hid (CPU).", stats.exchange_seconds)
         yield gauge("partition_imbalance", "Attended pairs, busiest rank over mean.", stats.partition_imbalance)
         yield counter("rank_restarts", "Times that lost ranks were replaced.", stats.num_restarts)

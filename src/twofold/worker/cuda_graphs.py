@@ -74,7 +74,8 @@ class _Graph:
     metadata: AttentionMetadata
     outputs: "Outputs"
     own: OwnBlocks | None = None
-    exchange_bytes: int = 0  # received in a replay
+    num_bytes: int = 0  # received in a replay from other ranks of the node
+    num_node_bytes: int = 0  # and from other nodes
 
 
 @dataclass(slots=True)
@@ -83,7 +84,7 @@ class Outputs:
 
     hidden_states: torch.Tensor  # [N, hidden_size], or of each row's last token [V', hidden_size]
     logits: torch.Tensor | None = None  # [V', vocab_size or this rank's part of it] of each row's last token
-    greedy_token_ids: torch.Tensor | None = None  # [P, V'] of all ranks' rows; by heads [1, V'], the same on all
+    greedy_token_ids: torch.Tensor | None = None  # [P, V'] of all ranks' rows; by heads [N, V'] of all nodes'
 
 
 class CUDAGraphs:
@@ -160,11 +161,13 @@ class CUDAGraphs:
         for _ in range(2):  # kernels are compiled and chosen outside of the capture
             run()
         torch.cuda.synchronize()
-        before = self._exchange.transport.num_bytes
+        traffic = self._exchange.transport
+        before = traffic.num_bytes, traffic.num_node_bytes
         # Other threads (NCCL's watchdog) use CUDA at the same time.
         with torch.cuda.graph(graph.graph, pool=self._pool, capture_error_mode="thread_local"):
             graph.outputs = run()
-        graph.exchange_bytes = self._exchange.transport.num_bytes - before
+        graph.num_bytes = traffic.num_bytes - before[0]
+        graph.num_node_bytes = traffic.num_node_bytes - before[1]
         self._graphs[n, is_decode, shares_prefix] = graph
 
     def _add_tokens(self, hidden_states: torch.Tensor) -> Outputs:
@@ -209,7 +212,8 @@ class CUDAGraphs:
             there.block_tables[:, : here.block_tables.shape[1]].copy_(here.block_tables)
             graph.own.slots.copy_(own.slots)
         graph.graph.replay()
-        self._exchange.transport.num_bytes += graph.exchange_bytes
+        self._exchange.transport.num_bytes += graph.num_bytes
+        self._exchange.transport.num_node_bytes += graph.num_node_bytes
         return graph.outputs
 
     def _make_own_blocks(self, graph: _Graph) -> OwnBlocks:

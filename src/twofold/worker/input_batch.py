@@ -30,7 +30,7 @@ class InputBatch:
     row_request_idx: IntArray  # [V] my row -> request of the step
     row_state_idx: IntArray  # [V] my row -> request state
     row_start: IntArray  # [V] my row -> position of its first token
-    sampled_idx: torch.Tensor  # [S] my sampled token -> place of its hidden state; by heads [P * max S] of all
+    sampled_idx: torch.Tensor  # [S] my sampled token -> place of its hidden state; by heads [G * max S] of my node
     sampled_request_idx: IntArray  # [S] my sampled token -> request of the step
     all_sampled_request_idx: IntArray  # [P * max S] gathered sampled token -> request of the step, -1 is padding
     all_sampled_state_idx: torch.Tensor  # [P * max S] gathered sampled token -> request state
@@ -84,12 +84,14 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
     all_seq_lens = np.concatenate([seq_lens, padding_lens])
     num_row_blocks = 0 if plan.is_decode else int((-(-all_seq_lens[num_decode_rows:] // block_size)).sum())
 
-    # Sampled tokens. By heads every rank has all rows, in the same order, and so each sampled token's hidden state.
+    # Sampled tokens. By heads every rank of a node has the same rows, and so the hidden state of each one's token.
     my_sampled = plan.sampled_row[rank][plan.sampled_row[rank] >= 0]
     all_sampled_row = plan.sampled_row.ravel()
     is_sampled, width = all_sampled_row >= 0, plan.sampled_row.shape[1]
-    here = all_sampled_row % len(length) if plan.by_heads else my_sampled - rows.start
-    last_token = query_start[1:][here] - 1
+    place = np.where(is_sampled, all_sampled_row - np.repeat(plan.row_ptr[:-1], width), 0)  # among its rank's rows
+    here = place.reshape(plan.num_nodes, -1)[plan.node_of(rank)] if plan.by_heads else my_sampled - rows.start
+    query_start_padded = np.concatenate([query_start, padding_start])
+    last_token = query_start_padded[1:][here] - 1
 
     on_device = to_device(
         {
@@ -99,10 +101,10 @@ def prepare(batch: ScheduledBatch, plan: StepPlan, states: RequestStates, rank: 
             "newest_state": my_state[newest],
             "slots": slots,
             "sampled": last_token if plan.needs_all_hidden_states else here,
-            "all_sampled_row": np.where(is_sampled, all_sampled_row - np.repeat(plan.row_ptr[:-1], width), 0),
+            "all_sampled_row": place,
             # Padding writes its token to the state that no request has.
             "all_sampled_state": np.where(is_sampled, row_state[all_sampled_row], states.max_num_seqs),
-            "query_start": np.concatenate([query_start, padding_start]).astype(np.int32),
+            "query_start": query_start_padded.astype(np.int32),
             "seq_lens": all_seq_lens.astype(np.int32),
             "block_tables": np.concatenate([block_tables, np.zeros((len(padding_lens), num_blocks), np.int32)]),
         },
@@ -153,12 +155,14 @@ def find_shared_prefix(
 
     Then all ranks have one, since they replay the same CUDA graph. On a rank without such rows it is empty.
     `metadata` has the rank's rows, all_tables [all V, B] the blocks of all ranks' rows. By heads these are the same on
-    every rank, so the first rank's tell all: a row shares nothing with itself.
+    every rank of a node, so those of its first rank tell all: a row shares nothing with itself.
     """
     row_ptr, all_lens = plan.row_ptr, plan.start + plan.length
     if plan.by_heads:
-        row_ptr, rank = row_ptr[:2], 0
-        all_tables, all_lens = all_tables[: row_ptr[1]], all_lens[: row_ptr[1]]
+        firsts = range(0, plan.num_ranks, plan.num_ranks // plan.num_nodes)
+        kept = np.concatenate([np.arange(row_ptr[first], row_ptr[first + 1]) for first in firsts])
+        row_ptr, rank = np.cumsum([0] + [row_ptr[first + 1] - row_ptr[first] for first in firsts]), plan.node_of(rank)
+        all_tables, all_lens = all_tables[kept], all_lens[kept]
     all_rows, num_blocks = shared_prefix.largest_shared_prefix(all_tables, all_lens, block_size)
     bounds = np.searchsorted(all_rows, row_ptr)  # rank -> its first row that shares the prefix
     if (int(np.diff(bounds).max()) - 1) * num_blocks * block_size < shared_prefix.MIN_SAVED_TOKENS:

@@ -21,7 +21,7 @@ from twofold.kv.sharded import LayerShare, ShardedKVCache
 from twofold.models.decoder import DecoderModel
 from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.fetch_entries import EntryFetch
-from twofold.parallel.mesh import Mesh
+from twofold.parallel.mesh import Axes, gather
 from twofold.parallel.plan import UNPADDED, HeadLayout, Layout, TokenLayout, plan_step
 from twofold.sampling_params import SamplingParams
 from twofold.worker.cuda_graphs import CaptureLimits, CUDAGraphs, Outputs
@@ -52,6 +52,7 @@ class LaunchedStep:
     logprobs: LogprobTensors | None  # of my sampled tokens
     prompt_logprobs: list[tuple[int, int, LogprobTensors]]  # number of the request, position of the first token
     exchange_bytes: int
+    node_bytes: int
     exchange_seconds: float
     done: Event
 
@@ -76,7 +77,7 @@ class ModelRunner:
         self,
         model: DecoderModel,
         states: RequestStates,
-        mesh: Mesh,
+        axes: Axes,
         exchange: Exchange,
         backend: AttentionBackend,
         device: Device,
@@ -84,7 +85,7 @@ class ModelRunner:
         eos_token_ids: frozenset[int],
     ) -> None:
         self.states, self.eos_token_ids = states, eos_token_ids
-        self.mesh, self.exchange, self.backend, self.device = mesh, exchange, backend, device
+        self.axes, self.exchange, self.backend, self.device = axes, exchange, backend, device
         self.by_tokens = Way(layout, model)
         self.by_heads: Way | None = None  # where steps may run so
         self.cache: KVCache | ShardedKVCache
@@ -94,16 +95,21 @@ class ModelRunner:
     def ways(self) -> list[Way]:
         return [way for way in (self.by_tokens, self.by_heads) if way is not None]
 
+    @property
+    def models(self) -> list[DecoderModel]:
+        """Those of all ways, each once."""
+        return list({id(way.model): way.model for way in self.ways}.values())
+
     def add_heads(self, model: DecoderModel) -> None:
         """Steps may run by heads from now on, with the rank's part `model`."""
-        self.by_heads = Way(HeadLayout(self.mesh.size), model)
+        self.by_heads = Way(HeadLayout(self.axes.world.size, self.axes.node.size), model)
 
     def set_cache(self, cache: KVCache) -> None:
         """Steps use this cache from now on, of which every rank has the same."""
         self.cache = cache
         for way in self.ways:
             widths = [spec.entry_width for spec in way.model.specs]
-            way.cache = cache.part(self.mesh.rank, widths) if way.layout.by_heads else cache
+            way.cache = cache.part(self.axes.gpu.rank, widths) if way.layout.by_heads else cache
 
     def set_shares(self, cache: ShardedKVCache, fetch: EntryFetch) -> None:
         """Steps use this cache from now on, of which each rank has a share."""
@@ -116,12 +122,13 @@ class ModelRunner:
     def launch(self, step: Step, receive_masks: Callable[[], Masks] | None = None) -> LaunchedStep:
         """Enqueues one step. `receive_masks` is called once its forward pass is enqueued, if it has masked requests."""
         traffic = self.exchange.transport
-        bytes_before, seconds_before = self._bytes_received(), traffic.num_seconds
+        bytes_before, node_bytes_before = self._bytes_received(), traffic.num_node_bytes
+        seconds_before = traffic.num_seconds
         self.states.apply(step)
         way = self.by_heads if step.by_heads else self.by_tokens
         assert way is not None, "steps by heads need a model that divides"
         plan = plan_step(step.batch, way.layout, UNPADDED if way.graphs is None else way.graphs.buckets)
-        batch = prepare(step.batch, plan, self.states, self.mesh.rank, self.cache.block_size)
+        batch = prepare(step.batch, plan, self.states, self.axes.world.rank, self.cache.block_size)
         own = self._begin_fetch(way, step, batch)
         outputs = self._forward(way, batch, own)
         masks = None
@@ -139,6 +146,7 @@ class ModelRunner:
             None if logprobs is None else logprobs.to_cpu(),
             [(number, position, tensors.to_cpu()) for number, position, tensors in prompt_logprobs],
             self._bytes_received() - bytes_before,
+            traffic.num_node_bytes - node_bytes_before,
             traffic.num_seconds - seconds_before,
             self.device.record(),
         )
@@ -147,7 +155,7 @@ class ModelRunner:
         """Starts to fetch; → what layers use that fetch nothing, though ranks have different blocks."""
         if self.fetch is None:
             return None
-        plan, own, cache, rank = None, None, self.fetch.cache, self.mesh.rank
+        plan, own, cache, rank = None, None, self.fetch.cache, self.axes.gpu.rank
         layers = way.decode_fetched_layers if batch.plan.is_decode else way.fetched_layers
         if layers:
             shares = [cache.shares[layer] for layer in layers]
@@ -158,17 +166,18 @@ class ModelRunner:
         return own
 
     def _bytes_received(self) -> int:
-        return self.exchange.transport.num_bytes + (0 if self.fetch is None else self.fetch.num_bytes)
+        traffic = self.exchange.transport
+        return traffic.num_bytes + traffic.num_node_bytes + (0 if self.fetch is None else self.fetch.num_bytes)
 
     def collect(self, launched: LaunchedStep) -> StepResult:
         """Waits for a launched step; notes its tokens and returns those that this rank sampled."""
-        scheduled, batch, rank = launched.step.batch, launched.batch, self.mesh.rank
+        scheduled, batch, rank = launched.step.batch, launched.batch, self.axes.world.rank
         launched.done.synchronize()
         token_ids: NDArray[np.int64] = launched.all_token_ids.numpy()
         sampled = batch.all_sampled_request_idx
         requests = sampled[sampled >= 0]
         self.states.append_sampled(scheduled.state_idx[requests], scheduled.numbers[requests], token_ids[sampled >= 0])
-        start = rank * (len(sampled) // self.mesh.size)
+        start = rank * (len(sampled) // self.axes.world.size)
         mine = batch.sampled_request_idx
         return StepResult(
             step_id=launched.step.step_id,
@@ -182,6 +191,7 @@ class ModelRunner:
             ),
             num_pairs=int(batch.plan.num_pairs[rank]),
             exchange_bytes=launched.exchange_bytes,
+            node_bytes=launched.node_bytes,
             exchange_seconds=launched.exchange_seconds,
         )
 
@@ -248,7 +258,7 @@ class ModelRunner:
         """Logits of rows [V', hidden_size], and the greedy tokens of all ranks' rows, as `Outputs` has them."""
         logits = way.model.logits(hidden_states)
         if not way.layout.by_heads:
-            return logits, self._gather(logits.argmax(dim=-1))
+            return logits, gather(self.axes.world, logits.argmax(dim=-1))
         if way.model.words is None:
             return logits, None
         num_rows = len(hidden_states)
@@ -262,7 +272,8 @@ class ModelRunner:
             [()] * num_rows,
         )
         candidates = best_of_part(logits, way.model.words.start, greedy)
-        return logits, choose(self._gather(candidates), greedy)[None]
+        token_ids = choose(gather(self.axes.gpu, candidates), greedy)
+        return logits, self._of_nodes(token_ids).view(-1, num_rows)
 
     def _forward_eager(
         self,
@@ -279,7 +290,7 @@ class ModelRunner:
         context = ForwardContext(way.model.specs, way.cache, self.exchange, self.backend, metadata, fetch, own)
         self.exchange.begin(plan)
         hidden_states = way.model.hidden_states(input_ids, position_ids, context, needs_all_hidden_states)
-        self.exchange.end(way.cache.stacks)
+        self.exchange.end(way.cache.stacks, way.cache.whole_stacks)
         return hidden_states
 
     def _sample(
@@ -288,18 +299,19 @@ class ModelRunner:
         """→ token ids of all ranks [P * max S], and log-probabilities of those that this rank owns; on the device.
 
         `masks` [M, W] are those of the step's masked requests.
-        A token is sampled by its owner alone, or chosen by every rank from the same candidates.
+        A token is sampled by its owner alone, or chosen by every rank of a node from the same candidates.
         """
         everyones, mine = batch.all_sampled_request_idx, batch.sampled_request_idx
         all_token_ids = torch.zeros(len(everyones), dtype=torch.long, device=self.device.torch_device)
         if not len(everyones):
             return all_token_ids, None
-        width = len(everyones) // self.mesh.size
-        start = self.mesh.rank * width
+        world = self.axes.world
+        width = len(everyones) // world.size
+        start = world.rank * width
         if outputs.greedy_token_ids is not None:
             state_idx = step.batch.state_idx[everyones[everyones >= 0]]
             if self.states.takes_the_best[state_idx].all():
-                of_ranks = outputs.greedy_token_ids.expand(self.mesh.size, -1)
+                of_ranks = _of_each_rank(outputs.greedy_token_ids, world.size)
                 return of_ranks.gather(1, batch.all_sampled_row.view(-1, width)).flatten(), None
         words = way.model.words
 
@@ -309,32 +321,34 @@ class ModelRunner:
             return way.model.logits(outputs.hidden_states[batch.sampled_idx])
 
         if batch.plan.by_heads:
-            sampling = self._sampling_batch(step, np.where(everyones >= 0, everyones, everyones.max()), masks)
+            of_node = everyones.reshape(self.axes.node.size, -1)[self.axes.node.rank]
+            sampling = self._sampling_batch(step, np.where(of_node >= 0, of_node, everyones.max()), masks)
             if words is not None and not needs_all_logits(sampling):
                 candidates = best_of_part(sampled_logits(), words.start, sampling)
-                return choose(self._gather(candidates), sampling), None
-            logits = self._whole(way, sampled_logits())[start : start + len(mine)]
+                return self._of_nodes(choose(gather(self.axes.gpu, candidates), sampling)), None
+            first = self.axes.gpu.rank * width
+            logits = self._whole(way, sampled_logits())[first : first + len(mine)]
         elif len(mine):
             logits = sampled_logits()
         my_token_ids, logprobs = all_token_ids[start : start + width], None
         if len(mine):
             my_token_ids[: len(mine)], logprobs = sample(logits, self._sampling_batch(step, mine, masks))
-        self.mesh.all_gather(all_token_ids, my_token_ids)
+        if batch.plan.by_heads:  # other nodes may have chosen from candidates
+            return self._of_nodes(gather(self.axes.gpu, my_token_ids).flatten()), logprobs
+        world.all_gather(all_token_ids, my_token_ids)
         return all_token_ids, logprobs
+
+    def _of_nodes(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """[n] that all ranks of a node have → [N * n] of all nodes."""
+        return token_ids if self.axes.node.size == 1 else gather(self.axes.node, token_ids).flatten()
 
     def _whole(self, way: Way, logits: torch.Tensor) -> torch.Tensor:
         """Logits [S, vocab_size] of this rank's part of them. Where ranks have parts, all of them call it."""
         if way.model.words is None:
             return logits
-        size = -(-way.model.num_words // self.mesh.size)
-        parts = self._gather(F.pad(logits, (0, size - logits.shape[1])))
+        size = -(-way.model.num_words // self.axes.gpu.size)
+        parts = gather(self.axes.gpu, F.pad(logits, (0, size - logits.shape[1])))
         return parts.transpose(0, 1).flatten(1)[:, : way.model.num_words]
-
-    def _gather(self, mine: torch.Tensor) -> torch.Tensor:
-        """[N, ...] of every rank → [P, N, ...]."""
-        gathered = mine.new_empty(self.mesh.size * len(mine), *mine.shape[1:])
-        self.mesh.all_gather(gathered, mine)
-        return gathered.view(self.mesh.size, *mine.shape)
 
     def _to_device(self, words: NDArray[np.int32]) -> torch.Tensor:
         """Masks [M, W], without a wait: from memory that is not pinned, a copy would wait for the forward pass."""
@@ -390,13 +404,19 @@ class ModelRunner:
                 size = min(MAX_PROMPT_LOGPROBS, count - first)
                 begin, position = int(bounds[row]) + first, start + first + 1
                 logits = self._whole(way, way.model.logits(hidden_states[begin : begin + size]))
-                if batch.plan.by_heads and batch.plan.owner[batch.row_request_idx[row]] != self.mesh.rank:
+                if batch.plan.by_heads and batch.plan.owner[batch.row_request_idx[row]] != self.axes.world.rank:
                     continue
                 targets = torch.from_numpy(states.token_ids[i, position : position + size].astype(np.int64))
                 targets = targets.to(self.device.torch_device)
                 tensors = compute_logprobs(logits, targets, params.prompt_logprobs)
                 wanted.append((int(states.numbers[i]), position, tensors))
         return wanted
+
+
+def _of_each_rank(token_ids: torch.Tensor, num_ranks: int) -> torch.Tensor:
+    """[P, V'] of each rank, of each node, or one for all → [P, V']."""
+    num_given, num_rows = token_ids.shape
+    return token_ids[:, None].expand(num_given, num_ranks // num_given, num_rows).reshape(num_ranks, num_rows)
 
 
 def fetched_layers(shares: Sequence[LayerShare], specs: Sequence[AttentionSpec], in_decodes: bool = False) -> list[int]:

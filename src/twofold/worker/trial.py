@@ -16,6 +16,7 @@ from twofold.attention.spec import LatentSpec
 from twofold.config import RuntimeConfig
 from twofold.contract import NewRequest, ScheduledBatch, Step
 from twofold.parallel.costs import StepCosts
+from twofold.parallel.mesh import gather
 from twofold.sampling_params import SamplingParams
 from twofold.worker.cuda_graphs import HEADS_PREFILL, PREFILL_ROUNDING
 from twofold.worker.model_runner import ModelRunner
@@ -50,7 +51,7 @@ class TrialSteps:
             self._by_heads = False
         peak = int(torch.cuda.max_memory_allocated() * 1.05)
         # Nothing was cached before that step; expanding a long prefix takes more.
-        num_tokens = -(-runtime.max_num_batched_tokens // self.runner.mesh.size)
+        num_tokens = -(-runtime.max_num_batched_tokens // self.runner.axes.world.size)
         latents = (spec for spec in self.runner.by_tokens.model.specs if isinstance(spec, LatentSpec))
         peak += max((max_attention_bytes(spec, num_tokens) for spec in latents), default=0)
         if not runtime.engine.enforce_eager:
@@ -70,7 +71,7 @@ class TrialSteps:
         """
         runtime, engine = self.runtime, self.runtime.engine
         budget, longest = runtime.max_num_batched_tokens, min(runtime.max_model_len - 1, runtime.max_num_batched_tokens)
-        shortest = min(2 * self.runner.mesh.size, longest)
+        shortest = min(2 * self.runner.axes.world.size, longest)
         lengths = [shortest] * max(1, min(engine.max_num_seqs, budget // shortest))
         rest = budget - sum(lengths)
         for i in range(len(lengths)):
@@ -98,9 +99,7 @@ class TrialSteps:
             seconds += [self._seconds_of_decodes(size, num_runs) for size in kinds["decode"]]
             seconds += [self._seconds_of(size, num_runs) for size in kinds["prefill"]]
         mine = torch.tensor(seconds, dtype=torch.float64, device=self.runner.device.torch_device)
-        everyones = mine.new_empty(self.runner.mesh.size * len(mine))
-        self.runner.mesh.all_gather(everyones, mine)
-        slowest = everyones.view(-1, len(mine)).amax(dim=0).mul(1e3).tolist()
+        slowest = gather(self.runner.axes.world, mine).amax(dim=0).mul(1e3).tolist()
         tokens, heads = ([round(ms, 3) for ms in part] for part in np.array(slowest).reshape(2, -1).tolist())
         points = list(zip(kinds["decode"] + kinds["prefill"], tokens, heads, strict=True))
         num_decode = len(kinds["decode"])
@@ -109,13 +108,12 @@ class TrialSteps:
     def _find_num_tokens_to_capture(self) -> int:
         """The number of tokens a rank below which launching a step takes longer than running it: launches take the same
         time for few tokens as for many."""
-        size = self.runner.mesh.size
+        size = self.runner.axes.world.size
         many = min(MAX_TOKENS_TO_CAPTURE * size, self.runtime.max_num_batched_tokens)
         launches, busy = self._seconds_of(min(64 * size, many)), self._seconds_of(many)
         wanted = 1.25 * launches / busy * many / size
         mine = torch.tensor([wanted], device=self.runner.device.torch_device)
-        everyones = mine.new_empty(size)
-        self.runner.mesh.all_gather(everyones, mine)  # graphs have collectives in them: all ranks capture the same
+        everyones = gather(self.runner.axes.world, mine)  # graphs have collectives in them: all capture the same
         return int(min(max(float(everyones.max()), MIN_TOKENS_TO_CAPTURE), MAX_TOKENS_TO_CAPTURE))
 
     def _seconds_of_decodes(self, num_requests: int, num_runs: int) -> float:

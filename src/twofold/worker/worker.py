@@ -1,6 +1,6 @@
 """One rank: it loads the model, measures its memory, then carries out the engine's steps until the engine goes away.
 
-A rank is given its parts: model, mesh, exchange, backend and device, then a channel to the engine. `main` makes the
+A rank is given its parts: model, axes, exchange, backend and device, then a channel to the engine. `main` makes the
 real ones in a process of its own.
 """
 
@@ -59,7 +59,7 @@ from twofold.native.load import kernels
 from twofold.parallel.exchange import Exchange
 from twofold.parallel.fetch import PartMemory, make_part_memory
 from twofold.parallel.fetch_entries import EntryFetch, workspace_bytes
-from twofold.parallel.mesh import Mesh, make_mesh
+from twofold.parallel.mesh import Axes, Mesh, gather, make_axes
 from twofold.parallel.peer_memory import PeerMemory, make_peer_memory
 from twofold.parallel.plan import TokenLayout
 from twofold.parallel.shared_memory import free_bytes
@@ -94,7 +94,7 @@ class Rank:
         self,
         runtime: RuntimeConfig,
         model: DecoderModel,
-        mesh: Mesh,
+        axes: Axes,
         exchange: Exchange,
         total: Sum,
         backend: AttentionBackend,
@@ -106,7 +106,7 @@ class Rank:
 
         With `sharding` the model has stand-ins for its weights (`holding.py`).
         """
-        self.runtime, self.model, self.mesh, self.device = runtime, model, mesh, device
+        self.runtime, self.model, self.axes, self.device = runtime, model, axes, device
         self._sharding = sharding
         self.holding: Holding | None = None
         self._sum, self._memory = total, memory
@@ -115,11 +115,11 @@ class Rank:
         self._entry_widths = [spec.entry_width for spec in model.specs]
         engine = runtime.engine
         states = RequestStates(engine.max_num_seqs, runtime.max_model_len, runtime.block_size, device.torch_device)
-        layout = TokenLayout(mesh.size, engine.partition_policy)
-        self.runner = ModelRunner(model, states, mesh, exchange, backend, device, layout, runtime.eos_token_ids)
+        layout = TokenLayout(axes.world.size, engine.partition_policy, axes.node.size)
+        self.runner = ModelRunner(model, states, axes, exchange, backend, device, layout, runtime.eos_token_ids)
         self._trial = TrialSteps(runtime, self.runner)
         self._pending: LaunchedStep | None = None  # the step in flight
-        self._shares = [_share(spec, mesh.size) for spec in model.specs]
+        self._shares = [_share(spec, axes.gpu.size) for spec in model.specs]
 
     def report(self) -> RankReport:
         """Measures how many blocks fit into memory; on CUDA by running the largest step that the scheduler may send."""
@@ -127,21 +127,21 @@ class Rank:
         block_bytes = bytes_per_block(self._entry_widths, runtime.block_size, runtime.dtype)
         is_cuda = self.device.torch_device.type == "cuda"
         if is_cuda:
-            self.model.optimize(self.mesh.size, runtime.engine.enforce_eager)
+            self.model.optimize(self.axes.gpu.size, runtime.engine.enforce_eager)
         only_by_tokens = self._divide() if self._sharding is None else self._shard(self._sharding)
         self._use_kernels()
         if is_cuda:
             with self.phase("compile and profile"):
                 if not runtime.engine.enforce_eager:
-                    for way in self.runner.ways:
-                        way.model.compile()
+                    for model in self.runner.models:
+                        model.compile()
                 self._make_cache(1)  # the null block, which trial steps write to
                 room = default = self._trial.measure_room()
         else:
-            room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.mesh.size
+            room = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") // self.axes.gpu.size
             default = max(CPU_CACHE_BYTES, self._num_blocks_of_request() * block_bytes)
         return RankReport(
-            rank=self.mesh.rank,
+            rank=self.axes.world.rank,
             num_blocks=(runtime.engine.kv_cache_memory_bytes or default) // block_bytes,
             max_cache_bytes=room,
             bytes_per_block=block_bytes,
@@ -165,11 +165,11 @@ class Rank:
         if self.device.torch_device.type == "cuda":
             # Outputs of attention to each rank's heads are put together: a copy that no trial step has made.
             outputs = max(spec.num_heads * spec.v_head_dim for spec in self.model.specs) * runtime.dtype.itemsize
-            beside += 2 * outputs * -(-runtime.max_num_batched_tokens // self.mesh.size)
+            beside += 2 * outputs * -(-runtime.max_num_batched_tokens // self.axes.world.size)
             default = room - beside
         else:
             # All of it is taken at once: no more than what one rank would use otherwise.
-            default = max(CPU_CACHE_BYTES // self.mesh.size, self._num_blocks_of_request() * bytes_per_block)
+            default = max(CPU_CACHE_BYTES // self.axes.gpu.size, self._num_blocks_of_request() * bytes_per_block)
         num_bytes = max(0, runtime.engine.kv_cache_memory_bytes or default)
         return ShardedRoom(
             num_blocks=sharded.max_num_blocks(shares, num_bytes, runtime.block_size, runtime.dtype),
@@ -184,39 +184,47 @@ class Rank:
 
     def _num_blocks_of_request(self) -> int:
         """Blocks of a request of max_model_len tokens, and some more."""
-        return -(-self.runtime.max_model_len // self.runtime.block_size) + 1 + 2 * self.mesh.size
+        return -(-self.runtime.max_model_len // self.runtime.block_size) + 1 + 2 * self.axes.world.size
 
     def _use_kernels(self) -> None:
         """Changes the model for our CPU kernels, once they are compiled: at the start, or between two steps."""
         if self._may_use_kernels and kernels:
             self._may_use_kernels = False
             with self.phase("kernels"):
-                for way in self.runner.ways:
-                    way.model.optimize_for_cpu()
+                for model in self.runner.models:
+                    model.optimize_for_cpu()
 
     def _divide(self) -> str | None:
         """Makes this rank's part of the model, for steps by heads → the reason if none runs so."""
         layout = self.runtime.engine.step_layout
-        if layout == "tokens" or self.mesh.size == 1:
+        if layout == "tokens" or self.axes.world.size == 1:
             return "step_layout is tokens" if layout == "tokens" else "there is one rank"
+        part, reason = self.model, None  # whole where a rank is alone on its node
         try:
-            with self.phase("heads"):
-                self.runner.add_heads(divide(self.model, self.mesh, self._sum))
+            if self.axes.gpu.size > 1:
+                with self.phase("heads"):
+                    part = divide(self.model, self.axes.gpu, self._sum)
         except ModelError as error:
-            if layout == "heads":
-                raise ModelError(f"steps cannot run by heads: {error}; use step_layout='auto'", field="model") from None
-            return str(error)
-        return None
+            reason = str(error)
+        refusals = gather(self.axes.node, torch.tensor([float(reason is not None)], device=self.device.torch_device))
+        if reason is None and bool(refusals.any()):
+            reason = "it cannot be divided on another node"
+        if reason is None:
+            self.runner.add_heads(part)
+            return None
+        if layout == "heads":
+            raise ModelError(f"steps cannot run by heads: {reason}; use step_layout='auto'", field="model")
+        return reason
 
     def _shard(self, sharding: Sharding) -> str | None:
         """Keeps this rank's part of the weights → the reason if no step runs by heads."""
         with self.phase("heads"), _sharded_or_refused():
-            part = divide(self.model, self.mesh, self._sum)
-            self.holding = Holding(self.model, part, self.mesh, sharding.make_memory)
+            part = divide(self.model, self.axes.gpu, self._sum)
+            self.holding = Holding(self.model, part, self.axes.gpu, sharding.make_memory)
         with self.phase("weights"):
             self.holding.load(sharding.read, self.runtime.source.path)
         with _sharded_or_refused():
-            verify(self.model, part, self.mesh)  # now with the real numbers
+            verify(self.model, part, self.axes.gpu)  # now with the real numbers
         logger.info(
             "weights are sharded: a rank keeps %.2f GB of %.2f, and has two buffers of %.2f GB for what it fetches",
             self._weight_bytes() / 1e9,
@@ -316,7 +324,7 @@ class Rank:
         assert room is not None
         try:
             cache = ShardedKVCache(
-                self._shares, num_blocks, runtime.block_size, runtime.dtype, self.mesh.rank, memory.allocate
+                self._shares, num_blocks, runtime.block_size, runtime.dtype, self.axes.gpu.rank, memory.allocate
             )
         except OSError as error:
             raise ModelError(
@@ -356,7 +364,8 @@ def max_exchange_bytes(runtime: RuntimeConfig, specs: Sequence[AttentionSpec]) -
 def make_rank(start: RankStart, device: Device) -> Rank:
     """Makes the rank of this process."""
     runtime, files, times = start.runtime, start.files, [time.perf_counter()]
-    mesh = make_mesh(start.rank, runtime.num_ranks, f"/proc/self/fd/{files.store}", device.torch_device)
+    store = start.store or f"/proc/self/fd/{files.store}"
+    axes = make_axes(start.rank, runtime.num_ranks, runtime.num_nodes, store, device.torch_device)
     times.append(time.perf_counter())
     arguments = (runtime.engine, runtime.source, runtime.model_config, runtime.dtype, device.torch_device)
     sharding = None
@@ -364,26 +373,29 @@ def make_rank(start: RankStart, device: Device) -> Rank:
         model = DecoderModel(model_of_stand_ins(*arguments, runtime.max_model_len))
         read = partial(read_weights, *arguments)
         sharding = Sharding(
-            partial(_in_turns, mesh, device.torch_device, read) if runtime.source.gguf_file else read,
-            lambda num_bytes: make_part_memory(mesh, device.torch_device, num_bytes, files.weights),
+            partial(_in_turns, axes.gpu, device.torch_device, read) if runtime.source.gguf_file else read,
+            lambda num_bytes: make_part_memory(axes.gpu, device.torch_device, num_bytes, files.weights),
         )
     else:
-        model = DecoderModel(_load(runtime, mesh, device.torch_device, files))
+        model = DecoderModel(_load(runtime, axes.gpu, device.torch_device, files))
     times.append(time.perf_counter())
     max_num_bytes = max_exchange_bytes(runtime, model.specs)
-    transport = make_transport(runtime.engine.exchange, mesh, device.torch_device, max_num_bytes, files.entries)
+    transport = make_transport(runtime.engine.exchange, axes, device.torch_device, max_num_bytes, files.entries)
     sum_bytes = HEADS_PREFILL[-1] * model.head.get_parameter("weight").shape[1] * runtime.dtype.itemsize
-    total = make_sum(mesh, device.torch_device, sum_bytes, files.sums)
+    total = make_sum(axes.gpu, device.torch_device, sum_bytes, files.sums)
+    exchange = Exchange(axes.gpu, transport, axes.node)
     backend = make_backend(runtime.attention_backend)
-    memory = make_peer_memory(runtime.engine.exchange, mesh, device.torch_device, files.cache)
-    rank = Rank(runtime, model, mesh, Exchange(mesh, transport), total, backend, device, memory, sharding)
+    memory = None
+    if runtime.num_nodes == 1:
+        memory = make_peer_memory(runtime.engine.exchange, axes.gpu, device.torch_device, files.cache)
+    rank = Rank(runtime, model, axes, exchange, total, backend, device, memory, sharding)
     rank.seconds |= dict(zip(("ranks", "weights"), np.diff(times).tolist(), strict=True))
     return rank
 
 
 def make_device(rank: int, runtime: RuntimeConfig) -> Device:
     if runtime.device == "cuda":
-        return CUDA(rank)
+        return CUDA(rank % runtime.ranks_per_node)
     torch.set_num_threads(runtime.num_threads)
     return CPU()
 
