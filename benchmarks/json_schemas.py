@@ -5,7 +5,8 @@
     python benchmarks/json_schemas.py --model demo --part steps --output-json F            cost a step at batch 32
 
 Parts of one file are kept beside each other, so each can be run by itself (`--first`, `--count`: some of the schemas).
-The temperature is 1. An answer that ends by its length is not whole, and is counted apart.
+The temperature is 1. An answer that ends by its length is not whole, and is counted apart: a random model may write
+digits or members for very long.
 """
 
 import argparse
@@ -36,7 +37,6 @@ from twofold.sampling_params import RequestOutputKind, SamplingParams, Structure
 
 CLOCK = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"  # of RFC 3339
 CHECKER = jsonschema.FormatChecker(formats=())
-MAX_TOKENS = 300
 AT_ONCE = 32
 NAMES = ("name", "id", "title", "price", "tags", "Straße", "is_open", "address", "a b", "x")
 PATTERNS = ("^[a-z]{2,6}$", "^[A-Z][a-z]+(-[0-9]{1,3})?$", "^(red|green|blue)$", "^\\d{4}-\\d{2}$")
@@ -57,18 +57,19 @@ def main() -> None:
     parser.add_argument("--part", choices=("alone", "together", "steps"), required=True)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--max-tokens", type=int, default=2000, help="of an answer")
     parser.add_argument("--num-steps", type=int, default=64, help="of which the median is taken")
     parser.add_argument("--output-json", type=Path)
     args = parser.parse_args()
     arguments = chosen(args, EngineConfig)
-    arguments.setdefault("max_model_len", 512)
+    arguments.setdefault("max_model_len", args.max_tokens + 128)
     arguments.setdefault("max_num_seqs", AT_ONCE)
     with LLM(**arguments) as llm:
         if args.part == "steps":
             result = time_steps(llm, args.num_steps)
         else:
             schemas = [make_schema(random.Random(seed)) for seed in range(args.first, args.first + args.count)]
-            result = check_answers(llm, schemas, AT_ONCE if args.part == "together" else 1)
+            result = check_answers(llm, schemas, AT_ONCE if args.part == "together" else 1, args.max_tokens)
         name = args.part if args.part == "steps" else f"{args.part} {args.first}-{args.first + args.count - 1}"
         result |= {"settings": describe(llm.engine), "environment": environment()}
     print(json.dumps({name: result}, indent=1))
@@ -144,16 +145,16 @@ def _choice(rng: random.Random, depth: int) -> dict[str, Any]:
     return rng.choice(choices)
 
 
-def check_answers(llm: LLM, schemas: list[dict[str, Any]], at_once: int) -> dict[str, Any]:
+def check_answers(llm: LLM, schemas: list[dict[str, Any]], at_once: int, max_tokens: int) -> dict[str, Any]:
     """Answers to every schema, so many at once; a rank is killed in the middle of each batch of several."""
     seen: Counter[str] = Counter()
     wrong: list[dict[str, Any]] = []
-    num_tokens, start = 0, time.perf_counter()
+    lengths, start = [], time.perf_counter()
     for first in range(0, len(schemas), at_once):
         batch = schemas[first : first + at_once]
-        for schema, output in zip(batch, answer(llm, batch, kill=at_once > 1), strict=True):
+        for schema, output in zip(batch, answer(llm, batch, max_tokens, kill=at_once > 1), strict=True):
             [completion] = output.outputs
-            num_tokens += len(completion.token_ids)
+            lengths.append(len(completion.token_ids))
             reason = str(completion.finish_reason)
             if reason == "stop" and (fault := fault_of(completion.text, schema)) is not None:
                 reason = "invalid"
@@ -168,7 +169,9 @@ def check_answers(llm: LLM, schemas: list[dict[str, Any]], at_once: int) -> dict
         "cut_by_max_tokens": seen["length"],
         "failed": seen["error"] + seen["abort"],
         "wrong": wrong,
-        "num_tokens": num_tokens,
+        "max_tokens": max_tokens,
+        "num_tokens": sum(lengths),
+        "longest": max(lengths),
         "num_restarts": llm.engine.stats.num_restarts,
         "seconds": round(time.perf_counter() - start, 1),
     }
@@ -198,12 +201,12 @@ for name, is_valid in {
     )
 
 
-def answer(llm: LLM, schemas: list[dict[str, Any]], kill: bool) -> list[RequestOutput]:
+def answer(llm: LLM, schemas: list[dict[str, Any]], max_tokens: int, kill: bool) -> list[RequestOutput]:
     finished: dict[str, RequestOutput] = {}
     with Drive(llm.engine) as drive:
         for number, schema in enumerate(schemas):
             params = SamplingParams(
-                max_tokens=MAX_TOKENS, seed=number, structured_outputs=StructuredOutputsParams(json=schema)
+                max_tokens=max_tokens, seed=number, structured_outputs=StructuredOutputsParams(json=schema)
             )
             drive.add(f"{number}", f"Here is an example of JSON, number {number}:\n", params)
         for num_steps, outputs in enumerate(drive):
