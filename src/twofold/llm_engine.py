@@ -71,7 +71,7 @@ class LLMEngine:
         return self.engine.tokenizer
 
     def get_metrics(self) -> list[Metric]:
-        return read_metrics(self.engine.snapshot())
+        return read_metrics(self.engine.snapshot(), self.engine.runtime.engine.model)
 
     def reset_prefix_cache(self) -> bool:
         """Forgets all cached prefixes; False, and nothing is forgotten, while requests hold blocks."""

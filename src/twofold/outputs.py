@@ -31,6 +31,7 @@ class RequestMetrics:
     finished_time: float | None = None
     num_prompt_tokens: int = 0
     num_cached_tokens: int = 0  # prompt tokens found in the prefix cache
+    num_output_tokens: int = 0  # of all answers, when they are finished
 
     @property
     def ttft(self) -> float | None:

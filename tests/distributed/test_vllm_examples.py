@@ -11,7 +11,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from twofold import LLM, AsyncEngineArgs, AsyncLLM, EngineArgs, LLMEngine, RequestError, SamplingParams
-from twofold.metrics import Counter, Gauge
+from twofold.metrics import Counter, Gauge, Histogram, Vector
 from twofold.sampling_params import RequestOutputKind
 
 PROMPTS = ["Hello, my name is", "The president of the United States is", "The capital of France is"]
@@ -93,15 +93,35 @@ def test_prefix_caching(llm: LLM) -> None:
 
 
 def test_metrics_and_profiling(llm: LLM) -> None:
+    """All that vLLM's reader has: numbers, and how many values are at most each limit."""
+
+    def read() -> dict[str, Any]:
+        metrics = llm.get_metrics()
+        assert all(metric.labels == {"model_name": "demo"} and not isinstance(metric, Vector) for metric in metrics)
+        return {metric.name.removeprefix("twofold:"): metric for metric in metrics}
+
+    before = read()
     llm.start_profile()
-    texts(llm, PROMPTS)
+    outputs = llm.generate(PROMPTS, GREEDY, use_tqdm=False)
     assert len(llm.stop_profile()) == 1
-    metrics = {metric.name: metric for metric in llm.get_metrics()}
-    assert isinstance(metrics["twofold:computed_tokens"], Counter)
-    assert metrics["twofold:computed_tokens"].value > 0
-    running = metrics["twofold:num_requests_running"]
-    assert isinstance(running, Gauge)
-    assert running.value == 0
+    after = read()
+    for name in ("computed_tokens", "engine_steps"):
+        assert isinstance(after[name], Counter)
+        assert after[name].value > before[name].value
+    assert isinstance(after["num_requests_running"], Gauge)
+    assert after["num_requests_running"].value == 0
+    for name, values in {
+        "request_prompt_tokens": [len(output.prompt_token_ids) for output in outputs],
+        "request_generation_tokens": [len(output.outputs[0].token_ids) for output in outputs],
+        "time_to_first_token_seconds": [output.metrics.ttft for output in outputs if output.metrics],
+        "e2e_request_latency_seconds": [output.metrics.e2e for output in outputs if output.metrics],
+    }.items():
+        old, new = before[name], after[name]
+        assert isinstance(new, Histogram)
+        assert new.count - old.count == new.buckets["+Inf"] - old.buckets["+Inf"] == len(values)
+        assert new.sum - old.sum == pytest.approx(sum(values))
+        for limit in new.buckets:
+            assert new.buckets[limit] - old.buckets[limit] == sum(value <= float(limit) for value in values)
 
 
 def test_all_log_probabilities_and_a_truncated_prompt(llm: LLM, smollm2: PreTrainedModel) -> None:

@@ -376,7 +376,11 @@ class LLMEngine:
                     self.scheduler.finish(request, RequestStatus.FINISHED_STOPPED)
                 if request.finished:
                     break
-        return [self.outputs.output(request_id) for request_id in changed if self.outputs.is_due(request_id)]
+        outputs = [self.outputs.output(request_id) for request_id in changed if self.outputs.is_due(request_id)]
+        for output in outputs:
+            if output.finished and output.metrics is not None:
+                self.stats.take_finished(output.metrics)
+        return outputs
 
     def _end_early(self, request: Request, next_tokens: NextTokens) -> None:
         """Ends a request that no token may continue."""

@@ -121,6 +121,7 @@ class OutputProcessor:
                 sequence.detokenizer.finish()
         if user.finished:
             user.metrics.finished_time = time.time()
+            user.metrics.num_output_tokens = sum(one.request.num_output_tokens for one in user.sequences)
             self.forget(request_id)
         return RequestOutput(
             request_id=user.request_id,

@@ -1,10 +1,32 @@
 """What an engine has done since it started: plain numbers for metrics, written by the thread that steps."""
 
 import time
+from bisect import bisect_left
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from twofold.contract import ScheduledBatch, StepResult
+from twofold.outputs import RequestMetrics
+
+FIRST_TOKEN = (0.01, 0.02, 0.04, 0.06, 0.08, 0.1, 0.25, 0.5, 0.75, 1, 2.5, 5, 7.5, 10, 20, 40, 80, 160, 640, 2560)
+REQUEST = (0.1, 0.3, 0.5, 0.8, 1, 1.5, 2, 2.5, 5, 10, 15, 20, 30, 40, 50, 60, 120, 240, 480, 960, 1920, 7680)
+TOKENS = (1, 2, 5, 10, 20, 50, 100, 200, 500, 1000, 2000, 5000, 10_000, 20_000, 50_000, 100_000, 200_000, 500_000)
+
+
+@dataclass(slots=True)
+class Observations:
+    """How many of the observed values are at most each of `limits`, which ascend, and their sum."""
+
+    limits: tuple[float, ...]
+    sum: float = 0.0
+    counts: list[int] = field(default_factory=list)  # values between two limits; the last are above all
+
+    def __post_init__(self) -> None:
+        self.counts = [0] * (len(self.limits) + 1)
+
+    def take(self, value: float) -> None:
+        self.sum += value
+        self.counts[bisect_left(self.limits, value)] += 1
 
 
 @dataclass(slots=True)
@@ -19,6 +41,11 @@ class EngineStats:
     partition_imbalance: float = 1.0  # attended pairs, busiest rank over mean, in the last step that prefilled
     num_restarts: int = 0
     restart_seconds: float = 0.0  # the last restart took
+    # Of requests that ended by themselves: seconds from arrival to the first token and to the end; tokens.
+    first_token_seconds: Observations = field(default_factory=lambda: Observations(FIRST_TOKEN))
+    request_seconds: Observations = field(default_factory=lambda: Observations(REQUEST))
+    prompt_tokens: Observations = field(default_factory=lambda: Observations(TOKENS))
+    output_tokens: Observations = field(default_factory=lambda: Observations(TOKENS))
 
     def take_step(self, batch: ScheduledBatch, results: Sequence[StepResult], seconds: float | None) -> None:
         """Counts a step; `seconds` are None where an interrupt came in between."""
@@ -34,6 +61,15 @@ class EngineStats:
         self.exchange_bytes += sum(result.exchange_bytes for result in results)
         self.node_bytes += sum(result.node_bytes for result in results)
         self.exchange_seconds += min(result.exchange_seconds for result in results)
+
+    def take_finished(self, metrics: RequestMetrics) -> None:
+        """Counts a request that has ended."""
+        if metrics.ttft is None or metrics.e2e is None:
+            return
+        self.first_token_seconds.take(metrics.ttft)
+        self.request_seconds.take(metrics.e2e)
+        self.prompt_tokens.take(metrics.num_prompt_tokens)
+        self.output_tokens.take(metrics.num_output_tokens)
 
     def take_restart(self, start: float) -> None:
         self.num_restarts += 1
