@@ -216,6 +216,7 @@ class Failure:
 
     message: str
     is_model_error: bool
+    field: str | None = None  # the engine argument that it is about
 
 
 # --- Profiles --------------------------------------------------------------------------------------------------------

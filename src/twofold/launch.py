@@ -1,13 +1,17 @@
 """Start an engine with ranks on this machine."""
 
+import logging
 import sys
+from dataclasses import replace
 from functools import partial
 
 from twofold.config import EngineConfig
 from twofold.engine.engine import LLMEngine
-from twofold.errors import ConfigError
+from twofold.errors import ConfigError, ModelError
 from twofold.executor.local import LocalExecutor
 from twofold.runtime import settle
+
+logger = logging.getLogger(__name__)
 
 
 def start_engine(config: EngineConfig) -> LLMEngine:
@@ -24,4 +28,14 @@ def start_engine(config: EngineConfig) -> LLMEngine:
             "engine, by Linux's means; use a Linux machine or container, and twofold chat --url from here"
         )
     runtime, tokenizer = settle(config)
-    return LLMEngine(runtime, tokenizer, partial(LocalExecutor, runtime))
+    try:
+        return LLMEngine(runtime, tokenizer, partial(LocalExecutor, runtime))
+    except ModelError as error:
+        if error.field != "weights" or config.weights != "auto" or runtime.weights != "sharded":
+            raise
+        try:
+            whole = settle(replace(config, weights="replicated"))[0]
+        except ModelError as refusal:
+            raise ModelError(f"{error}, but {refusal}", field="weights") from None
+        logger.warning("%s: so ranks do, by weights='auto'", error)
+        return LLMEngine(whole, tokenizer, partial(LocalExecutor, whole))

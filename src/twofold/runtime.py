@@ -11,10 +11,12 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from twofold.config import EngineConfig, ModelSource, RuntimeConfig
 from twofold.errors import ConfigError, ModelError, RequestError
-from twofold.models.sizes import model_bytes
+from twofold.models.sizes import model_shape
 from twofold.models.source import check_weights, load_config, load_generation_config, load_tokenizer, resolve
 from twofold.models.support import model_class, refusal
 from twofold.parallel.costs import StepCosts
+from twofold.planning.room import Wish, choose, longest, ranks_needed
+from twofold.planning.shape import ModelShape
 from twofold.sampling_params import SamplingParams
 
 # generation_config.json -> SamplingParams, as in vLLM
@@ -23,8 +25,8 @@ SAMPLING_NAMES = {
     "min_p": "min_p", "max_new_tokens": "max_tokens",
 }  # fmt: skip
 LONGER_ROPE = ("yarn", "linear", "dynamic")  # kinds that serve `factor` times as many positions
+GPU_BLOCK_SIZE = 128  # tokens
 RANKS_PER_CORE = 4  # more ranks would only wait for each other
-WORKSPACE_BYTES = 4 << 30  # of a GPU, besides weights and cache: activations of the largest step, kernels, graphs
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +57,8 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
     cls = model_class(model_config, config.trust_remote_code)
     if config.load_format != "dummy" and cls is not None:
         check_weights(source, model_config, cls)
-    dtype, max_model_len = _dtype(config, model_config, device), _max_model_len(config, model_config)
+    dtype = choose_dtype(config, model_config, device)
+    max_model_len = choose_max_model_len(config, model_config)
     runtime = RuntimeConfig(
         engine=config,
         source=source,
@@ -64,7 +67,7 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
         dtype=dtype,
         max_model_len=max_model_len,
         max_num_batched_tokens=config.max_num_batched_tokens or _default_batched_tokens(config, device),
-        block_size=config.block_size or (16 if device == "cpu" else 128),
+        block_size=config.block_size or (16 if device == "cpu" else GPU_BLOCK_SIZE),
         kv_cache=config.kv_cache if config.prefill_context_parallel_size > 1 else "replicated",
         attention_backend=_attention_backend(config, device),
         weights=_weights(config, model_config, device, dtype, max_model_len),
@@ -83,10 +86,14 @@ def usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+def device_of_machine() -> str:
+    return "cuda" if torch.cuda.device_count() else "cpu"
+
+
 def _device(config: EngineConfig) -> str:
     size = config.prefill_context_parallel_size
     num_gpus = torch.cuda.device_count()
-    device = config.device if config.device != "auto" else ("cuda" if num_gpus else "cpu")
+    device = config.device if config.device != "auto" else device_of_machine()
     if device == "cuda":
         limit, holder = num_gpus, f"{num_gpus} GPUs"
     else:
@@ -115,27 +122,79 @@ def _attention_backend(config: EngineConfig, device: str) -> str:
 def _weights(
     config: EngineConfig, model_config: PretrainedConfig, device: str, dtype: torch.dtype, max_model_len: int
 ) -> str:
-    """Ranks of a CPU share one copy already, so there "auto" shards nothing."""
+    """Ranks of a CPU share one copy already, so there "auto" shards nothing.
+
+    Raises:
+        ConfigError: sharded weights are asked for that do not divide.
+        ModelError: the model and one request of max_model_len tokens do not fit on the GPUs.
+    """
     num_ranks = config.prefill_context_parallel_size
-    if num_ranks == 1:
+    is_asked = config.weights == "sharded" and num_ranks > 1
+    if device == "cpu" and not is_asked:
         return "replicated"
-    if config.weights != "auto" or device == "cpu":
-        return "replicated" if config.weights == "auto" else config.weights
-    sizes = model_bytes(model_config, dtype, config.trust_remote_code)
-    cache = config.kv_cache_memory_bytes or max_model_len * sizes.entry
-    total = int(torch.cuda.get_device_properties(0).total_memory * config.gpu_memory_utilization)
-    needed = sizes.whole + cache + WORKSPACE_BYTES
-    if needed <= total:
-        return "replicated"
-    logger.info(
-        "weights are sharded: whole ones of %.1f GB and a cache of %.1f GB do not fit in the %.1f GB that a GPU may "
-        "use; each rank keeps %.1f GB of weights",
-        *(size / 1e9 for size in (sizes.whole, cache, total, sizes.sharded(num_ranks))),
+    shape = _shape(config, model_config, dtype)
+    if shape is None:  # only a rank can tell
+        return "sharded" if is_asked else "replicated"
+    if is_asked and not shape.divided(num_ranks):
+        raise ConfigError(
+            f"weights='sharded' cannot be had of model {config.model!r} on {num_ranks} ranks: {_why_whole(shape)}; "
+            "use weights='auto'",
+            field="weights",
+        )
+    if device == "cpu":
+        return "sharded"
+    wish = Wish(
+        max_model_len=max_model_len,
+        weights=config.weights,
+        kv_cache=config.kv_cache,
+        max_num_batched_tokens=config.max_num_batched_tokens,
+        max_num_seqs=config.max_num_seqs,
+        block_size=config.block_size or GPU_BLOCK_SIZE,
+        kv_cache_memory_bytes=config.kv_cache_memory_bytes,
     )
-    return "sharded"
+    memory = min(torch.cuda.get_device_properties(rank).total_memory for rank in range(num_ranks))
+    usable = int(memory * config.gpu_memory_utilization)
+    if not choose(shape, usable, num_ranks, wish, least=True).fits:
+        raise ModelError(_no_room(config, shape, usable, wish), field="model")
+    chosen = choose(shape, usable, num_ranks, wish)
+    return "sharded" if chosen.shards_weights else "replicated"
 
 
-def _dtype(config: EngineConfig, model_config: PretrainedConfig, device: str) -> torch.dtype:
+def _shape(config: EngineConfig, model_config: PretrainedConfig, dtype: torch.dtype) -> ModelShape | None:
+    """None if the model cannot be built without memory, as some that come with code of their own."""
+    try:
+        return model_shape(model_config, dtype, config.trust_remote_code)
+    except Exception as error:  # a family may do anything with its modules
+        logger.debug("how large the model is will be known when it is loaded: %s", error)
+        return None
+
+
+def _why_whole(shape: ModelShape) -> str:
+    counts = sorted({count for group in shape.divisible for count in group.counts})
+    if not counts:
+        return "no projection of it is known to divide by heads"
+    return f"none of its projections divides (of {', '.join(map(str, counts))} heads and columns)"
+
+
+def _no_room(config: EngineConfig, shape: ModelShape, usable: int, wish: Wish) -> str:
+    """One line: what does not fit, and what would do."""
+    num_ranks = config.prefill_context_parallel_size
+    tried = choose(shape, usable, num_ranks, wish, least=True)
+    enough = ranks_needed(shape, usable, wish)
+    ways = [f"{enough.num_ranks} such GPUs would do (prefill_context_parallel_size)"] if enough else []
+    most = longest(shape, usable, num_ranks, wish)
+    ways += [f"here max_model_len may be at most {most.needed_tokens}"] if most else []
+    whole = "" if tried.shards_weights or num_ranks == 1 or wish.weights != "auto" else f" ({_why_whole(shape)})"
+    return (
+        f"model {config.model!r} with one request of max_model_len={wish.max_model_len} tokens does not fit on "
+        f"{num_ranks} GPU{'s' * (num_ranks > 1)}: each may use {usable / 1e9:.1f} GB and would need "
+        f"{tried.needed / 1e9:.1f}, of which weights {tried.weights / 1e9:.1f}{whole}; "
+        f"{'; '.join(ways) or 'no number of GPUs would do: lower max_model_len, or use GPUs with more memory'}"
+    )
+
+
+def choose_dtype(config: EngineConfig, model_config: PretrainedConfig, device: str) -> torch.dtype:
+    """Of weights and KV entries."""
     if config.dtype != "auto":
         dtype: torch.dtype = getattr(torch, config.dtype)
         return dtype
@@ -146,7 +205,12 @@ def _dtype(config: EngineConfig, model_config: PretrainedConfig, device: str) ->
     return torch.bfloat16 if device == "cuda" and stored == torch.float32 else stored
 
 
-def _max_model_len(config: EngineConfig, model_config: PretrainedConfig) -> int:
+def choose_max_model_len(config: EngineConfig, model_config: PretrainedConfig) -> int:
+    """Tokens of a prompt and its answer.
+
+    Raises:
+        ConfigError: more than the model has positions for.
+    """
     limit = getattr(model_config.get_text_config(), "max_position_embeddings", None)
     rope = getattr(model_config.get_text_config(), "rope_parameters", None) or {}
     if limit is not None and rope.get("rope_type") in LONGER_ROPE and rope.get("original_max_position_embeddings"):

@@ -15,7 +15,7 @@ from twofold.config import EngineConfig, ModelSource
 from twofold.engine.engine import LLMEngine
 from twofold.errors import ModelError
 from twofold.models.loader import load_model, model_of_stand_ins, read_weights
-from twofold.models.sizes import model_bytes
+from twofold.models.sizes import model_shape
 from twofold.models.transforms.packing import Part
 from twofold.parallel.fetch import _blocks, dense_strides
 from twofold.sampling_params import SamplingParams
@@ -167,25 +167,26 @@ def test_stand_ins_take_the_memory_of_one_layer() -> None:
     config = tiny_config("llama", num_hidden_layers=12, tie_word_embeddings=True)
     model = model_of_stand_ins(EngineConfig(model="tiny"), ModelSource("tiny"), config, torch.float32, CPU, 64)
     memory = {p.untyped_storage().data_ptr(): p.untyped_storage().nbytes() for p in model.parameters()}
-    sizes = model_bytes(config, torch.float32)
+    sizes = model_shape(config, torch.float32)
     assert sum(memory.values()) == sizes.largest_layer + sizes.rest
     assert model.get_input_embeddings().weight is model.get_output_embeddings().weight
 
 
 def test_sizes_are_known_without_memory() -> None:
-    sizes = model_bytes(LLAMA_3_1_8B, torch.bfloat16)
+    sizes = model_shape(LLAMA_3_1_8B, torch.bfloat16)
     assert sizes.whole == 2 * 8_030_261_248
     assert sizes.largest_layer * 32 == sizes.layers
     assert sizes.entry == 2 * 2 * 32 * 8 * 128
     latents = tiny_config("deepseek_v2")
-    assert model_bytes(latents, torch.float32).entry == 4 * 4 * (16 + 8)
+    assert model_shape(latents, torch.float32).entry == 4 * 4 * (16 + 8)
 
 
 @pytest.mark.parametrize(
     ("arguments", "max_model_len", "expected"),
     [
         ({}, 131072, "replicated"),  # 16 GB of weights, a request of 17 GB
-        ({}, 131072 * 4, "sharded"),
+        ({}, 131072 * 4, "replicated"),  # one request of 69 GB: its cache is sharded
+        ({"kv_cache": "replicated"}, 432_000, "sharded"),
         ({"kv_cache_memory_bytes": 60 << 30}, 131072, "sharded"),
         ({"gpu_memory_utilization": 0.3}, 131072, "sharded"),
         ({"weights": "sharded"}, 8192, "sharded"),

@@ -14,9 +14,12 @@ from io import TextIOWrapper
 from typing import Any, NoReturn
 
 from twofold import EngineError, UserError, __version__, streams
-from twofold.cli import bench, chat, explain, generate, models, serve
+from twofold.cli import bench, chat, explain, generate, models, plan, serve
 
-COMMANDS = {"generate": generate, "serve": serve, "chat": chat, "explain": explain, "models": models, "bench": bench}
+COMMANDS = {
+    "generate": generate, "serve": serve, "chat": chat, "plan": plan, "explain": explain, "models": models,
+    "bench": bench,
+}  # fmt: skip
 RANKS = dict.fromkeys(("-tp", "--tensor-parallel-size"), "-pcp")  # what vLLM's users ask for first
 EXIT_CODES = """\
 exit codes: 0 success; 1 a prompt was refused or the engine failed;

@@ -79,6 +79,8 @@ class LLMEngine:
         self.executor = executor
         try:
             self.is_sharded, num_blocks = self._choose_holding(self.runtime)
+            self.holdings = _holdings(self.runtime, executor.reports, self.is_sharded, num_blocks)  # for people
+            logger.info("%s", self.holdings)
             self._choose_layouts(num_blocks)
         except BaseException:
             executor.shutdown()
@@ -140,20 +142,8 @@ class LLMEngine:
         needed = -(-(runtime.max_model_len - 1) // runtime.block_size) + 1
         fits = min(report.num_blocks for report in reports) >= needed
         if runtime.kv_cache == "replicated" or len(rooms) < num_ranks or (runtime.kv_cache == "auto" and fits):
-            num_blocks, report = self._num_blocks(runtime, needed, reports), reports[0]
-            if num_ranks > 1:
-                logger.info(
-                    "KV cache: each of %d ranks keeps all of it, %.2f GiB: %d tokens",
-                    num_ranks, num_blocks * report.bytes_per_block / 2**30, (num_blocks - 1) * runtime.block_size,
-                )  # fmt: skip
-            return False, num_blocks
-        num_blocks = self._num_blocks(runtime, needed, rooms)
-        logger.info(
-            "KV cache: each of %d ranks keeps a share, %.2f GiB, and has %.2f GiB for what it fetches: %d tokens",
-            num_ranks, num_blocks * rooms[0].bytes_per_block / 2**30, rooms[0].workspace_bytes / 2**30,
-            (num_blocks - 1) * runtime.block_size,
-        )  # fmt: skip
-        return True, num_blocks
+            return False, self._num_blocks(runtime, needed, reports)
+        return True, self._num_blocks(runtime, needed, rooms)
 
     def _num_blocks(self, runtime: RuntimeConfig, needed: int, rooms: Sequence[RankReport | ShardedRoom]) -> int:
         """What the rank with the least memory has room for; `needed` are those of one request."""
@@ -487,3 +477,26 @@ def _always(by_heads: bool, batch: ScheduledBatch) -> bool:
 def _sharded(choose: Callable[[ScheduledBatch], bool], decodes_by_heads: bool, batch: ScheduledBatch) -> bool:
     """Decodes run by heads if then nothing is fetched, else by tokens: a rank fetches for its own rows only."""
     return decodes_by_heads if (batch.num_scheduled_tokens == 1).all() else choose(batch)
+
+
+def _holdings(runtime: RuntimeConfig, reports: Sequence[RankReport], is_sharded: bool, num_blocks: int) -> str:
+    """One line: what each rank keeps, how many tokens fit, and what a longer context would take."""
+    report, room, num_ranks = reports[0], reports[0].sharded, len(reports)
+    of_block = room.bytes_per_block if is_sharded and room is not None else report.bytes_per_block
+    weights = f"{'a part of' if runtime.weights == 'sharded' else 'all'} weights ({report.weight_bytes / 1e9:.2f} GB)"
+    size = f"{num_blocks * of_block / 2**30:.2f} GiB"
+    if is_sharded and room is not None:
+        cache = f"a share of the KV cache ({size}, and {room.workspace_bytes / 2**30:.2f} GiB for what it fetches)"
+    else:
+        cache = f"all of the KV cache ({size})"
+    tokens = (num_blocks - 1) * runtime.block_size
+    more = f"100,000 more take {of_block / runtime.block_size * 1e5 / 2**30:.2f} GiB of each"
+    rooms = [report.sharded for report in reports if report.sharded is not None]
+    if num_ranks > 1 and not is_sharded and len(rooms) == num_ranks:
+        held = max(0, min(one.num_blocks for one in rooms) - 1) * runtime.block_size
+        more += f", and kv_cache='sharded' would hold {held:,}" if held > tokens else ""
+    keeps = "the rank keeps" if num_ranks == 1 else f"each of {num_ranks} ranks keeps"
+    return (
+        f"{keeps} {weights} and {cache}: {tokens:,} tokens fit, {tokens / runtime.max_model_len:.1f} requests of "
+        f"max_model_len={runtime.max_model_len}; {more}"
+    )

@@ -120,7 +120,7 @@ class ChannelExecutor(ABC):
                 self._raise_killed()
                 self.shutdown()
                 if failure.is_model_error:
-                    raise ModelError(failure.message)
+                    raise ModelError(failure.message, field=failure.field)
                 raise RankFailedError(f"rank {rank} failed: {failure.message}")
 
     def _raise_killed(self) -> None:

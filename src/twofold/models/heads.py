@@ -13,6 +13,7 @@ values, hidden states and logits of both ways are compared when a model is loade
 
 import copy
 import re
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,7 +25,7 @@ from twofold.errors import ModelError
 from twofold.models.decoder import DecoderModel
 from twofold.models.probe import Recorder, example_ids, largest_change, run
 from twofold.models.transforms.base import is_same, sample_input
-from twofold.models.transforms.experts import divide_experts
+from twofold.models.transforms.experts import divide_experts, expert_width
 from twofold.models.transforms.last_layer import LastLayer
 from twofold.models.transforms.packing import Part
 from twofold.parallel.mesh import Mesh
@@ -135,18 +136,22 @@ def _groups(part: DecoderModel) -> list[_Group]:
     for name, parent in part.body.named_modules():
         if isinstance(parent, LastLayer | Part):
             continue
-        prefix = re.sub(r"\.\d+(?=\.|$)", ".*", _without_stand_in(part, name))
-        children = [child for child, module in parent.named_children() if isinstance(module, Linear | Part)]
-        styles = {child: plan[key] for child in children if (key := f"{prefix}.{child}") in plan}
-        if not styles:
-            usual = ATTENTION_PLAN if id(parent) in attentions else MLP_PLAN
-            styles = {child: usual[child] for child in children if child in usual}
-        styles = {child: style for child, style in styles.items() if style not in WHOLE}
-        if PACKED & set(styles):
-            styles = {child: OF_PACKED.get(style, style) for child, style in styles.items()}
-        if styles:
-            groups.append(_Group(parent, styles))
+        usual = ATTENTION_PLAN if id(parent) in attentions else MLP_PLAN
+        if (group := _group(parent, _without_stand_in(part, name), plan, usual)) is not None:
+            groups.append(group)
     return groups
+
+
+def _group(parent: torch.nn.Module, name: str, plan: dict[str, str], usual: dict[str, str]) -> _Group | None:
+    prefix = re.sub(r"\.\d+(?=\.|$)", ".*", name)
+    children = [child for child, module in parent.named_children() if isinstance(module, Linear | Part)]
+    styles = {child: plan[key] for child in children if (key := f"{prefix}.{child}") in plan}
+    if not styles:
+        styles = {child: usual[child] for child in children if child in usual}
+    styles = {child: style for child, style in styles.items() if style not in WHOLE}
+    if PACKED & set(styles):
+        styles = {child: OF_PACKED.get(style, style) for child, style in styles.items()}
+    return _Group(parent, styles) if styles else None
 
 
 def _without_stand_in(part: DecoderModel, name: str) -> str:
@@ -159,18 +164,41 @@ def _without_stand_in(part: DecoderModel, name: str) -> str:
 
 
 def _divides(group: _Group, num_ranks: int) -> bool:
-    if not set(group.styles.values()) <= STYLES or "rowwise" not in group.styles.values():
+    parts = [module for name in group.styles if type(module := group.parent.get_submodule(name)) is Part]
+    counts = _counts(group)
+    if counts is None or any(part.num_parts != num_ranks for part in parts):
         return False
+    return all(count % num_ranks == 0 for count in counts)
+
+
+def _counts(group: _Group) -> list[int] | None:
+    """Columns and rows, each of which must be a multiple of the number of ranks; None if no number will do."""
+    if not set(group.styles.values()) <= STYLES or "rowwise" not in group.styles.values():
+        return None
+    counts = []
     for name, style in group.styles.items():
         module: Any = group.parent.get_submodule(name)
         if type(module) not in ((Linear, Part) if style == "colwise" else (Linear,)):
-            return False  # a subclass may compute something else
-        if type(module) is Part and module.num_parts != num_ranks:
-            return False
+            return None  # a subclass may compute something else
         width = {"colwise": module.out_features, "packed": module.out_features // 2, "rowwise": module.in_features}
-        if width[style] % num_ranks:
-            return False
-    return True
+        counts.append(width[style])
+    return counts
+
+
+def divisible_groups(body: torch.nn.Module) -> Iterator[tuple[str, bool, int, list[int]]]:
+    """What divides of a model that was not probed and may have no memory: for each module with projections or experts
+    its path, whether it is attention, the bytes of what divides, and the counts that must be multiples of the ranks."""
+    plan: dict[str, str] = getattr(body, "_tp_plan", None) or {}
+    for name, module in body.named_modules():
+        children = {child for child, _ in module.named_children()}
+        is_attention = bool(children & (set(ATTENTION_PLAN) - {"gate_proj"} | {"qkv_proj"}))
+        if hasattr(module, "is_concatenated"):
+            divided = [p for key, p in module.named_parameters() if p.dim() > 2 or key.endswith("up_proj_bias")]
+            yield name, False, sum(parameter.nbytes for parameter in divided), [expert_width(module)]
+        elif (group := _group(module, name, plan, ATTENTION_PLAN if is_attention else MLP_PLAN)) is not None:
+            weights: list[Any] = [module.get_submodule(child) for child in group.styles]
+            if (counts := _counts(group)) is not None:
+                yield name, is_attention, sum(linear.weight.nbytes for linear in weights), counts
 
 
 def _divide_child(parent: torch.nn.Module, name: str, style: str, spec: AttentionSpec | None, mesh: Mesh) -> None:

@@ -52,6 +52,7 @@ def load(config: EngineConfig) -> LLMEngine:
         f"{str(runtime.dtype).removeprefix('torch.')}, max_model_len {runtime.max_model_len}, "
         f"KV cache of {engine.kv_cache_capacity} tokens"
     )
+    _say(engine.holdings)
     return engine
 
 

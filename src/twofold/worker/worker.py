@@ -225,7 +225,7 @@ class Rank:
             self.holding.load(sharding.read, self.runtime.source.path)
         with _sharded_or_refused():
             verify(self.model, part, self.axes.gpu)  # now with the real numbers
-        logger.info(
+        logger.debug(
             "weights are sharded: a rank keeps %.2f GB of %.2f, and has two buffers of %.2f GB for what it fetches",
             self._weight_bytes() / 1e9,
             (self._weight_bytes() + self.holding.fetched_bytes - self.holding.part_bytes) / 1e9,
@@ -466,7 +466,7 @@ def main() -> None:
         lines = str(error).strip().splitlines() or [""]
         message = lines[0] if isinstance(error, ModelError) else f"{type(error).__name__}: {lines[0]}"
         with suppress(OSError):
-            channel.send(Failure(message, isinstance(error, ModelError)))
+            channel.send(Failure(message, isinstance(error, ModelError), getattr(error, "field", None)))
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(0)  # collectives may still wait for ranks that are gone

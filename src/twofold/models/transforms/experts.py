@@ -122,8 +122,12 @@ def _divides(module: Any, num_ranks: int) -> bool:
     down = module.down_proj
     if down.is_cuda and down.dtype != torch.bfloat16:  # of other types the compiler knows no grouped products
         return False
-    width = down.shape[1 if module.is_transposed else 2]
-    return width % num_ranks == 0 and not getattr(module, "has_post_expert_norm", False)
+    return expert_width(module) % num_ranks == 0 and not getattr(module, "has_post_expert_norm", False)
+
+
+def expert_width(module: Any) -> int:
+    """Numbers between the two halves of each expert."""
+    return int(module.down_proj.shape[1 if module.is_transposed else 2])
 
 
 def _shares(module: Any, mesh: Mesh) -> dict[str, Any]:
