@@ -2,6 +2,7 @@
 
 import copy
 from collections.abc import Iterator
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -81,8 +82,15 @@ def test_a_step_runs_in_the_layout_that_costs_less(computed: list[int], schedule
     assert COSTS.by_heads(ScheduledBatch.of(computed, scheduled)) == by_heads
 
 
+@pytest.mark.parametrize(("num_nodes", "by_heads"), [(1, False), (2, True)])
+def test_by_heads_nodes_share_the_requests_of_a_step(num_nodes: int, by_heads: bool) -> None:
+    """Four prompts of 12 tokens are too many for one node; two nodes have 24 tokens each."""
+    assert replace(COSTS, num_nodes=num_nodes).by_heads(ScheduledBatch.of([0] * 4, [12] * 4)) == by_heads
+
+
 def test_costs_are_read_as_they_are_told() -> None:
     assert StepCosts.from_json(COSTS.to_json()) == COSTS
+    assert StepCosts.from_json(replace(COSTS, num_nodes=2).to_json()).num_nodes == 2
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Ranks on several nodes: the answer does not depend on it, and an entry crosses between two nodes once."""
 
 from collections.abc import Sequence
+from functools import cache
 from itertools import chain
 from typing import Any
 
@@ -23,6 +24,7 @@ from transformers import PreTrainedModel
 
 from twofold.contract import ScheduledBatch
 from twofold.engine.engine import LLMEngine
+from twofold.errors import ConfigError
 from twofold.parallel.plan import Buckets, HeadLayout, Layout, TokenLayout, plan_step
 from twofold.sampling_params import SamplingParams
 
@@ -34,6 +36,8 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mixtral": {},
     "deepseek_v2": {"num_key_value_heads": 4, "moe_intermediate_size": 96},  # latents and experts
 }
+CASES = [("llama", *counts) for counts in NODES] + [(family, 2, 2) for family in FAMILIES if family != "llama"]
+CASES += [("mistral", 2, 3), ("deepseek_v2", 3, 1)]
 
 
 def prompt_of(length: int) -> list[int]:
@@ -43,20 +47,25 @@ def prompt_of(length: int) -> list[int]:
 PROMPTS = [prompt_of(length) for length in (1, 2, 5, 16, 61)]
 
 
-@pytest.fixture(scope="module", params=FAMILIES)
-def model(request: pytest.FixtureRequest) -> PreTrainedModel:
-    torch.set_num_threads(1)
-    return tiny_model(tiny_config(request.param, num_hidden_layers=2, intermediate_size=96, **FAMILIES[request.param]))
+@cache
+def model_of(family: str) -> PreTrainedModel:
+    return tiny_model(tiny_config(family, num_hidden_layers=2, intermediate_size=96, **FAMILIES[family]))
 
 
-@pytest.fixture(scope="module")
-def expected(model: PreTrainedModel) -> list[tuple[np.ndarray, list[int]]]:
+@cache
+def expected_of(family: str) -> list[tuple[np.ndarray, list[int]]]:
+    """Of each prompt the log-probabilities of its tokens, and those that follow."""
+    model = model_of(family)
     return [(reference_logprobs(model, prompt), reference_continuation(model, prompt, 4)) for prompt in PROMPTS]
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> None:
+    torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="module")
 def llama() -> PreTrainedModel:
-    torch.set_num_threads(1)
     return tiny_model(tiny_config("llama"))
 
 
@@ -69,17 +78,14 @@ def executor_of(engine: LLMEngine) -> ThreadExecutor:
 
 
 @pytest.mark.parametrize("step_layout", ["tokens", "heads", "mixed"])
-@pytest.mark.parametrize(("num_nodes", "num_places"), NODES)
-def test_answers_are_those_of_transformers(
-    model: PreTrainedModel,
-    expected: list[tuple[np.ndarray, list[int]]],
-    num_nodes: int,
-    num_places: int,
-    step_layout: str,
-) -> None:
+@pytest.mark.parametrize(("family", "num_nodes", "num_places"), CASES)
+def test_answers_are_those_of_transformers(family: str, num_nodes: int, num_places: int, step_layout: str) -> None:
     """Prompts in one step or, in mixed layouts, in chunks together; and all ranks' caches are the same bytes."""
     chunks = {"max_num_batched_tokens": 24, "steps_in_flight": 2} if step_layout == "mixed" else {}
-    engine = make_engine(model, num_nodes * num_places, num_nodes=num_nodes, step_layout=step_layout, **chunks)
+    engine = make_engine(
+        model_of(family), num_nodes * num_places, num_nodes=num_nodes, step_layout=step_layout, **chunks
+    )
+    expected = expected_of(family)
     for found, (logprobs, _) in zip(prompt_logprobs(engine, PROMPTS), expected, strict=True):
         np.testing.assert_allclose(found, logprobs, rtol=0, atol=1e-4)
     for output, (_, tokens) in zip(generate(engine, PROMPTS, GREEDY), expected, strict=True):
@@ -121,6 +127,24 @@ def test_all_ways_to_sample(llama: PreTrainedModel, num_nodes: int, num_places: 
                 pairs = zip(output.outputs[0].logprobs or [], one.logprobs, strict=True)
                 assert all(list(mine) == list(theirs) for mine, theirs in pairs)
     engine.shutdown()
+
+
+@pytest.mark.parametrize("step_layout", ["tokens", "mixed"])
+def test_ranks_of_a_node_keep_parts_of_the_weights(llama: PreTrainedModel, step_layout: str) -> None:
+    """And fetch the rest from each other; each node has all parts."""
+    engine = make_engine(llama, 4, num_nodes=2, weights="sharded", step_layout=step_layout)
+    for prompt, output in zip(PROMPTS, generate(engine, PROMPTS, GREEDY), strict=True):
+        tokens = reference_continuation(llama, prompt, 4)
+        assert output.outputs[0].token_ids[: len(tokens)] == tokens
+    whole = make_engine(llama, 1)
+    assert engine.reports[0].weight_bytes < 0.7 * whole.reports[0].weight_bytes
+    whole.shutdown()
+    engine.shutdown()
+
+
+def test_a_cache_is_not_shared_between_nodes(llama: PreTrainedModel) -> None:
+    with pytest.raises(ConfigError, match=r"nor ranks on several machines; use kv_cache='replicated'"):
+        make_engine(llama, 4, num_nodes=2, kv_cache="sharded")
 
 
 # --- What travels ----------------------------------------------------------------------------------------------------

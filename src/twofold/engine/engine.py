@@ -134,8 +134,8 @@ class LLMEngine:
         rooms = [report.sharded for report in reports if report.sharded is not None]
         if runtime.kv_cache == "sharded" and len(rooms) < num_ranks:
             raise ConfigError(
-                "kv_cache='sharded' needs ranks that read each other's memory, and these GPUs do not; use "
-                "kv_cache='replicated'",
+                "kv_cache='sharded' needs ranks that read each other's memory: not these GPUs, nor ranks on several "
+                "machines; use kv_cache='replicated'",
                 field="kv_cache",
             )
         # A request's last token is never computed; one block is the null block.

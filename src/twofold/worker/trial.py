@@ -103,7 +103,8 @@ class TrialSteps:
         tokens, heads = ([round(ms, 3) for ms in part] for part in np.array(slowest).reshape(2, -1).tolist())
         points = list(zip(kinds["decode"] + kinds["prefill"], tokens, heads, strict=True))
         num_decode = len(kinds["decode"])
-        return StepCosts(decode=tuple(points[:num_decode]), prefill=tuple(points[num_decode:]))
+        num_nodes = self.runner.axes.node.size
+        return StepCosts(tuple(points[:num_decode]), tuple(points[num_decode:]), num_nodes)
 
     def _find_num_tokens_to_capture(self) -> int:
         """The number of tokens a rank below which launching a step takes longer than running it: launches take the same
