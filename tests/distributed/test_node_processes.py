@@ -4,7 +4,6 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -20,36 +19,28 @@ from twofold.sampling_params import SamplingParams
 
 GREEDY = SamplingParams(temperature=0, max_tokens=5)
 PROMPTS = [np.random.default_rng(n).integers(3, VOCAB_SIZE, n).tolist() for n in (1, 3, 20, 150)]
+CASES = {"llama": (4, 2), "deepseek_v2": (2, 2)}  # number of ranks and of nodes
 
 
-@pytest.fixture(scope="module", params=["llama", "deepseek_v2"])
+@pytest.fixture(scope="module", params=CASES)
 def model(request: pytest.FixtureRequest) -> PreTrainedModel:
     return tiny_model(tiny_config(request.param, num_hidden_layers=2))
 
 
 @pytest.fixture(scope="module")
-def folder(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("model")
-    model.save_pretrained(path)
-    return path
-
-
-def start(folder: Path, num_ranks: int, num_nodes: int, **arguments: Any) -> LLMEngine:
+def engine(model: PreTrainedModel, tmp_path_factory: pytest.TempPathFactory) -> Iterator[LLMEngine]:
+    folder = tmp_path_factory.mktemp("model")
+    model.save_pretrained(folder)
+    num_ranks, num_nodes = CASES[model.config.model_type]
     config = EngineConfig(
         model=str(folder),
         prefill_context_parallel_size=num_ranks,
         dtype="float32",
         skip_tokenizer_init=True,
         block_size=8,
-        **arguments,
     )
     runtime = replace(settle(config)[0], num_nodes=num_nodes)
-    return LLMEngine(runtime, None, partial(LocalExecutor, runtime))
-
-
-@pytest.fixture(scope="module", params=[(2, 2), (4, 2)], ids=["2 nodes of 1", "2 nodes of 2"])
-def engine(request: pytest.FixtureRequest, folder: Path) -> Iterator[LLMEngine]:
-    engine = start(folder, *request.param)
+    engine = LLMEngine(runtime, None, partial(LocalExecutor, runtime))
     yield engine
     engine.shutdown()
 
