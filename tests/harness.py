@@ -4,9 +4,10 @@ It lets one test run a hundred models, look into every rank's cache, and compare
 """
 
 import copy
+import itertools
 import queue
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
@@ -304,13 +305,20 @@ def make_engine(
     )
     if num_blocks is None:
         num_blocks = 4 * -(-max_model_len // block_size) + 1
-    engine = LLMEngine(runtime, tokenizer, lambda start_timeout: ThreadExecutor(model, runtime, num_blocks))
+    engine_class = MixedEngine if step_layout == "mixed" else LLMEngine
+    engine = engine_class(runtime, tokenizer, lambda start_timeout: ThreadExecutor(model, runtime, num_blocks))
     engine.max_steps_in_flight = steps_in_flight
-    if step_layout == "mixed" and engine.executor.reports[0].only_by_tokens is None:
-        engine.runs_by_heads = mixed
-        if engine.scheduler.fetch_limit is not None:  # steps of decodes run by tokens, too
-            engine.scheduler.fetch_limit = replace(engine.scheduler.fetch_limit, decodes_too=True)
     return engine
+
+
+class MixedEngine(LLMEngine):
+    """Changes the layout from step to step, with new ranks for lost ones, too."""
+
+    def _choose_layouts(self, num_blocks: int) -> None:
+        super()._choose_layouts(num_blocks)
+        if self.reports[0].only_by_tokens is None:
+            self.runs_by_heads = mixed
+            self._decodes_fetch = True  # some of them run by tokens
 
 
 def mixed(batch: ScheduledBatch) -> bool:
@@ -320,17 +328,26 @@ def mixed(batch: ScheduledBatch) -> bool:
 
 
 def generate(
-    engine: LLMEngine, prompts: Sequence[Sequence[int]], params: SamplingParams | Sequence[SamplingParams]
+    engine: LLMEngine,
+    prompts: Sequence[Sequence[int]],
+    params: SamplingParams | Sequence[SamplingParams],
+    after_step: Callable[[int], object] = lambda num_steps: None,
 ) -> list[RequestOutput]:
-    """Answers token-id prompts; outputs in their order. The engine must be idle before and is idle after."""
+    """Answers token-id prompts; outputs in their order. The engine must be idle before and is idle after.
+
+    `after_step` gets the number of steps so far.
+    """
     each = [params] * len(prompts) if isinstance(params, SamplingParams) else list(params)
     for number, (prompt, one) in enumerate(zip(prompts, each, strict=True)):
         engine.add_request(f"prompt-{number}", list(prompt), one)
     finished: dict[str, RequestOutput] = {}
-    while engine.has_unfinished_requests or engine.scheduler.num_in_flight:
+    for num_steps in itertools.count(1):
         for output in engine.step():
             if output.finished:
                 finished[output.request_id] = output
+        if not engine.has_unfinished_requests and not engine.scheduler.num_in_flight:
+            break
+        after_step(num_steps)
     assert engine.is_idle
     return [finished[f"prompt-{number}"] for number in range(len(prompts))]
 
