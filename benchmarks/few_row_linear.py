@@ -4,9 +4,8 @@
 
 Shapes are those of Llama-3.1-8B, by heads on two ranks and by tokens (whole), and DeepSeek-V2-Lite's latents. 32 calls
 are replayed from a CUDA graph; they go round weights that the L2 cache does not hold. A line shows the library, what
-`TUNINGS` chooses, and the best of all configurations, apart from each other and overlapping. In a model a call overlaps
-less, because other kernels come between. The table at the end shows how much longer than the best one a configuration
-takes, on average over shapes: this is what `TUNINGS` is filled in from.
+`TUNINGS` chooses, and the best of all configurations. The table at the end shows how much longer than the best one a
+configuration takes, on average over shapes: this is what `TUNINGS` is filled in from.
 """
 
 import argparse
@@ -16,7 +15,7 @@ import math
 import statistics
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import astuple, replace
+from dataclasses import astuple
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +52,6 @@ BY_DOT = [
     Tuning(16, 256, 2, 6, True), Tuning(16, 256, 4, 5, True), Tuning(16, 512, 4, 4, True), Tuning(32, 128, 4, 6, True),
     Tuning(32, 256, 4, 4, True), Tuning(64, 64, 4, 8, True), Tuning(64, 128, 4, 5, True),
 ]  # fmt: skip
-OVERLAPPED = (Tuning(4, 1024, 4), Tuning(2, 2048, 8), Tuning(2, 4096, 8), Tuning(1, 4096, 4), BY_DOT[1], BY_DOT[3])
 MAX_SUMS = 64  # that a thread keeps in registers
 NUM_CALLS, NUM_REPLAYS = 32, 5
 CACHE_BYTES = 50 << 20
@@ -69,8 +67,7 @@ def configurations(num_rows: int) -> list[Tuning]:
     def num_sums(tuning: Tuning) -> int:
         return triton.next_power_of_2(num_rows) * tuning.block_n * tuning.block_k // (32 * tuning.num_warps)
 
-    apart = [tuning for tuning in BY_ADDING if num_sums(tuning) <= MAX_SUMS] + BY_DOT
-    return apart + [replace(tuning, overlap=True) for tuning in apart if tuning in OVERLAPPED]
+    return [tuning for tuning in BY_ADDING if num_sums(tuning) <= MAX_SUMS] + BY_DOT
 
 
 def make_weights(width: int, shapes: list[tuple[int, int]]) -> list[list[torch.Tensor]]:
@@ -114,10 +111,7 @@ def check(call: Call, x: torch.Tensor, weights: list[torch.Tensor]) -> None:
 
 def name(tuning: Tuning) -> str:
     return (
-        "x".join(map(str, astuple(tuning)[:2]))
-        + f" w{tuning.num_warps} s{tuning.num_stages}"
-        + " dot" * tuning.by_dot
-        + " overlap" * tuning.overlap
+        "x".join(map(str, astuple(tuning)[:2])) + f" w{tuning.num_warps} s{tuning.num_stages}" + " dot" * tuning.by_dot
     )
 
 
@@ -146,10 +140,9 @@ def print_line(row: dict[str, Any]) -> None:
     us = row["us"]
     line = f"{row['shape']:14}{row['rows']:3} rows | library {told(row['library_us'])}"
     line += f" | chosen {told(us.get(row['chosen'], math.nan))}"
-    for title, overlap in (("best", False), ("overlapping", True)):
-        if same := [config for config in us if config.endswith("overlap") == overlap]:
-            best = min(same, key=lambda config: us[config])
-            line += f" | {title} {told(us[best])}  {best.removesuffix(' overlap')}"
+    if us:
+        best = min(us, key=lambda config: us[config])
+        line += f" | best {told(us[best])}  {best}"
     print(line, flush=True)
 
 

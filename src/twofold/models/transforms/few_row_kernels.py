@@ -44,12 +44,9 @@ def _linear_kernel(
     block_k: tl.constexpr,
     num_blocks: tl.constexpr,
     by_dot: tl.constexpr,
-    overlap: tl.constexpr,
     even: tl.constexpr,
 ) -> None:
     """Grid: blocks of `block_n` rows of each weight. `even`: these, and blocks of `block_k` inputs, are all full."""
-    if overlap:
-        tl.extra.cuda.gdc_launch_dependents()
     start1 = tl.cdiv(out_features0, block_n)
     start2 = start1 + tl.cdiv(out_features1, block_n)
     weight = _of_mine(weight0, weight1, weight2, start1, start2)
@@ -60,8 +57,6 @@ def _linear_kernel(
     weight += first.to(tl.int64) * stride
     m, n = tl.arange(0, rows_pad), tl.arange(0, block_n)
     if by_dot:
-        if overlap:
-            tl.extra.cuda.gdc_wait()
         total = tl.zeros([rows_pad, block_n], tl.float32)
         for start in tl.range(0, in_features, block_k, num_stages=num_blocks):
             k = start + tl.arange(0, block_k)
@@ -88,8 +83,6 @@ def _linear_kernel(
             else:
                 inside = (first + n < out_features)[None, :, None] & (k < in_features)[None, None, :]
                 w = tl.load(ours, mask=inside, other=0.0, eviction_policy="evict_first")
-            if overlap:
-                tl.extra.cuda.gdc_wait()  # x may be the result of the kernel before; weights are nobody's
             a = tl.load(
                 x + m[:, None, None] * x_stride + k[None, None, :],
                 mask=(m < num_rows)[:, None, None] & (k < in_features)[None, None, :],
@@ -118,8 +111,7 @@ def launch(x: torch.Tensor, weights: list[torch.Tensor], tuning: Tuning) -> list
         *(weight.stride(0) for weight in weights), *[0] * padding, *sizes, *[0] * padding,
         rows_pad=max(16, rows_pad) if tuning.by_dot else rows_pad,
         block_n=tuning.block_n, block_k=tuning.block_k, num_blocks=tuning.num_stages, by_dot=tuning.by_dot,
-        overlap=tuning.overlap,
         even=in_features % tuning.block_k == 0 and all(size % tuning.block_n == 0 for size in sizes),
-        num_warps=tuning.num_warps, launch_pdl=tuning.overlap,
+        num_warps=tuning.num_warps,
     )  # fmt: skip
     return outs

@@ -26,7 +26,6 @@ class Tuning:
     num_warps: int
     num_stages: int = 1  # blocks of a weight on their way at once, through shared memory; 1: through registers
     by_dot: bool = False  # on tensor cores, as 16 rows or more; else multiplied and added one by one
-    overlap: bool = False  # programs start, and read weights, while the kernel before ends
 
 
 # (most rows of x, most outputs in all, how; None is the library): the first that fits, by
