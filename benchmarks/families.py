@@ -13,6 +13,7 @@ ranks; so is a replicated cache. `--holdings` runs every type on two ranks with 
 """
 
 import argparse
+import copy
 import itertools
 import json
 import logging
@@ -34,6 +35,7 @@ from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 from twofold.bench.report import environment
 from twofold.engine.engine import LLMEngine
 from twofold.errors import ModelError
+from twofold.models.decoder import DecoderModel
 from twofold.models.support import ONLY_BY_TOKENS, causal_model_types, refusal
 from twofold.outputs import RequestOutput
 from twofold.sampling_params import SamplingParams
@@ -220,6 +222,7 @@ def main() -> None:
             model = tiny_model(tiny_config(model_type, **changes))
             if refusal(model.config) is not None:
                 continue
+            DecoderModel(copy.deepcopy(model))  # fails where a type is not served
             case = Case(name, model)
         except Exception as error:
             if args.names:
