@@ -293,11 +293,11 @@ def test_a_cache_is_sharded_where_a_request_would_not_fit(
 ) -> None:
     """`auto`: 96 tokens take 12 blocks and the null block."""
     caplog.set_level("INFO")
-    for num_blocks, is_sharded, told in ((13, False, "all of it"), (12, True, "a share"), (7, True, "a share")):
+    for num_blocks, is_sharded, told in ((13, False, "all"), (12, True, "a share"), (7, True, "a share")):
         engine = make_engine(model, 2, max_model_len=96, block_size=BLOCK_SIZE, num_blocks=num_blocks, kv_cache="auto")
         assert engine.is_sharded == is_sharded
         assert engine.kv_cache_capacity == ((1 + is_sharded) * num_blocks - 1) * BLOCK_SIZE
-        assert told in next(line for line in caplog.messages if line.startswith("KV cache:"))
+        assert any(f"and {told} of the KV cache" in line for line in caplog.messages)
         caplog.clear()
         engine.shutdown()
     with pytest.raises(ConfigError, match="the cache holds 88 tokens, fewer than max_model_len=96") as caught:
