@@ -17,12 +17,12 @@ from twofold.runtime import usable_cores
 
 NUM_TIMES = 3  # of each thing that is timed
 NUM_TOKENS = 12  # of an answer whose steps are timed
-LINEARS_OF_LAYER = 7
-OPS_OF_LAYER = 30  # small operations of a layer's code: norms, RoPE, reshaping
+CALLS_OF_LAYER = 40  # of small operations in a layer's code: norms, RoPE, reshaping
 
 
-def this_processor(dtype: torch.dtype, num_ranks: int) -> Processor:
-    """A GPU of this machine that is known; or what one of `num_ranks` ranks on its CPU reaches, timed in a second."""
+def this_processor(dtype: torch.dtype, num_ranks: int, width: int) -> Processor:
+    """A GPU of this machine that is known; or what one of `num_ranks` ranks on its CPU reaches, timed in a second
+    with products of `width` columns."""
     if torch.cuda.is_available():
         name = torch.cuda.get_device_name(0)
         for known in KNOWN.values():
@@ -31,7 +31,7 @@ def this_processor(dtype: torch.dtype, num_ranks: int) -> Processor:
     threads = torch.get_num_threads()
     torch.set_num_threads(max(1, usable_cores() // num_ranks))
     try:
-        return _this_cpu(dtype)
+        return _this_cpu(dtype, width)
     finally:
         torch.set_num_threads(threads)
 
@@ -40,22 +40,23 @@ def _gpu_memory() -> int:
     return int(torch.cuda.get_device_properties(0).total_memory)
 
 
-def _this_cpu(dtype: torch.dtype) -> Processor:
-    many, width = 512, 1024
-    x, w = torch.ones(many, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
-    flops = 2 * many * width * width / _seconds(lambda: x @ w.T)
-    large = torch.ones(1 << 25, dtype=dtype)  # more than caches hold
-    bandwidth = large.nbytes / _seconds(lambda: large.sum())
-    copied = torch.empty_like(large)
-    link = large.nbytes / _seconds(lambda: copied.copy_(large))
-    heads = torch.ones(1, 8, many, 64, dtype=dtype)
+def _this_cpu(dtype: torch.dtype, width: int) -> Processor:
+    """By products as wide as the model's: with few rows they take the time to read their weights."""
+    small = torch.nn.Linear(64, 64, dtype=dtype, bias=False)
+    one, row = torch.ones(1, 64, dtype=dtype), torch.ones(1, width, dtype=dtype)
+    rows, whole = torch.ones(128, width, dtype=dtype), torch.ones(width, width, dtype=dtype)
+    weights = torch.ones(max(2, (1 << 28) // whole.nbytes), width, width, dtype=dtype)  # more than caches hold
+    heads, copied = torch.ones(1, 8, 512, 64, dtype=dtype), torch.empty_like(weights)
     attend = torch.nn.functional.scaled_dot_product_attention
-    attention = 2 * 8 * many * many / 2 * 128 / _seconds(lambda: attend(heads, heads, heads, is_causal=True))
-    few, small = torch.ones(1, 64, dtype=dtype), torch.ones(64, 64, dtype=dtype)
-    call = _seconds(lambda: few @ small) * 1e6
-    layer = (LINEARS_OF_LAYER + OPS_OF_LAYER) * call
+    with torch.inference_mode():
+        flops = 2 * rows.numel() * width / _seconds(lambda: rows @ whole)
+        bandwidth = weights.nbytes / _seconds(lambda: [row @ weight for weight in weights])
+        link = weights.nbytes / _seconds(lambda: copied.copy_(weights))
+        attention = 2 * 8 * 512 * 512 / 2 * 128 / _seconds(lambda: attend(heads, heads, heads, is_causal=True))
+        call = _seconds(lambda: small(one)) * 1e6
+    layer = CALLS_OF_LAYER * call
     reach = Reach(
-        source="the same second; overheads by the time of a small operation", products=1.0, sustained=1.0,
+        source="the same second; overheads by the time of a small product", products=1.0, sustained=1.0,
         expert_products=1.0, divided_expert_products=1.0, attention={128: attention / flops}, attention_ramp=0.0,
         memory=1.0, activations=1.0, peer=1.0, fetch=1.0, sums=1.0, decode_layer=layer, decode_sparse_layer=layer,
         prefill_layer=layer, prefill_sparse_layer=layer, exchange=10 * call, sum=10 * call, long_context=0.0,

@@ -107,7 +107,7 @@ def plan(config: EngineConfig, args: Namespace) -> dict[str, Any]:
     dtype = choose_dtype(config, model_config, "cpu" if on_cpu else "cuda")
     shape = model_shape(model_config, dtype, config.trust_remote_code)
     max_model_len = choose_max_model_len(config, model_config)
-    processor = this_processor(dtype, args.gpus) if args.measure else _known(args)
+    processor = this_processor(dtype, args.gpus, shape.hidden_size) if args.measure else _known(args)
     memory = args.memory or (processor.memory if processor is not None else None)
     if memory is None:
         raise ConfigError("memory of a GPU is needed: --memory 80G, or --gpu", field="memory")
