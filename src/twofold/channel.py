@@ -12,6 +12,7 @@ import struct
 import time
 from collections import deque
 from collections.abc import Sequence
+from contextlib import suppress
 from typing import Any, Protocol, TypeVar
 
 HEADER = struct.Struct("!Q")
@@ -39,7 +40,7 @@ def pack(message: Any) -> bytes:
 
 
 class Channel:
-    """One end of a socket pair."""
+    """One end of a stream socket."""
 
     def __init__(self, sock: socket.socket) -> None:
         sock.setblocking(False)
@@ -102,6 +103,10 @@ class Channel:
         self._messages.remove(message)
         return message
 
+    def take_any(self) -> Any:
+        """Removes the oldest message, and returns it; None if there is none."""
+        return self._messages.popleft() if self._messages else None
+
     def _flush(self) -> None:
         while self._outgoing:
             try:
@@ -134,6 +139,11 @@ class Channel:
         except EOFError:
             return True
         return bool(self._messages)
+
+    def shutdown(self) -> None:
+        """Ends both ways of it at once: whoever waits here or there finds the other end gone. For any thread."""
+        with suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
 
     def close(self) -> None:
         self._socket.close()

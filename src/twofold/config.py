@@ -18,6 +18,7 @@ DTYPE_ALIASES = {
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "sdpa", "native", "flash_attn")
+EXECUTOR_BACKENDS = ("mp", "ray")
 EXCHANGES = ("auto", "all_gather", "push")
 PARTITION_POLICIES = ("dual_chunk_swap", "contiguous")
 STEP_LAYOUTS = ("auto", "tokens", "heads")
@@ -43,6 +44,8 @@ class EngineConfig:
     skip_tokenizer_init: bool = False
     trust_remote_code: bool = False
     prefill_context_parallel_size: int = 1
+    distributed_executor_backend: str = "mp"  # ranks are processes of this machine (mp), or wherever Ray has places
+    placement_timeout: float = 600.0  # seconds in which Ray must give all ranks a place
     partition_policy: str = "dual_chunk_swap"
     step_layout: str = "auto"  # by tokens (context parallel) or by heads (tensor parallel); "auto": step by step
     step_costs: str | None = None  # JSON, as an engine's log says them: for "auto"; None: measured at the start
@@ -82,6 +85,9 @@ class EngineConfig:
                 _check_count(name, getattr(self, name))
         logprobs = self.max_logprobs
         _check(isinstance(logprobs, int) and logprobs >= -1, "max_logprobs", logprobs, "an integer of at least -1")
+        if self.distributed_executor_backend in (None, "uni"):  # what vLLM's scripts say for one machine
+            object.__setattr__(self, "distributed_executor_backend", "mp")
+        _check_choice("distributed_executor_backend", self.distributed_executor_backend, EXECUTOR_BACKENDS)
         _check_choice("partition_policy", self.partition_policy, PARTITION_POLICIES)
         _check_choice("step_layout", self.step_layout, STEP_LAYOUTS)
         _check_choice("kv_cache", self.kv_cache, HOLDINGS)
@@ -99,8 +105,9 @@ class EngineConfig:
             utilization,
             "more than 0 and at most 1",
         )
-        timeout = self.step_timeout
-        _check(isinstance(timeout, int | float) and 0 < timeout < 1e6, "step_timeout", timeout, "above 0 and below 1e6")
+        for name in ("step_timeout", "placement_timeout"):
+            timeout = getattr(self, name)
+            _check(isinstance(timeout, int | float) and 0 < timeout < 1e6, name, timeout, "above 0 and below 1e6")
         if self.seed is None:
             object.__setattr__(self, "seed", secrets.randbits(63))
         _check(isinstance(self.seed, int) and 0 <= self.seed < 2**63, "seed", self.seed, "in [0, 2**63)")

@@ -145,13 +145,14 @@ class SharedFiles:
 
 @dataclass(frozen=True, slots=True)
 class StoreAddress:
-    """Where the collectives of several machines find each other: a `TCPStore`, which the ranks' executor serves.
+    """Where the collectives of several machines find each other: a `TCPStore`.
 
     Which network interface leads there, the executor says in GLOO_SOCKET_IFNAME or NCCL_SOCKET_IFNAME.
     """
 
     host: str
     port: int
+    listener: int | None = None  # of the rank that serves it: a descriptor of the port, which is open already
 
 
 @dataclass(frozen=True, slots=True)

@@ -22,6 +22,7 @@ from twofold.config import (
     DEVICES,
     DTYPES,
     EXCHANGES,
+    EXECUTOR_BACKENDS,
     HOLDINGS,
     LOAD_FORMATS,
     PARTITION_POLICIES,
@@ -38,6 +39,9 @@ def _one_of(choices: Any) -> str:
 ENGINE_HELP = {
     "model": "directory, hub name, .gguf file, or demo (SmolLM2-135M-Instruct)",
     "prefill_context_parallel_size": "ranks that share the prefill of each prompt",
+    "distributed_executor_backend": "where ranks run: processes of this machine, or places of a Ray cluster "
+    f"(RAY_ADDRESS): {_one_of(EXECUTOR_BACKENDS)}",
+    "placement_timeout": "seconds in which Ray must give all ranks a place, at the start and after a loss",
     "partition_policy": f"which rank computes which part of a prompt: {_one_of(PARTITION_POLICIES)}",
     "step_layout": "how ranks share a step: by tokens (context parallel), by heads (tensor parallel), or as costs "
     f"less: {_one_of(STEP_LAYOUTS)}",

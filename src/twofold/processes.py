@@ -23,7 +23,7 @@ def start(
         process = subprocess.Popen(
             command,
             pass_fds=[*pass_fds, life_read],
-            env=os.environ | _module_paths() | (environment or {}),
+            env=os.environ | module_paths() | (environment or {}),
             **options,
         )
         _tie(process.pid, life_read)
@@ -67,7 +67,7 @@ def no_interrupts() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _module_paths() -> dict[str, str]:
+def module_paths() -> dict[str, str]:
     """Lets a process import what this one can, but nothing from the working directory: a model that somebody has
     downloaded there may come with a numpy.py. Only Twofold itself may lie there, so its folder comes last.
     """

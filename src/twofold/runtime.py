@@ -94,6 +94,8 @@ def _device(config: EngineConfig) -> str:
     size = config.prefill_context_parallel_size
     num_gpus = torch.cuda.device_count()
     device = config.device if config.device != "auto" else device_of_machine()
+    if config.distributed_executor_backend == "ray":  # which waits for places, on whatever machines
+        return device
     if device == "cuda":
         limit, holder = num_gpus, f"{num_gpus} GPUs"
     else:
@@ -130,6 +132,8 @@ def _weights(
     """
     num_ranks = config.prefill_context_parallel_size
     is_asked = config.weights == "sharded" and num_ranks > 1
+    if config.distributed_executor_backend == "ray":  # only ranks see the GPUs of their machines
+        return "sharded" if is_asked else "replicated"
     if device == "cpu" and not is_asked:
         return "replicated"
     shape = _shape(config, model_config, dtype)

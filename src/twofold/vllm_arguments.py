@@ -35,7 +35,7 @@ def _hint(reason: str, *, is_flag: bool = False) -> Foreign:
 TEXT_ONLY = "prompts are text only"
 NO_LORA = "there is no LoRA; merge the adapter into its base model"
 NO_DRAFTS = "there is no speculative decoding"
-ONE_MACHINE = "all ranks are processes of this machine"
+BY_RAY = "ranks on several machines are placed by Ray: distributed_executor_backend='ray'"
 NO_DATA_PARALLEL = "an engine has one copy of the model; start one engine for each"
 NO_QUANTIZATION = "there is no quantized computation; give a checkpoint that is not quantized, or a GGUF file"
 GRAPHS = "the engine chooses what it compiles and captures; enforce_eager=True turns both off"
@@ -84,10 +84,9 @@ FOREIGN: dict[str, Foreign] = {
     "data_parallel_rank": Foreign(NO_DATA_PARALLEL, (0,)),
     "data_parallel_backend": Foreign(NO_DATA_PARALLEL, ("mp",)),
     "data_parallel_hybrid_lb": _off(NO_DATA_PARALLEL),
-    "distributed_executor_backend": Foreign(ONE_MACHINE, ("mp", "uni")),
-    "nnodes": Foreign(ONE_MACHINE, (1,)),
-    "node_rank": Foreign(ONE_MACHINE, (0,)),
-    "ray_workers_use_nsight": _off(ONE_MACHINE),
+    "nnodes": Foreign(BY_RAY, (1,)),
+    "node_rank": Foreign(BY_RAY, (0,)),
+    "ray_workers_use_nsight": _off("profile a rank with start_profile() and stop_profile()"),
     "max_parallel_loading_workers": _hint("ranks load at the same time"),
     "disable_custom_all_reduce": _hint("the way of sums is chosen when ranks start", is_flag=True),
     "enable_expert_parallel": _off("a rank has a part of each expert, or all of all experts"),

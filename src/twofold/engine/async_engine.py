@@ -219,6 +219,11 @@ class AsyncEngine:
     def vocab_size(self) -> int:
         return self.engine.vocab_size
 
+    @property
+    def waits_for(self) -> str | None:
+        """What new ranks wait for, where others decide when they may start."""
+        return self.engine.waits.reason
+
     def snapshot(self) -> EngineSnapshot:
         """The engine's; prompts that it has not been given yet count as waiting."""
         snapshot = self.engine.snapshot()

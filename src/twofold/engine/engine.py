@@ -22,8 +22,8 @@ from twofold.engine.request import Request, RequestStatus
 from twofold.engine.scheduler import FetchLimit, Scheduler
 from twofold.engine.stats import EngineSnapshot, EngineStats, Progress
 from twofold.engine.watchdog import Watchdog
-from twofold.errors import ConfigError, EngineError, RequestError, TwofoldError
-from twofold.executor.base import Executor, MakeExecutor
+from twofold.errors import ConfigError, EngineError, RequestError, TwofoldError, UnavailableError
+from twofold.executor.base import Executor, MakeExecutor, Waits
 from twofold.interrupts import held_back
 from twofold.outputs import RequestOutput
 from twofold.parallel.costs import StepCosts
@@ -48,16 +48,23 @@ class LLMEngine:
     """
 
     def __init__(
-        self, runtime: RuntimeConfig, tokenizer: "PreTrainedTokenizerBase | None", make_executor: MakeExecutor
+        self,
+        runtime: RuntimeConfig,
+        tokenizer: "PreTrainedTokenizerBase | None",
+        make_executor: MakeExecutor,
+        waits: Waits | None = None,
     ) -> None:
+        """`waits`: where `make_executor` says what it waits for."""
         self.runtime, self.tokenizer = runtime, tokenizer
+        self.waits = waits or Waits()
         self._make_executor: MakeExecutor | None = make_executor
         costs = runtime.engine.step_costs  # measured by the first ranks where they are not given; kept for later ones
         self.step_costs = None if costs is None else StepCosts.from_json(costs)
         self.runs_by_heads: Callable[[ScheduledBatch], bool] = partial(_always, False)  # a step's layout
         start = time.monotonic()
         executor = make_executor(None)
-        self._start_timeout = runtime.engine.step_timeout + START_SLACK * (time.monotonic() - start)
+        seconds = time.monotonic() - start - self.waits.seconds
+        self._start_timeout = runtime.engine.step_timeout + START_SLACK * seconds
         self.watchdog = Watchdog(runtime.engine.step_timeout, runtime.device, executor.reports[0].num_parameters)
         self.block_pool = self._open(executor)
         self.vocab_size = executor.reports[0].vocab_size
@@ -315,6 +322,7 @@ class LLMEngine:
 
         Raises:
             EngineError: they did not come up.
+            UnavailableError: there was no place for them for as long as the engine may wait.
         """
         if self._make_executor is None:
             raise EngineError("the engine was shut down; make a new one")
@@ -324,6 +332,8 @@ class LLMEngine:
             start = time.monotonic()
             try:
                 self.block_pool = self._open(self._make_executor(self._start_timeout))
+            except UnavailableError:
+                raise
             except TwofoldError as error:
                 logger.error("the ranks did not start: %s", error)
                 continue

@@ -1,5 +1,6 @@
 """How the engine reaches its ranks. It schedules; they compute."""
 
+from dataclasses import dataclass
 from typing import Protocol
 
 from twofold.contract import Breakdown, Masks, RankReport, Step, StepResult
@@ -50,6 +51,14 @@ class Executor(Protocol):
         """Ends all ranks; may be called at any time, more than once."""
 
 
+@dataclass(slots=True)
+class Waits:
+    """What starting ranks waits for, where others decide when they may start. Any thread may read it."""
+
+    reason: str | None = None  # now
+    seconds: float = 0.0  # in all
+
+
 class MakeExecutor(Protocol):
     """Starts the ranks of an engine: at first, and again when they were lost."""
 
@@ -59,4 +68,5 @@ class MakeExecutor(Protocol):
         Raises:
             ModelError: the model cannot be loaded.
             RankDiedError, RankFailedError: a rank did not come up.
+            UnavailableError: there is no place for them, and waiting longer is in vain.
         """

@@ -108,7 +108,15 @@ class ProcessMesh:
 def _open(store: str | StoreAddress, size: int) -> Any:
     if isinstance(store, str):
         return c10d.FileStore(store, size)
-    return c10d.TCPStore(store.host, store.port, size, is_master=False, timeout=TIMEOUT, wait_for_workers=False)
+    return c10d.TCPStore(
+        store.host,
+        store.port,
+        size,
+        is_master=store.listener is not None,
+        timeout=TIMEOUT,
+        wait_for_workers=False,
+        master_listen_fd=store.listener,
+    )
 
 
 @dataclass(frozen=True, slots=True)

@@ -257,8 +257,9 @@ class Routes:
     # Operation
 
     async def health(self) -> JSONResponse:
-        state = self._engine.state
-        return JSONResponse({"status": state}, 200 if state is State.RUNNING else 503)
+        state, reason = self._engine.state, self._engine.waits_for
+        body = {"status": state} | ({} if reason is None else {"waits_for": reason})
+        return JSONResponse(body, 200 if state is State.RUNNING else 503)
 
     async def version(self) -> dict[str, str]:
         return {"version": twofold.__version__}

@@ -1,0 +1,233 @@
+"""Ranks on two machines: network namespaces of this one with a link between them, and a Ray node in each. Needs root.
+
+    python benchmarks/two_machines.py answers                   two machines against one rank
+    python benchmarks/two_machines.py traffic                   bytes on the link against the size of KV entries
+    python benchmarks/two_machines.py ttft --gbps 10            over a slow link against two ranks of one machine
+    python benchmarks/two_machines.py faults --fault rank       trials with one fault each: rank, raylet, link, node
+
+The link has a rate (tc tbf) but no delay beyond the kernel's, unless --delay-ms is given and the kernel has netem.
+Bytes are those that the link's device counts, with all headers. Ray counts a node as lost after 9 s (`SETTINGS` in
+tests/clusters.py), not after 25.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import psutil
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "tests"))
+
+from clusters import Machines, run, two_machines
+
+from twofold import LLM, SamplingParams
+from twofold.bench.report import bytes_per_token, environment
+
+LINK_DOWN_SECONDS = 5.0
+
+
+def start(args: argparse.Namespace, num_ranks: int = 2, backend: str = "ray") -> LLM:
+    return LLM(
+        args.model,
+        prefill_context_parallel_size=num_ranks,
+        distributed_executor_backend=backend,
+        dtype=args.dtype,
+        step_layout=args.step_layout,
+        enable_prefix_caching=False,
+    )
+
+
+def prompts(num_prompts: int, num_tokens: int) -> list[dict[str, Any]]:
+    rng = np.random.default_rng(num_tokens)
+    return [{"prompt_token_ids": rng.integers(100, 40_000, num_tokens).tolist()} for _ in range(num_prompts)]
+
+
+def greedy(num_tokens: int) -> SamplingParams:
+    return SamplingParams(temperature=0, max_tokens=num_tokens, ignore_eos=True)
+
+
+def answers(llm: LLM) -> list[list[int]]:
+    asked = [*prompts(2, 32), *prompts(2, 700), *prompts(1, 2048)]
+    return [output.outputs[0].token_ids for output in llm.generate(asked, greedy(32), use_tqdm=False)]
+
+
+def compare_answers(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
+    with start(args, 1, "mp") as llm:
+        expected = answers(llm)
+    with start(args) as llm:
+        found = answers(llm)
+    return {"answers": len(found), "equal to those of one rank": sum(map(list.__eq__, found, expected))}
+
+
+def traffic(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
+    """Of prompts that are computed at once, with one token of an answer."""
+    with start(args) as llm:
+        entry = bytes_per_token(llm.engine)["stored"]
+        rows = []
+        for num_tokens in (1024, 2048, 4096):
+            counts = []
+            for prompt in prompts(args.repeats, num_tokens):
+                before = machines.num_link_bytes()
+                llm.generate([prompt], greedy(1), use_tqdm=False)
+                counts.append((machines.num_link_bytes() - before) / num_tokens)
+            rows.append(
+                {
+                    "prompt tokens": num_tokens,
+                    "link bytes a token": round(median(counts)),
+                    "to KV entries of all layers": round(median(counts) / entry, 3),
+                }
+            )
+        return {"KV entries of all layers, bytes a token": entry, "MTU": machines.mtu, "rows": rows}
+
+
+def ttft(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
+    """The same prompts in turn on two machines and on one; as many threads each."""
+    slow_down(machines, args.gbps, args.delay_ms)
+    seconds: dict[str, list[float]] = {"two machines": [], "one machine": []}
+    with start(args) as far, start(args, backend="mp") as near:
+        for index, prompt in enumerate(prompts(args.repeats + 1, args.tokens)):
+            for name, llm in (("two machines", far), ("one machine", near)):
+                begin = time.perf_counter()
+                llm.generate([prompt], greedy(1), use_tqdm=False)
+                if index:
+                    seconds[name].append(time.perf_counter() - begin)
+    medians = {name: median(times) for name, times in seconds.items()}
+    return {
+        "tokens": args.tokens,
+        "link Gbit/s": args.gbps,
+        "link delay ms": args.delay_ms,
+        "ttft ms": {name: round(1e3 * value, 1) for name, value in medians.items()},
+        "two machines to one": round(medians["two machines"] / medians["one machine"], 3),
+        "each ms": {name: [round(1e3 * one, 1) for one in times] for name, times in seconds.items()},
+    }
+
+
+def slow_down(machines: Machines, gbps: float, delay_ms: float) -> None:
+    for i in range(2):
+        tc = [*machines.enter(i), "tc", "qdisc", "add", "dev", machines.device(i)]
+        if delay_ms:
+            run(*tc, "root", "handle", "1:", "netem", "delay", f"{delay_ms}ms", "limit", "100000")
+            tc += ["parent", "1:"]
+        else:
+            tc += ["root"]
+        run(*tc, "tbf", "rate", f"{gbps}gbit", "burst", "2mb", "latency", "100ms")
+
+
+def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
+    """Streams run while the fault comes; they must be what they are without one."""
+    cause = {"rank": kill_rank, "raylet": kill_raylet, "link": cut_link, "node": lose_node}[args.fault]
+    rng, each = random.Random(args.seed), []
+    with start(args) as llm:
+        expected, seconds = stream(llm, 0.0, lambda: None)
+        for trial in range(args.trials):
+            restarts = llm.engine.stats.num_restarts
+            found, took = stream(llm, rng.random() * seconds * 0.8, lambda: cause(machines, rng))
+            for thread in threading.enumerate():
+                if thread.name == "repair":
+                    thread.join()
+            one = {
+                "unchanged": sum(map(list.__eq__, found, expected)),
+                "seconds": round(took - seconds, 1),
+                "new ranks": llm.engine.stats.num_restarts - restarts,
+            }
+            print(trial, one, file=sys.stderr, flush=True)
+            each.append(one)
+    return {
+        "fault": args.fault,
+        "trials": len(each),
+        "streams a trial": len(expected),
+        "trials with all streams unchanged": sum(one["unchanged"] == len(expected) for one in each),
+        "seconds more, median": median(one["seconds"] for one in each),
+        "seconds more, most": max(one["seconds"] for one in each),
+        "new ranks, in all": sum(one["new ranks"] for one in each),
+        "each": each,
+    }
+
+
+def stream(llm: LLM, delay: float, cause: Callable[[], None]) -> tuple[list[list[int]], float]:
+    """Answers to four prompts; the fault comes after `delay` seconds → their tokens, and seconds."""
+    begin, is_due, found = time.monotonic(), True, dict[str, list[int]]()
+    for number, prompt in enumerate([*prompts(2, 40), *prompts(2, 600)]):
+        llm.engine.add_request(f"{number}", prompt, greedy(48))
+    while llm.engine.has_work:
+        if is_due and time.monotonic() - begin >= delay:
+            is_due = False
+            cause()
+        for output in llm.engine.step_or_recover():
+            found[output.request_id] = output.outputs[0].token_ids
+    return [found[name] for name in sorted(found)], time.monotonic() - begin
+
+
+def kill_rank(machines: Machines, rng: random.Random) -> None:
+    machines.ranks(rng.randrange(2))[0].kill()
+
+
+def kill_raylet(machines: Machines, rng: random.Random) -> None:
+    """Its workers and ranks end with it; it is started again when the engine waits for it."""
+    lost = machines.ranks(1)
+    machines.kill(1, "raylet")
+    psutil.wait_procs(lost, timeout=60)
+    repair(lambda: (machines.kill(1), machines.start_node(1)))
+
+
+def cut_link(machines: Machines, rng: random.Random) -> None:
+    machines.set_link(False)
+    repair(lambda: (time.sleep(LINK_DOWN_SECONDS), machines.set_link(True)))
+
+
+def lose_node(machines: Machines, rng: random.Random) -> None:
+    """Its link is cut for good; a node with another address takes its place when its ranks have ended."""
+    lost = machines.ranks(1)
+    machines.set_link(False)
+
+    def come_back() -> None:
+        psutil.wait_procs(lost, timeout=120)
+        machines.kill(1)
+        machines.move(1, f"10.91.0.{2 + rng.randrange(200)}")
+        machines.set_link(True)
+        machines.start_node(1)
+
+    repair(come_back)
+
+
+def repair(what: Callable[[], object]) -> None:
+    threading.Thread(target=what, name="repair").start()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("answers", "traffic", "ttft", "faults"))
+    parser.add_argument("--model", default="demo")
+    parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--step-layout", default="auto")
+    parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument("--gbps", type=float, default=10.0)
+    parser.add_argument("--delay-ms", type=float, default=0.0)
+    parser.add_argument("--mtu", type=int, default=9000)
+    parser.add_argument("--fault", choices=("rank", "raylet", "link", "node"), default="rank")
+    parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--output-json", type=Path)
+    args = parser.parse_args()
+    measure = {"answers": compare_answers, "traffic": traffic, "ttft": ttft, "faults": faults}[args.what]
+    with two_machines(f"tf{os.getpid() % 10000}n", mtu=args.mtu, with_namespaces=True) as machines:
+        os.environ.update(machines.environment | {"RAY_ADDRESS": machines.ray_address})
+        with machines.inside():
+            result = measure(args, machines) | {"environment": environment()}
+    print(json.dumps({name: value for name, value in result.items() if name not in ("each", "environment")}, indent=1))
+    if args.output_json:
+        args.output_json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
