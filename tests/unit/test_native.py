@@ -61,7 +61,9 @@ def test_rows_of_a_step(
         mine = slice(starts[row], starts[row + 1])
         expected, expected_lse = reference(query[mine], *spec.unpack(entries), spec)
         assert error(out[mine], expected) < TOLERANCE[dtype], lens[row]
-        torch.testing.assert_close(lse[mine].double(), expected_lse, rtol=0, atol=1e-5)
+        # Powers of 2 are as exact as bfloat16 needs them.
+        atol = 1e-5 if dtype == torch.float32 else 5e-5
+        torch.testing.assert_close(lse[mine].double(), expected_lse, rtol=0, atol=atol)
 
 
 @pytest.mark.parametrize("causal", [True, False])
@@ -92,7 +94,7 @@ def test_errors_are_not_above_the_fused_kernels() -> None:
 @pytest.mark.parametrize("bias", [False, True])
 def test_products(bias: bool, dtype: torch.dtype) -> None:
     """Of few rows and of many; widths that fill no vector; weights that are columns of wider ones."""
-    for rows in (1, 2, 3, 4, 5, 8, 9, 60):
+    for rows in (1, 2, 3, 4, 5, 8, 9, 17, 33, 60):
         for width, count in ((576, 70), (30, 5), (64, 96)):
             x, weight = torch.randn(2, rows, width).to(dtype), torch.randn(count, width + 6).to(dtype)[:, 4:-2]
             added = torch.randn(count).to(dtype) if bias else None

@@ -21,6 +21,8 @@ from twofold.executor.channels import ChannelExecutor
 from twofold.native.build import start_build
 from twofold.processes import is_stopped, no_interrupts
 
+# A rank keeps memory that it frees: pages that the kernel must give anew take longer than what is computed in them.
+KEPT_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(32 << 20), "MALLOC_TRIM_THRESHOLD_": str(256 << 20)}
 LOOKS_STOPPED = 4  # looks after which a rank that a signal stopped counts as dead
 
 
@@ -67,7 +69,7 @@ class LocalExecutor(ChannelExecutor):
             stack.enter_context(theirs)
             process, lifeline = processes.start(
                 [*self.command, str(theirs.fileno())],
-                environment={"OMP_NUM_THREADS": str(runtime.num_threads)},
+                environment={"OMP_NUM_THREADS": str(runtime.num_threads)} | KEPT_MEMORY,
                 pass_fds=[theirs.fileno(), *astuple(files)],
                 stdin=subprocess.DEVNULL,
             )

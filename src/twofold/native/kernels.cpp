@@ -18,11 +18,20 @@
 #include <utility>
 #include <vector>
 
+#include <omp.h>
+
 #include <torch/csrc/stable/library.h>
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
-#if defined(__AVX512BF16__)
+#if defined(__AVX512F__)
 #include <immintrin.h>
+#endif
+#if defined(__AMX_BF16__) && defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#define HAS_TILES 1
+#else
+#define HAS_TILES 0
 #endif
 
 namespace {
@@ -37,6 +46,9 @@ constexpr int W = 4, COLUMNS = 3, ROWS = 4;
 constexpr int PANEL = W * COLUMNS;
 constexpr int KEYS = 256 / PANEL * PANEL;  // of a block: its keys, values and logits stay in a core's caches
 constexpr int QUERIES = 96;                // rows of a task: queries of all heads of a group
+constexpr int TILED_QUERIES = 288;         // the same where tiles multiply: packing keys takes longer than products
+constexpr long LAYER_ROWS = 1024;           // of hidden states that go through a part of a layer together
+constexpr long CHUNK = 1 << 20;            // bytes of a packed weight that stay in a core's second cache
 constexpr int AHEAD = 4096;                // bytes of a weight that are fetched before they are read
 constexpr long PIECE = 64 << 10;           // bytes of a weight that a thread takes at once
 constexpr long SMALL = 1 << 17;             // products and sums that are not worth a second thread
@@ -52,7 +64,11 @@ inline Units load(const uint32_t* p) { Units v; memcpy(&v, p, sizeof v); return 
 inline void store(float* p, Vec v) { memcpy(p, &v, sizeof v); }
 inline void store(uint32_t* p, Units v) { memcpy(p, &v, sizeof v); }
 inline Vec all(float x) { return Vec{} + x; }
+#if defined(__AVX512F__)
+inline Vec wider(Vec a, Vec b) { return (Vec)_mm512_max_ps((__m512)a, (__m512)b); }
+#else
 inline Vec wider(Vec a, Vec b) { return a > b ? a : b; }
+#endif
 inline float from_bf16(Bf16 x) { uint32_t u = uint32_t(x) << 16; float f; memcpy(&f, &u, 4); return f; }
 inline uint32_t bits(float x) { uint32_t u; memcpy(&u, &x, 4); return u; }
 inline Bf16 to_bf16(float x) { uint32_t u = bits(x); return Bf16((u + 0x7fff + ((u >> 16) & 1)) >> 16); }
@@ -104,6 +120,27 @@ inline Vec exponential(Vec x) {
     return p * scale;
 }
 
+constexpr float LOG2_E = 1.44269504f;
+
+// 2^x for x <= 0, off by 4e-5 of it: less than what rounding to bfloat16 changes. At least 2^-126, which is nothing.
+inline Vec power_of_2(Vec x) {
+    x = wider(x, all(-126.0f));
+#if defined(__AVX512F__)
+    Vec n = (Vec)_mm512_roundscale_ps((__m512)x, 0);
+#else
+    Vec n = (x + 12582912.0f) - 12582912.0f;
+#endif
+    Vec r = x - n, p = r * 9.6181291e-3f + 5.5504109e-2f;
+    p = p * r + 2.4022651e-1f;
+    p = p * r + 6.9314718e-1f;
+    p = p * r + 1.0f;
+#if defined(__AVX512F__)
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+    return p * (Vec)(__builtin_convertvector(n, Ints) + 127 << 23);
+#endif
+}
+
 // One unit of A with a vector of units of B.
 template <class T> inline Vec multiply(Vec c, uint32_t a, Units b);
 template <> inline Vec multiply<float>(Vec c, uint32_t a, Units b) {
@@ -149,8 +186,82 @@ inline void micro(const uint32_t* A, long a, const uint32_t* B, long steps, floa
         for (int j = 0; j < N; j++) store(C + i * c + j * W, sums[i][j]);
 }
 
+// Intel's AMX multiplies tiles of 16 rows of 16 units, bfloat16 only: 8 to 16 times as fast as vectors.
+#if HAS_TILES
+static_assert(W == 16);
+
+bool may_use_tiles() {  // the system saves tiles for processes that ask
+    static const bool may = !syscall(SYS_arch_prctl, 0x1023 /* ARCH_REQ_XCOMP_PERM */, 18 /* XFEATURE_XTILEDATA */);
+    return may;
+}
+
+// A thread has 8 tiles while it has one of these. Others (oneDNN) load configurations of their own.
+struct Tiles {
+    Tiles() {
+        struct alignas(64) { uint8_t palette = 1, start = 0, unused[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } all;
+        for (int i = 0; i < 8; i++) all.bytes[i] = 64, all.rows[i] = 16;
+        if (may_use_tiles()) _tile_loadconfig(&all);
+    }
+    ~Tiles() { if (may_use_tiles()) _tile_release(); }
+};
+
+// C [16 M, 16 N] = A [16 M, steps] B, or += ; `a`, `b` and `c` are strides of rows, in units. M and N are 1 or 2.
+template <int M, int N, bool ADDS>
+inline void tile_product(const uint32_t* A, long a, const uint32_t* B, long b, long steps, float* C, long c) {
+    if constexpr (ADDS) {
+        _tile_loadd(0, C, c * 4);
+        if constexpr (N > 1) _tile_loadd(1, C + 16, c * 4);
+        if constexpr (M > 1) _tile_loadd(2, C + 16 * c, c * 4);
+        if constexpr (M > 1 && N > 1) _tile_loadd(3, C + 16 * c + 16, c * 4);
+    } else {
+        _tile_zero(0);
+        _tile_zero(1);
+        _tile_zero(2);
+        _tile_zero(3);
+    }
+    for (long s = 0; s < steps; s += 16) {
+        _tile_loadd(4, A + s, a * 4);
+        _tile_loadd(6, B + s * b, b * 4);
+        _tile_dpbf16ps(0, 4, 6);
+        if constexpr (N > 1) _tile_loadd(7, B + s * b + 16, b * 4);
+        if constexpr (N > 1) _tile_dpbf16ps(1, 4, 7);
+        if constexpr (M > 1) _tile_loadd(5, A + 16 * a + s, a * 4);
+        if constexpr (M > 1) _tile_dpbf16ps(2, 5, 6);
+        if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, C, c * 4);
+    if constexpr (N > 1) _tile_stored(1, C + 16, c * 4);
+    if constexpr (M > 1) _tile_stored(2, C + 16 * c, c * 4);
+    if constexpr (M > 1 && N > 1) _tile_stored(3, C + 16 * c + 16, c * 4);
+}
+
+template <int N, bool ADDS>
+void tiled_panel(const uint32_t* A, long a, const uint32_t* B, long steps, float* C, long c, long rows) {
+    constexpr long b = N * 16;
+    for (long i = 0; i < rows; i += 32) {
+        const bool one = rows - i <= 16;
+#pragma GCC unroll 2
+        for (int j = 0; j < N; j += 2) {
+            const uint32_t *from = A + i * a, *columns = B + j * 16;
+            float* to = C + i * c + j * 16;
+            if (j + 1 < N) one ? tile_product<1, 2, ADDS>(from, a, columns, b, steps, to, c) : tile_product<2, 2, ADDS>(from, a, columns, b, steps, to, c);
+            else one ? tile_product<1, 1, ADDS>(from, a, columns, b, steps, to, c) : tile_product<2, 1, ADDS>(from, a, columns, b, steps, to, c);
+        }
+    }
+}
+#else
+inline bool may_use_tiles() { return false; }
+struct Tiles { Tiles() {} };
+#endif
+
+template <class T> inline bool tiles_fit(long steps) { return sizeof(T) == 2 && steps % 16 == 0 && may_use_tiles(); }
+
+// Where tiles fit, A and C have memory for `rows` rounded up to 16, and the calling thread has `Tiles`.
 template <class T, int N, bool ADDS>
 void rows_times_panel(const uint32_t* A, long a, const uint32_t* B, long steps, float* C, long c, long rows) {
+#if HAS_TILES
+    if (tiles_fit<T>(steps)) return tiled_panel<N, ADDS>(A, a, B, steps, C, c, rows);
+#endif
     long i = 0;
     for (; i + ROWS <= rows; i += ROWS) micro<T, ROWS, N, ADDS>(A + i * a, a, B, steps, C + i * c, c);
     for (; i + 2 <= rows; i += 2) micro<T, 2, N, ADDS>(A + i * a, a, B, steps, C + i * c, c);
@@ -209,16 +320,22 @@ template <class Row> void pack_columns(Row row, long count, long steps, uint32_t
     }
 }
 
+// Units of `count` numbers, zeros at the end included.
+template <class T> inline long padded_units(long count) {
+    const long units = (count + PER_UNIT<T> - 1) / PER_UNIT<T>;
+    return tiles_fit<T>(0) ? (units + 15) / 16 * 16 : units;
+}
+
 // Packs `count` rows of `width` numbers, found by `row(i)`, as the rows of B: in bfloat16 two rows are one of units.
 inline uint32_t pair(float x, float) { return bits(x); }
 inline uint32_t pair(Bf16 x, Bf16 y) { return uint32_t(x) | uint32_t(y) << 16; }
 template <class T, class Row> void pack_rows(Row row, long count, long width, uint32_t* B) {
     static const std::vector<T> zeros(1 << 16);
-    long steps = (count + PER_UNIT<T> - 1) / PER_UNIT<T>;
+    long steps = padded_units<T>(count);
     for (long j = 0; j < width; j += PANEL) {
         long vectors = std::min<long>(COLUMNS, (width - j + W - 1) / W), columns = std::min<long>(width - j, PANEL);
         for (long s = 0; s < steps; s++, B += vectors * W) {
-            const T* x = row(s * PER_UNIT<T>) + j;
+            const T* x = s * PER_UNIT<T> < count ? row(s * PER_UNIT<T>) + j : zeros.data();
             const T* y = s * PER_UNIT<T> + 1 < count ? row(s * PER_UNIT<T> + 1) + j : zeros.data();
             if (columns == PANEL)
                 for (int i = 0; i < PANEL; i++) B[i] = pair(x[i], y[i]);
@@ -240,11 +357,26 @@ inline void put_vector(Bf16* p, Vec v) {
 #endif
 }
 
+inline Vec get_vector(const float* p) { return load(p); }
+inline Vec get_vector(const Bf16* p) {
+    typedef Bf16 Half __attribute__((vector_size(W * 2)));
+    Half h;
+    memcpy(&h, p, sizeof h);
+    return (Vec)(__builtin_convertvector(h, Units) << 16);
+}
+template <class T> inline Vec rounded(Vec x) {
+    if constexpr (sizeof(T) == 4) return x;
+    T y[W];
+    put_vector(y, x);
+    return get_vector(y);
+}
+template <class T> inline float rounded(float x) { T y; put(&y, x); return to_float(y); }
+
 template <class T> T* scratch(std::vector<char>& memory, size_t count) {
     if (memory.size() < count * sizeof(T) + 64) memory.resize(count * sizeof(T) + 64);
     return reinterpret_cast<T*>((reinterpret_cast<uintptr_t>(memory.data()) + 63) / 64 * 64);
 }
-thread_local std::vector<char> memory[6];
+thread_local std::vector<char> memory[6], between[3];
 
 // Attention of all rows of a step, over blocks of keys and values wherever they lie.
 struct Attention {
@@ -275,11 +407,13 @@ template <class T> void run(const Attention& o, const Task& t, float* parts) {
     const long token = o.starts[t.row] + t.first;
     const long position = o.lens[t.row] - (o.starts[t.row + 1] - o.starts[t.row]) + t.first;  // of the first query
 
-    T* Q = scratch<T>(memory[0], rows * dim);
+    const Tiles tiles;
+    const long memory_rows = (rows + 15) / 16 * 16;
+    T* Q = scratch<T>(memory[0], memory_rows * dim);
     uint32_t* B = scratch<uint32_t>(memory[1], std::max<long>(KEYS * steps, KEYS / PER_UNIT<T> * width) + PANEL);
-    float* S = scratch<float>(memory[2], rows * KEYS);
-    T* P = sizeof(T) == 4 ? reinterpret_cast<T*>(S) : scratch<T>(memory[3], rows * KEYS);
-    float* O = scratch<float>(memory[4], rows * width);
+    float* S = scratch<float>(memory[2], memory_rows * KEYS);
+    T* P = sizeof(T) == 4 ? reinterpret_cast<T*>(S) : scratch<T>(memory[3], memory_rows * KEYS);
+    float* O = scratch<float>(memory[4], memory_rows * width);
     float* state = scratch<float>(memory[5], rows * 2);  // the largest logit, and the sum of weights
     for (long r = 0; r < rows; r++) {
         long q = r / groups, h = t.kv_head * groups + r % groups;
@@ -290,7 +424,7 @@ template <class T> void run(const Attention& o, const Task& t, float* parts) {
 
     const T *key_rows[KEYS], *value_rows[KEYS];
     for (long key = t.low; key < t.high; key += KEYS) {
-        const long keys = std::min<long>(KEYS, t.high - key), padded = (keys + W - 1) / W * W;
+        const long keys = std::min<long>(KEYS, t.high - key), padded = (keys + W - 1) / W * W, units = padded_units<T>(keys);
         for (long i = 0, k = key; i < keys; i++, k++) {
             const long block = table[k / o.block_size], place = k % o.block_size;
             key_rows[i] = keys_of_head + block * o.key_strides[0] + place * o.key_strides[1];
@@ -304,13 +438,18 @@ template <class T> void run(const Attention& o, const Task& t, float* parts) {
             float* s = S + r * KEYS;
             T* weights = P + r * KEYS;
             if (begin >= last) {
-                memset(weights, 0, padded * sizeof(T));
+                memset(weights, 0, units * 4);
                 continue;
             }
+            if (units * PER_UNIT<T> > padded) memset(weights + padded, 0, units * 4 - padded * sizeof(T));
             for (long i = 0; i < begin; i++) s[i] = NONE;
             for (long i = last; i < padded; i++) s[i] = NONE;
             Vec most = all(NONE);
-            if (o.softcap) {
+            const bool is_quick = sizeof(T) == 2 && !o.softcap && o.scaling > 0;
+            if (is_quick) {
+                for (long i = 0; i < padded; i += W) most = wider(most, load(s + i));
+                most *= o.scaling;
+            } else if (o.softcap) {
                 for (long i = begin; i < last; i++) s[i] = o.softcap * std::tanh(s[i] * o.scaling / o.softcap);
                 for (long i = 0; i < padded; i += W) most = wider(most, load(s + i));
             } else {
@@ -322,20 +461,27 @@ template <class T> void run(const Attention& o, const Task& t, float* parts) {
             }
             const float before = state[2 * r], now = std::max(before, largest(most));
             Vec total = {};
-            for (long i = 0; i < padded; i += W) {
-                Vec x = load(s + i), e = exponential(x - now);
-                e = x == NONE ? Vec{} : e;
-                total += e;
-                put_vector(weights + i, e);
-            }
+            if (is_quick) {
+                const float factor = o.scaling * LOG2_E, shift = now * LOG2_E;
+                for (long i = 0; i < padded; i += W) {
+                    Vec e = power_of_2(load(s + i) * factor - shift);
+                    total += e;
+                    put_vector(weights + i, e);
+                }
+            } else
+                for (long i = 0; i < padded; i += W) {
+                    Vec x = load(s + i), e = exponential(x - now);
+                    e = x == NONE ? Vec{} : e;
+                    total += e;
+                    put_vector(weights + i, e);
+                }
             const float scale = before == NONE ? 0.0f : std::exp(before - now);
             state[2 * r] = now, state[2 * r + 1] = state[2 * r + 1] * scale + sum(total);
             if (scale != 1.0f)
                 for (long i = 0; i < width; i += W) store(O + r * width + i, load(O + r * width + i) * scale);
         }
         pack_rows<T>([&](long i) { return value_rows[i]; }, keys, o.v_dim, B);
-        product<T, true>(reinterpret_cast<uint32_t*>(P), KEYS / PER_UNIT<T>, B,
-                         (keys + PER_UNIT<T> - 1) / PER_UNIT<T>, O, width, rows, width);
+        product<T, true>(reinterpret_cast<uint32_t*>(P), KEYS / PER_UNIT<T>, B, units, O, width, rows, width);
     }
     for (long r = 0; r < rows; r++) {
         if (t.part >= 0) {
@@ -372,7 +518,8 @@ template <class T> void merge(const Attention& o, const Task& t, long count, con
 }
 
 template <class T> void attend_rows(const Attention& o) {
-    const long groups = o.heads / o.kv_heads, size = std::max<long>(1, QUERIES / groups);
+    const long groups = o.heads / o.kv_heads, queries = tiles_fit<T>(0) ? TILED_QUERIES : QUERIES;
+    const long size = std::max<long>(1, queries / groups);
     const long width = (o.v_dim + W - 1) / W * W;
     std::vector<Task> tasks;
     std::vector<std::pair<long, long>> split;  // tasks of one row and head: the first, and how many
@@ -456,75 +603,139 @@ void few_rows(const T* x, const T* weight, long w_row, const T* bias, T* y, long
         }
 }
 
+#if HAS_TILES
+// The same of 16 V rows at most, by tiles: y^T = W x^T, where W's rows are read from where they are.
+template <int V>
+void few_tiled_rows(const Bf16* x, const Bf16* weight, long w_row, const Bf16* bias, Bf16* y, long y_row, long M, long N, long K) {
+    const long steps = K / 2, piece = std::max<long>(1, PIECE / (16 * K * 2));
+    const Tiles tiles;
+    uint32_t* B = scratch<uint32_t>(memory[0], steps * V * 16);
+    float* C = scratch<float>(memory[1], 16 * V * 16);
+    pack_columns([&](long m) { return reinterpret_cast<const uint32_t*>(x + m * K); }, M, steps, B);
+#pragma omp for schedule(dynamic, piece) nowait
+    for (long n = 0; n < N; n += 16) {
+        const long own = std::min<long>(16, N - n);
+        const uint32_t* A = reinterpret_cast<const uint32_t*>(weight + n * w_row);
+        long a = w_row / 2;
+        if (own < 16) {
+            uint32_t* all = scratch<uint32_t>(memory[2], 16 * steps);
+            for (long i = 0; i < own; i++) memcpy(all + i * steps, A + i * a, steps * 4);
+            A = all, a = steps;
+        }
+        for (const char* line = (const char*)A; line < (const char*)(A + 16 * a); line += 64) __builtin_prefetch(line + 32 * a * 4);
+        tile_product<1, V, false>(A, a, B, V * 16, steps, C, V * 16);
+        for (int v = 0; v < V; v++) {
+            Units block[16];
+            for (int i = 0; i < 16; i++) block[i] = load(reinterpret_cast<uint32_t*>(C) + i * V * 16 + v * 16);
+            transpose(block);
+            Vec added = {};
+            for (long i = 0; bias && i < own; i++) added[i] = from_bf16(bias[n + i]);
+            for (long m = 0; m < std::min<long>(16, M - v * 16); m++) {
+                Bf16* to = y + (v * 16 + m) * y_row + n;
+                Vec sums = (Vec)block[m] + added;
+                if (own == 16) put_vector(to, sums);
+                else for (long i = 0; i < own; i++) put(to + i, sums[i]);
+            }
+        }
+    }
+}
+#endif
+
 // y [M, N] = x [M, K] times weight [N, K]^T + bias.
 template <class T>
 void multiply_rows(const T* x, const T* weight, long w_row, const T* bias, T* y, long y_row, long M, long N, long K) {
+#if HAS_TILES
+    if constexpr (sizeof(T) == 2) {
+        if (M > 2 && M <= 32 && w_row % 2 == 0 && tiles_fit<T>(K / 2))
+            return M <= 16 ? few_tiled_rows<1>(x, weight, w_row, bias, y, y_row, M, N, K)
+                           : few_tiled_rows<2>(x, weight, w_row, bias, y, y_row, M, N, K);
+    }
+#endif
     switch (M) {
 #define CASE(m) case m: return few_rows<T, m>(x, weight, w_row, bias, y, y_row, N, K);
         CASE(1) CASE(2) CASE(3) CASE(4) CASE(5) CASE(6) CASE(7) CASE(8)
 #undef CASE
     }
-    const long steps = K / PER_UNIT<T>, rows = 48;  // rows of x whose results are converted together
+    const long steps = K / PER_UNIT<T>, threads = omp_get_num_threads();
+    const bool is_tiled = tiles_fit<T>(steps);
+    // Columns that a thread packs and multiplies by all of x.
+    long chunk = PANEL;
+    if (is_tiled) chunk = std::max<long>(32, std::min(CHUNK / (K * 2), (N + threads - 1) / threads + 31) / 32 * 32);
+    const long rows = is_tiled ? 32 : 48, a = is_tiled ? steps + 16 : steps;  // of x, at once
 #pragma omp for schedule(dynamic, 1) nowait
-    for (long n = 0; n < N; n += PANEL) {
-        uint32_t* B = scratch<uint32_t>(memory[0], steps * PANEL);
-        float* C = scratch<float>(memory[1], rows * PANEL);
-        const long columns = std::min<long>(PANEL, N - n), padded = (columns + W - 1) / W * W;
+    for (long n = 0; n < N; n += chunk) {
+        const Tiles tiles;
+        const long columns = std::min<long>(chunk, N - n), padded = (columns + W - 1) / W * W;
+        uint32_t* B = scratch<uint32_t>(memory[0], steps * padded);
+        float* C = scratch<float>(memory[1], rows * padded);
+        float* added = scratch<float>(memory[2], padded);
+        uint32_t* A = scratch<uint32_t>(memory[3], rows * a);
         pack_columns([&](long i) { return reinterpret_cast<const uint32_t*>(weight + (n + i) * w_row); }, columns, steps, B);
-        float added[PANEL] = {};
-        for (long j = 0; bias && j < columns; j++) added[j] = to_float(bias[n + j]);
+        for (long j = 0; j < padded; j++) added[j] = bias && j < columns ? to_float(bias[n + j]) : 0;
         for (long m = 0; m < M; m += rows) {
             const long count = std::min(rows, M - m);
-            product<T, false>(reinterpret_cast<const uint32_t*>(x + m * K), steps, B, steps, C, PANEL, count, padded);
+            const uint32_t* from = reinterpret_cast<const uint32_t*>(x + m * K);
+            if (is_tiled) {  // at a stride that is no power of 2, whose rows would share a place in the cache
+                for (long i = 0; i < count; i++) memcpy(A + i * a, from + i * steps, steps * 4);
+                from = A;
+            }
+            product<T, false>(from, a, B, steps, C, padded, count, padded);
             for (long i = 0; i < count; i++) {
                 T* out = y + (m + i) * y_row + n;
                 long j = 0;
-                for (; j + W <= columns; j += W) put_vector(out + j, load(C + i * PANEL + j) + load(added + j));
-                for (; j < columns; j++) put(out + j, C[i * PANEL + j] + added[j]);
+                for (; j + W <= columns; j += W) put_vector(out + j, load(C + i * padded + j) + load(added + j));
+                for (; j < columns; j++) put(out + j, C[i * padded + j] + added[j]);
             }
         }
     }
 }
 
-template <class T> inline float rounded(float x) { T y; put(&y, x); return to_float(y); }
-
 template <class T> void norm_rows(const T* x, const T* weight, T* y, long M, long K, float epsilon) {
 #pragma omp parallel for schedule(static) if (M * K > SMALL)
     for (long m = 0; m < M; m++) {
         const T* from = x + m * K;
-        float squares[32] = {}, total = 0;
-        for (long k = 0; k < K / 32 * 32; k += 32)
-            for (int i = 0; i < 32; i++) squares[i] += to_float(from[k + i]) * to_float(from[k + i]);
-        for (long k = K / 32 * 32; k < K; k++) total += to_float(from[k]) * to_float(from[k]);
-        for (int i = 0; i < 32; i++) total += squares[i];
+        Vec squares[2] = {};
+        long k = 0;
+        for (; k + 2 * W <= K; k += 2 * W)
+            for (int i = 0; i < 2; i++) squares[i] += get_vector(from + k + i * W) * get_vector(from + k + i * W);
+        float total = sum(squares[0] + squares[1]);
+        for (; k < K; k++) total += to_float(from[k]) * to_float(from[k]);
         const float scale = 1 / std::sqrt(total / K + epsilon);
-        for (long k = 0; k < K; k++) put(y + m * K + k, to_float(weight[k]) * rounded<T>(to_float(from[k]) * scale));
+        T* to = y + m * K;
+        for (k = 0; k + W <= K; k += W) put_vector(to + k, get_vector(weight + k) * rounded<T>(get_vector(from + k) * scale));
+        for (; k < K; k++) put(to + k, to_float(weight[k]) * rounded<T>(to_float(from[k]) * scale));
     }
 }
 
 template <class T> void add_rows(const T* x, const T* y, T* sum, long count) {
 #pragma omp parallel for schedule(static) if (count > SMALL)
-    for (long i = 0; i < count; i++) put(sum + i, to_float(x[i]) + to_float(y[i]));
+    for (long i = 0; i < count / W * W; i += W) put_vector(sum + i, get_vector(x + i) + get_vector(y + i));
+    for (long i = count / W * W; i < count; i++) put(sum + i, to_float(x[i]) + to_float(y[i]));
 }
 
 template <class T> void gate_rows(const T* x, T* y, long M, long K) {
 #pragma omp parallel for schedule(static) if (M * K > SMALL)
     for (long m = 0; m < M; m++) {
         const T *gate = x + m * 2 * K, *up = gate + K;
-        for (long k = 0; k < K; k += W) {
-            const long count = std::min<long>(W, K - k);
-            float g[W] = {}, u[W] = {}, out[W];
-            for (int i = 0; i < count; i++) g[i] = to_float(gate[k + i]), u[i] = to_float(up[k + i]);
-            // silu(g) = g / (1 + e^-g), by powers of e that are 1 at most
-            Vec v = load(g), e = exponential(v < 0 ? v : -v), share = (v < 0 ? e : all(1)) / (e + 1.0f);
-            store(out, v * share);
-            for (int i = 0; i < count; i++) put(y + m * K + k + i, rounded<T>(out[i]) * u[i]);
-        }
+        // silu(g) = g / (1 + e^-g), by powers of e that are 1 at most
+        auto gated = [](Vec g, Vec u) {
+            Vec x = g < 0 ? g : -g, e = sizeof(T) == 2 ? power_of_2(x * LOG2_E) : exponential(x), share = (g < 0 ? e : all(1)) / (e + 1.0f);
+            return rounded<T>(g * share) * u;
+        };
+        long k = 0;
+        for (; k + W <= K; k += W) put_vector(y + m * K + k, gated(get_vector(gate + k), get_vector(up + k)));
+        for (; k < K; k++) put(y + m * K + k, gated(all(to_float(gate[k])), all(to_float(up[k])))[0]);
     }
 }
 
 template <class T> inline void turn(const T* from, const T* cos, const T* sin, T* to, long half) {
-    for (long i = 0; i < half; i++) {
+    long i = 0;
+    for (; i + W <= half; i += W) {
+        const Vec x = get_vector(from + i), y = get_vector(from + half + i);
+        put_vector(to + i, x * get_vector(cos + i) - y * get_vector(sin + i));
+        put_vector(to + half + i, y * get_vector(cos + half + i) + x * get_vector(sin + half + i));
+    }
+    for (; i < half; i++) {
         const float x = to_float(from[i]), y = to_float(from[half + i]);
         put(to + i, x * to_float(cos[i]) - y * to_float(sin[i]));
         put(to + half + i, y * to_float(cos[half + i]) + x * to_float(sin[half + i]));
@@ -571,28 +782,33 @@ Tensor like(const Tensor& x, long width) {  // x's shape, with another last dim
 
 }  // namespace
 
-// x [..., K], contiguous; weights [N, K] each, dense in K; biases [N] each, or none -> [..., sum of N].
-Tensor linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
-    const long K = x.size(x.dim() - 1), M = x.numel() / K;
+long width_of(const std::vector<Tensor>& weights) {
     long width = 0;
     for (auto& weight : weights) width += weight.size(0);
-    Tensor y = like(x, width);
-    struct Part { const char *weight, *bias; long row, N, start; };
+    return width;
+}
+
+// x [M, K] times each weight -> y [M, width_of(weights)].
+template <class T>
+void multiply_all(const T* x, const std::vector<Tensor>& weights, const std::vector<Tensor>& biases, T* y, long M, long K) {
+    struct Part { const T *weight, *bias; long row, N, start; };
     std::vector<Part> parts;
+    const long width = width_of(weights);
     long start = 0;
     for (size_t i = 0; i < weights.size(); i++) {
-        parts.push_back({(const char*)weights[i].data_ptr(), biases.empty() ? nullptr : (const char*)biases[i].data_ptr(),
+        parts.push_back({(const T*)weights[i].data_ptr(), biases.empty() ? nullptr : (const T*)biases[i].data_ptr(),
                          weights[i].stride(0), weights[i].size(0), start});
         start += parts.back().N;
     }
-    const void* from = x.data_ptr();
-    void* to = y.data_ptr();
-    const bool is_bf16 = x.element_size() == 2;
 #pragma omp parallel
-    for (auto& p : parts) {
-        if (is_bf16) multiply_rows((const Bf16*)from, (const Bf16*)p.weight, p.row, (const Bf16*)p.bias, (Bf16*)to + p.start, width, M, p.N, K);
-        else multiply_rows((const float*)from, (const float*)p.weight, p.row, (const float*)p.bias, (float*)to + p.start, width, M, p.N, K);
-    }
+    for (auto& p : parts) multiply_rows(x, p.weight, p.row, p.bias, y + p.start, width, M, p.N, K);
+}
+
+// x [..., K], contiguous; weights [N, K] each, dense in K; biases [N] each, or none -> [..., sum of N].
+Tensor linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases) {
+    const long K = x.size(x.dim() - 1), M = x.numel() / K;
+    Tensor y = like(x, width_of(weights));
+    BY_TYPE(x, multiply_all((const T*)x.data_ptr(), weights, biases, (T*)y.data_ptr(), M, K));
     return y;
 }
 
@@ -622,22 +838,36 @@ std::tuple<Tensor, Tensor> rotate(Tensor qkv, Tensor cos, Tensor sin, int64_t he
     return {q, entries};
 }
 
-Tensor add(const Tensor& x, const Tensor& y) {
-    Tensor sum = like(x, x.size(x.dim() - 1));
-    BY_TYPE(x, add_rows((const T*)x.data_ptr(), (const T*)y.data_ptr(), (T*)sum.data_ptr(), x.numel()));
-    return sum;
-}
-
 // A layer like Llama's before its attention: hidden states x [T, K] -> queries and KV entries, as `rotate` has them.
 std::tuple<Tensor, Tensor> before_attention(Tensor x, Tensor norm, double epsilon, std::vector<Tensor> qkv,
                                             std::vector<Tensor> biases, Tensor cos, Tensor sin, int64_t heads, int64_t kv_heads) {
     return rotate(linear(rms_norm(x, norm, epsilon), qkv, biases), cos, sin, heads, kv_heads);
 }
 
+// In blocks of rows, whose results in between stay where they are: new memory costs more than what is computed there.
+template <class T>
+void finish_layer(const T* x, const T* attended, const T* norm, float epsilon, const std::vector<Tensor>& weights, T* out, long M) {
+    const long K = weights[0].size(0), width = weights[0].size(1), inner = weights[3].size(1);
+    for (long m = 0; m < M; m += LAYER_ROWS) {
+        const long count = std::min(LAYER_ROWS, M - m);
+        T *sums = out + m * K, *gates = scratch<T>(between[0], count * 2 * inner), *gated = scratch<T>(between[1], count * inner);
+        T* normed = scratch<T>(between[2], count * K);
+        multiply_all(attended + m * width, {weights[0]}, {}, sums, count, width);
+        add_rows(x + m * K, sums, sums, count * K);
+        norm_rows(sums, norm, normed, count, K, epsilon);
+        multiply_all(normed, {weights[1], weights[2]}, {}, gates, count, K);
+        gate_rows(gates, gated, count, inner);
+        multiply_all(gated, {weights[3]}, {}, normed, count, inner);
+        add_rows(sums, normed, sums, count * K);
+    }
+}
+
 // The same layer after it: hidden states x [T, K] and what attention gave [T, H * D] -> hidden states [T, K].
 Tensor after_attention(Tensor x, Tensor attended, Tensor norm, double epsilon, std::vector<Tensor> weights) {
-    x = add(x, linear(attended, {weights[0]}, {}));
-    return add(x, linear(silu_mul(linear(rms_norm(x, norm, epsilon), {weights[1], weights[2]}, {})), {weights[3]}, {}));
+    Tensor out = like(x, x.size(1));
+    BY_TYPE(x, finish_layer((const T*)x.data_ptr(), (const T*)attended.data_ptr(), (const T*)norm.data_ptr(), float(epsilon),
+                            weights, (T*)out.data_ptr(), x.size(0)));
+    return out;
 }
 
 // query [N, H, D], keys [blocks, block_size, Hk, D], values [blocks, block_size, Hk, Dv]; starts, tables and lens of
