@@ -94,6 +94,18 @@ def _token_ids(name: str, given: object) -> tuple[int, ...]:
     return tuple(map(int, ids))
 
 
+@dataclass(frozen=True)
+class Reasoning:
+    """What may stand before the form of an answer.
+
+    end: the token ids that end it; the form begins after them.
+    begin: the token that begins it, if it is the answer's first. None: the answer begins within the reasoning.
+    """
+
+    end: tuple[int, ...]
+    begin: int | None = None
+
+
 @dataclass(frozen=True, kw_only=True)
 class StructuredOutputsParams:
     """What form an answer has: one of the first five.
@@ -108,6 +120,7 @@ class StructuredOutputsParams:
     whitespace_pattern: a regular expression of what may stand between the parts of JSON.
     disable_fallback: there is one library for grammars, and so nothing to fall back to; either value will do.
     structural_tag: not supported.
+    reasoning: what may stand before the form; the server finds it by the model's chat template.
 
     Raises:
         RequestError: a value has a wrong type, or there is not exactly one form.
@@ -123,6 +136,7 @@ class StructuredOutputsParams:
     disable_additional_properties: bool = False
     whitespace_pattern: str | None = None
     structural_tag: str | None = None
+    reasoning: Reasoning | None = None
 
     def __post_init__(self) -> None:
         if self.structural_tag is not None:

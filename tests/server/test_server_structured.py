@@ -6,12 +6,14 @@ import signal
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import jsonschema
 import pytest
 from pydantic import BaseModel, Field
-from running import Server
+from running import Server, serve
+from tiny import save_tiny_model
 
 MESSAGES: list[Any] = [{"role": "user", "content": "Who are you?"}]
 SCHEMA = {
@@ -68,6 +70,41 @@ def test_every_way_to_ask(server: Server, asked: dict[str, Any], is_right: Any) 
     texts = [choice["text"] for choice in completion["choices"]] + [chat["choices"][0]["message"]["content"]]
     assert len(texts) == 3
     assert all(map(is_right, texts)), texts
+
+
+def test_a_form_begins_after_the_reasoning(tmp_path: Path) -> None:
+    """Guards models that reason: they may, for a form and for a call that must come; and they need not."""
+    tool = {"type": "function", "function": {"name": "tell", "parameters": SCHEMA}}
+    with serve(save_tiny_model(tmp_path / "model", thinks=True), tmp_path, "--served-model-name", "tiny") as server:
+        tokens = server.http.post("/tokenize", json={"prompt": "</think>"}).json()["tokens"]
+        asked = {
+            "messages": MESSAGES,
+            "logit_bias": {f"{tokens[0]}": 5},
+            "max_tokens": 1000,
+            "temperature": 1,
+            "seed": 3,
+        }
+        formed = post(server, "/v1/chat/completions", **asked, response_format=FORMAT, n=4).json()
+        for choice in formed["choices"]:
+            assert choice["finish_reason"] == "stop"
+            jsonschema.validate(json.loads(choice["message"]["content"]), SCHEMA)
+        assert max(len(choice["message"].get("reasoning_content") or "") for choice in formed["choices"]) > 10
+        called = post(server, "/v1/chat/completions", **asked, tools=[tool], tool_choice="required").json()
+        message = called["choices"][0]["message"]
+        jsonschema.validate(json.loads(message["tool_calls"][0]["function"]["arguments"]), SCHEMA)
+        assert message["reasoning_content"]
+        for quick in ({"reasoning_effort": "none"}, {"chat_template_kwargs": {"enable_thinking": False}}):
+            message = post(server, "/v1/chat/completions", **asked, response_format=FORMAT, **quick).json()
+            message = message["choices"][0]["message"]
+            jsonschema.validate(json.loads(message["content"]), SCHEMA)
+            assert "reasoning_content" not in message
+        streamed = server.client().chat.completions.create(
+            model="tiny", messages=MESSAGES, response_format=FORMAT, seed=3, max_tokens=1000, stream=True,
+            logit_bias={f"{tokens[0]}": 5},
+        )  # fmt: skip
+        deltas = [chunk.choices[0].delta for chunk in streamed if chunk.choices]
+        jsonschema.validate(json.loads("".join(delta.content or "" for delta in deltas)), SCHEMA)
+        assert any(getattr(delta, "reasoning_content", None) for delta in deltas)
 
 
 def test_biased_and_chosen_tokens(server: Server) -> None:

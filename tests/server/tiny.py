@@ -21,18 +21,23 @@ CHAT_TEMPLATE = (
     "<eos>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+THINKS = "<think>{% if enable_thinking is false %}</think>{% endif %}"
 
 
-def save_tiny_model(folder: Path, *, hidden_size: int = 64, num_layers: int = 2, max_positions: int = 2048) -> Path:
-    """Writes the model to `folder`: the same weights each time."""
+def save_tiny_model(
+    folder: Path, *, hidden_size: int = 64, num_layers: int = 2, max_positions: int = 2048, thinks: bool = False
+) -> Path:
+    """Writes the model to `folder`: the same weights each time. With `thinks`, its template begins a reasoning."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(vocab_size=400, initial_alphabet=pre_tokenizers.ByteLevel.alphabet())
     tokenizer.train_from_iterator(SENTENCES * 20, trainer)
     tokenizer.add_special_tokens([AddedToken("<eos>", special=True)])
+    if thinks:
+        tokenizer.add_tokens(["<think>", "</think>"])
     fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<eos>")
-    fast.chat_template = CHAT_TEMPLATE
+    fast.chat_template = CHAT_TEMPLATE + (THINKS if thinks else "")
     fast.save_pretrained(folder)
     torch.manual_seed(0)
     config = LlamaConfig(

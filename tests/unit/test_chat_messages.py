@@ -9,9 +9,12 @@ from test_tool_formats import AUTO, TOOLS, WEATHER, form_of, parse
 from transformers.utils.chat_parsing import parse_response
 
 from twofold.chat.answers import REASONING, AnswerFormat, answer_format
+from twofold.chat.conversation import Conversation
 from twofold.chat.messages import for_template
+from twofold.chat.pieces import Text, Thought
 from twofold.chat.tools import Tools
 from twofold.errors import RequestError
+from twofold.sampling_params import Reasoning
 from twofold.server.anthropic import MessagesRequest
 from twofold.server.responses import ResponsesRequest
 
@@ -88,6 +91,28 @@ def test_reasoning_may_begin_in_the_prompt() -> None:
     assert parse(form, ["Yes."], prompt="<think>\n\n</think>\n\n").content == "Yes."
     assert parse(form, ["Hm"], prompt="x<think>").reasoning == "Hm"
     assert form.forced_prompt("x<think>\n") == "x<think>\n\n</think>\n\n"
+
+
+def test_reasoning_before_a_form() -> None:
+    """Guards where a form begins: by the tokens around reasoning, the prompt's end, and what the client asked for."""
+    form = answer_format(tokenizer(("<think>", "</think>")), "<think></think>")
+    chat = Conversation([])
+    assert form.reasoning_before_form("x<think>\n", chat) == Reasoning(end=(1,))
+    assert form.reasoning_before_form("x", chat) == Reasoning(end=(1,), begin=0)
+    assert form.reasoning_before_form("<think>\n\n</think>\n\n", chat) is None
+    assert form.reasoning_before_form("x<think>", Conversation([], effort="none")) is None
+    assert form.reasoning_before_form("x", Conversation([], continue_final_message=True)) is None
+    assert answer_format(tokenizer(), "<think></think>").reasoning_before_form("x<think>", chat) is None
+    special = ("<|channel|>", "<|message|>", "<|start|>", "<|end|>")
+    harmony = answer_format(tokenizer(special, encode=lambda text, add_special_tokens: [77]), "<|channel|>")
+    assert harmony.reasoning_before_form("<|start|>assistant", chat) == Reasoning(end=(0, 77, 1))
+    text = "<|channel|>analysis<|message|>Hm.<|end|><|start|>assistant<|channel|>final<|message|>{}"
+    for one, told, prompt in ((form, "<think>Hm.</think>{}", "x"), (harmony, text, "<|start|>assistant")):
+        assert one.keeps_special_tokens(Tools(), is_constrained=True, reasons=True)
+        assert not one.keeps_special_tokens(Tools(), is_constrained=True)
+        parser = one.parser(prompt, Tools(), is_constrained=True, reasons=True)
+        assert parser is not None
+        assert [*parser.feed(told), *parser.finish()] == [Thought("Hm."), Text("{}")]
 
 
 TEMPLATE: dict[str, Any] = {  # as Transformers has it for Qwen

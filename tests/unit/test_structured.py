@@ -18,7 +18,7 @@ from transformers import PreTrainedModel, PreTrainedTokenizerFast
 from twofold.engine.masks import MaskMaker, NextTokens
 from twofold.errors import EngineError, RequestError
 from twofold.outputs import RequestOutput
-from twofold.sampling_params import SamplingParams, StructuredOutputsParams
+from twofold.sampling_params import Reasoning, SamplingParams, StructuredOutputsParams
 
 torch.set_num_threads(1)
 PERSON = {
@@ -352,6 +352,44 @@ def test_options_of_json(tokenizer: PreTrainedTokenizerFast) -> None:
     assert not takes('{"a":\n1}', whitespace_pattern=" ?")
     assert takes('{"x": [1, null]}', json_object=True)
     assert not takes("[1]", json_object=True)
+
+
+def test_a_grammar_rests_while_an_answer_reasons(tokenizer: PreTrainedTokenizerFast) -> None:
+    """Guards the reasoning before a form: all but the answer's end may come, until the tokens that end it."""
+    maker = MaskMaker(tokenizer, 300, frozenset({tokenizer.eos_token_id}))
+    restriction = maker.compile(structured({"choice": ["yes"]}))
+    assert restriction is not None
+    [y, *_] = yes = tokenizer.encode("yes")
+
+    def allowed(next_tokens: NextTokens) -> set[int]:
+        [mask] = maker.make([next_tokens])
+        return set(np.flatnonzero(np.unpackbits(mask.view(np.uint8), bitorder="little")).tolist())
+
+    begun = NextTokens(restriction, Reasoning(end=(7, 8)))
+    first = allowed(begun)
+    assert set(range(250)) <= first
+    assert tokenizer.eos_token_id not in first
+    for token in (7, y, 8, 7):
+        assert begun.take(token)
+        assert allowed(begun) == first
+    assert not begun.may_end
+    assert begun.take(8)
+    assert y in allowed(begun)
+    assert 7 not in allowed(begun)
+    assert all(begun.take(token) and allowed(begun) for token in yes)
+    assert begun.may_end
+
+    free = NextTokens(restriction, Reasoning(end=(8,), begin=9))
+    without = NextTokens(restriction)
+    assert allowed(free) == allowed(without) | {9}
+    assert free.take(9)
+    assert allowed(free) == first
+    assert free.take(8)
+    assert allowed(free) == allowed(without)
+    skipped = NextTokens(restriction, Reasoning(end=(8,), begin=9))
+    allowed(skipped)
+    assert skipped.take(y)
+    assert 9 not in allowed(skipped)
 
 
 def test_what_needs_a_tokenizer_or_other_tokens_is_refused() -> None:

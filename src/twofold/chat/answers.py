@@ -5,11 +5,13 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from twofold.chat.conversation import Conversation
 from twofold.chat.messages import REASONING_FIELDS
 from twofold.chat.pieces import Arguments, Call, Feed, Piece, Steps, Text, Thought, dump, json_calls
-from twofold.chat.tool_formats import FORMATS, Schemas, ToolFormat
+from twofold.chat.tool_formats import FORMATS, ToolFormat
 from twofold.chat.tools import Tools
 from twofold.errors import ConfigError
+from twofold.sampling_params import Reasoning
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -24,6 +26,7 @@ REASONING = {  # by vLLM's names: what stands before and after reasoning
 
 
 CHOICES = ("auto", "none")
+_HARMONY_START, _HARMONY_FINAL = "<|start|>assistant", "<|channel|>final<|message|>"
 
 
 @dataclass(frozen=True)
@@ -32,32 +35,58 @@ class AnswerFormat:
 
     response_template: the tokenizer's own description of answers, for Transformers' parser; it goes before all else.
     special_tokens: those that are left out of texts.
+    ids: token ids of the texts around reasoning, where other tokens cannot hold a part of these.
     """
 
     tools: ToolFormat | None = None
     reasoning: tuple[str, str] | None = None
     response_template: dict[str, Any] | None = None
     special_tokens: frozenset[str] = field(default=frozenset(), repr=False)
+    ids: Mapping[str, tuple[int, ...]] = field(default_factory=dict, repr=False)
 
     @property
     def finds_calls(self) -> bool:
         return self.tools is not None or self.response_template is not None
 
-    def keeps_special_tokens(self, tools: Tools) -> bool:
-        """Whether calls and reasoning can only be found with special tokens in the text."""
-        if tools.is_forced:
-            return False
+    def keeps_special_tokens(self, tools: Tools, *, is_constrained: bool = False, reasons: bool = False) -> bool:
+        """Whether calls and reasoning can only be found with special tokens in the text.
+
+        is_constrained: whether the answer has a form. reasons: whether reasoning may come before that.
+        """
+        if tools.is_forced or is_constrained:
+            return reasons and not self.special_tokens.isdisjoint(self._tokens(tools))
         return self.response_template is not None or not self.special_tokens.isdisjoint(self._tokens(tools))
 
+    @property
+    def _is_harmony(self) -> bool:
+        return self.tools is FORMATS["openai"]
+
     def _tokens(self, tools: Tools) -> set[str]:
-        is_harmony = self.tools is FORMATS["openai"]
-        calls = self.tools.tokens if self.tools is not None and (tools.are_offered or is_harmony) else ()
+        calls = self.tools.tokens if self.tools is not None and (tools.are_offered or self._is_harmony) else ()
         return {*calls, *(self.reasoning or ())}
 
+    def reasoning_before_form(self, prompt: str, chat: Conversation) -> Reasoning | None:
+        """The reasoning that may come before the form of an answer to `prompt`.
+
+        None: there is none, the prompt has ended it, or the tokens that end it are not known.
+        """
+        if chat.effort == "none" or chat.thinks is False or chat.continue_final_message:
+            return None
+        if self._is_harmony and _HARMONY_FINAL in self.ids:
+            begins = prompt.endswith(_HARMONY_START) and not chat.tools.is_forced
+            return Reasoning(self.ids[_HARMONY_FINAL]) if begins else None
+        if self.reasoning is None or not {*self.reasoning} <= self.ids.keys():
+            return None
+        before, after = self.reasoning
+        if prompt.rstrip().endswith(before):
+            return Reasoning(self.ids[after])
+        [begin] = self.ids[before]
+        return None if prompt.rstrip().endswith(after) else Reasoning(self.ids[after], begin)
+
     def forced_prompt(self, prompt: str) -> str:
-        """The prompt for an answer that a grammar holds to its form from the first token: the reasoning is over."""
-        if self.tools is FORMATS["openai"] and prompt.endswith("<|start|>assistant"):
-            return prompt + "<|channel|>final<|message|>"
+        """The prompt for an answer that has its form from the first token on: the reasoning is over."""
+        if self._is_harmony and prompt.endswith(_HARMONY_START):
+            return prompt + _HARMONY_FINAL
         if self.reasoning is not None and prompt.rstrip().endswith(self.reasoning[0]):
             return f"{prompt.rstrip()}\n\n{self.reasoning[1]}\n\n"
         return prompt
@@ -67,37 +96,51 @@ class AnswerFormat:
         return self.tools is not None and self.tools.short_ids
 
     def parser(
-        self, prompt: str, tools: Tools, *, is_constrained: bool = False, leaves_out: bool = True
+        self,
+        prompt: str,
+        tools: Tools,
+        *,
+        is_constrained: bool = False,
+        reasons: bool = False,
+        leaves_out: bool = True,
     ) -> "AnswerParser | None":
         """The parser of an answer to `prompt`; None if all of the answer is content.
 
+        is_constrained, reasons: see `keeps_special_tokens`.
         leaves_out: whether special tokens that no format knows are left out of the content.
         """
-        steps = self._steps(feed := Feed(), prompt, tools, is_constrained)
+        is_constrained = is_constrained or tools.is_forced
+        feed = Feed()
+        if is_constrained:
+            steps = self._constrained_steps(feed, prompt, tools, reasons)
+        else:
+            steps = self._steps(feed, prompt, tools)
         if steps is None:
             return None
         left_out: frozenset[str] = frozenset()
-        if leaves_out and self.response_template is None and self.keeps_special_tokens(tools):
+        keeps = self.keeps_special_tokens(tools, is_constrained=is_constrained, reasons=reasons)
+        if leaves_out and keeps and (is_constrained or self.response_template is None):
             left_out = self.special_tokens - self._tokens(tools)
         return AnswerParser(feed, steps, left_out, 1 if tools.at_most_one else None)
 
-    def _steps(self, feed: Feed, prompt: str, tools: Tools, is_constrained: bool) -> Steps[None] | None:
-        if tools.forced_name is not None:
-            return _named(feed, tools.forced_name)
+    def _constrained_steps(self, feed: Feed, prompt: str, tools: Tools, reasons: bool) -> Steps[None] | None:
+        if reasons and self._is_harmony:
+            assert self.tools is not None
+            return self.tools.parse(feed, tools.schemas)
+        rest = None
         if tools.is_forced:
-            return json_calls(feed)
-        if is_constrained:
-            return None
+            rest = json_calls(feed) if tools.forced_name is None else _named(feed, tools.forced_name)
+        return self._after_reasoning(feed, prompt, rest or feed.pass_on([])) if reasons else rest
+
+    def _steps(self, feed: Feed, prompt: str, tools: Tools) -> Steps[None] | None:
         if self.response_template is not None:
             return _by_response_template(feed, self.response_template, prompt, tools)
-        if self.tools is FORMATS["openai"]:
-            return self.tools.parse(feed, tools.schemas)
-        offered = self.tools if tools.are_offered else None
-        if offered is None and self.reasoning is None:
-            return None
-        return self._reasoning_then_calls(feed, prompt, offered, tools.schemas)
+        if self.tools is not None and (self._is_harmony or tools.are_offered):
+            steps: Steps[Any] = self.tools.parse(feed, tools.schemas)
+            return steps if self._is_harmony else self._after_reasoning(feed, prompt, steps)
+        return None if self.reasoning is None else self._after_reasoning(feed, prompt, feed.pass_on([]))
 
-    def _reasoning_then_calls(self, feed: Feed, prompt: str, tools: ToolFormat | None, schemas: Schemas) -> Steps[None]:
+    def _after_reasoning(self, feed: Feed, prompt: str, rest: Steps[Any]) -> Steps[None]:
         if self.reasoning is not None:
             before, after = self.reasoning
             inside = prompt.rfind(before) > prompt.rfind(after) and prompt.rstrip().endswith(before)
@@ -107,10 +150,7 @@ class AnswerFormat:
                 feed.text, inside = feed.text.lstrip().removeprefix(before), True
             if inside:
                 yield from feed.pass_on([after], Thought)
-        if tools is not None:
-            yield from tools.parse(feed, schemas)
-        else:
-            yield from feed.pass_on([])
+        yield from rest
 
 
 def _named(feed: Feed, name: str) -> Steps[None]:
@@ -236,8 +276,13 @@ def answer_format(
         reasoning = next((one for one in (_THINK, _BRACKETS) if one[1] in template), None)
     else:
         reasoning = REASONING.get(reasoning_parser)
+    added = {token.content: number for number, token in tokenizer.added_tokens_decoder.items()}
     special = {token.content for token in tokenizer.added_tokens_decoder.values() if token.special}
-    return AnswerFormat(tools, reasoning, own if isinstance(own, dict) else None, frozenset(special))
+    ids = {text: (added[text],) for text in reasoning or () if text in added}
+    if tools is FORMATS["openai"] and {"<|channel|>", "<|message|>"} <= added.keys():
+        final = tokenizer.encode("final", add_special_tokens=False)
+        ids[_HARMONY_FINAL] = (added["<|channel|>"], *final, added["<|message|>"])
+    return AnswerFormat(tools, reasoning, own if isinstance(own, dict) else None, frozenset(special), ids)
 
 
 def check_parsers(tool_parser: str, reasoning_parser: str) -> None:

@@ -202,7 +202,8 @@ class LLMEngine:
             own = params if index == 0 else replace(params, prompt_logprobs=None)
             request = Request(token_ids, own, seed=seed, eos_token_ids=self.runtime.eos_token_ids)
             if restriction is not None:
-                request.next_tokens = NextTokens(restriction)
+                form = params.structured_outputs
+                request.next_tokens = NextTokens(restriction, None if form is None else form.reasoning)
             requests.append(request)
         with held_back():
             for request in requests:

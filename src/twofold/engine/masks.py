@@ -24,7 +24,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from twofold.errors import RequestError
-from twofold.sampling_params import SamplingParams, StructuredOutputsParams
+from twofold.sampling_params import Reasoning, SamplingParams, StructuredOutputsParams
 
 if TYPE_CHECKING:
     from llguidance import LLExecutor, LLMatcher, LLParserLimits, LLTokenizer
@@ -48,26 +48,33 @@ class Restriction:
 
     matcher: "LLMatcher | None"  # at the start of an answer
     always: NDArray[np.int32]  # [W] without what may never come
+    in_reasoning: NDArray[np.int32]  # [W] all but the end of the answer, which has no form yet
     bad_sequences: tuple[tuple[int, ...], ...]  # of two tokens or more
 
 
 class NextTokens:
-    """What may come next in one answer."""
+    """What may come next in one answer. A grammar rests during the reasoning before the form."""
 
-    def __init__(self, restriction: Restriction) -> None:
+    def __init__(self, restriction: Restriction, reasoning: Reasoning | None = None) -> None:
         self._restriction = restriction
         self._matcher = None if restriction.matcher is None else restriction.matcher.deep_copy()
+        self._reasoning = reasoning
+        self._reasons = reasoning is not None and reasoning.begin is None
         self._tokens: list[int] = []
         self._mask = restriction.always  # the last one made
 
     @property
     def matcher(self) -> "LLMatcher | None":
-        return self._matcher
+        return None if self._reasons else self._matcher
 
     def restrict(self, mask: NDArray[np.int32]) -> None:
         """Completes `mask` [W], which has what the grammar allows, and keeps it: `take` looks at it."""
         if self._matcher is not None and self._matcher.is_error():
             mask[:] = 0
+        if self._reasons:
+            mask &= self._restriction.in_reasoning
+        elif self._reasoning is not None and self._reasoning.begin is not None and not self._tokens:
+            mask |= _mask_of([self._reasoning.begin], len(mask))
         mask &= self._restriction.always
         for *start, last in self._restriction.bad_sequences:
             if self._tokens[-len(start) :] == start:
@@ -79,17 +86,25 @@ class NextTokens:
         if token >> 5 >= len(self._mask) or not int(self._mask[token >> 5]) >> (token & 31) & 1:
             return False
         self._tokens.append(token)
+        if self._reasoning is not None:
+            if self._reasons:
+                end = self._reasoning.end
+                self._reasons = tuple(self._tokens[-len(end) :]) != end
+                return True
+            if len(self._tokens) == 1 and token == self._reasoning.begin:
+                self._reasons = True
+                return True
         return self._matcher is None or self._matcher.consume_token(token)
 
     @property
     def is_complete(self) -> bool:
         """Whether the grammar has ended: only an end-of-sequence token may come."""
-        return self._matcher is not None and self._matcher.is_stopped() and not self._matcher.is_error()
+        return self.matcher is not None and self.matcher.is_stopped() and not self.matcher.is_error()
 
     @property
     def may_end(self) -> bool:
         """Whether the answer has its form, though it may go on."""
-        return self._matcher is not None and self._matcher.is_accepting()
+        return self.matcher is not None and self.matcher.is_accepting()
 
     @property
     def fault(self) -> str:
@@ -145,7 +160,8 @@ class MaskMaker:
             matcher = self._compile_form(form)
             if params.ignore_eos:
                 always &= ~_mask_of(self._eos_token_ids, self.num_words)
-        restriction = Restriction(matcher, always, tuple(ids for ids in sequences if len(ids) > 1))
+        in_reasoning = ~_mask_of(self._eos_token_ids, self.num_words)
+        restriction = Restriction(matcher, always, in_reasoning, tuple(ids for ids in sequences if len(ids) > 1))
         with self._lock:
             while len(self._kept) >= MAX_KEPT:
                 del self._kept[next(iter(self._kept))]

@@ -150,16 +150,22 @@ class Routes:
             form = StructuredOutputsParams(json=schema, disable_additional_properties=True)
             params = replace(params, structured_outputs=form)
             form_field = "tools"
-        is_constrained = params.structured_outputs is not None
-        left_out = params.skip_special_tokens
-        if left_out and not is_constrained and answers.keeps_special_tokens(tools):
-            params = replace(params, skip_special_tokens=False)
+        is_constrained, left_out = params.structured_outputs is not None, params.skip_special_tokens
         try:
             token_ids, text = await self._read_chat(chat, is_constrained)
+            reasons = False
+            if params.structured_outputs is not None:
+                reasoning = answers.reasoning_before_form(text, chat)
+                reasons = reasoning is not None
+                params = replace(params, structured_outputs=replace(params.structured_outputs, reasoning=reasoning))
+            if left_out and answers.keeps_special_tokens(tools, is_constrained=is_constrained, reasons=reasons):
+                params = replace(params, skip_special_tokens=False)
             answer = await self._engine.submit([token_ids], params, num_asked=num_asked)
         except RequestError as error:
             raise errors.describe(error, prompt=prompt_field, form=form_field) from error
-        parse = partial(answers.parser, text, tools, is_constrained=is_constrained, leaves_out=left_out)
+        parse = partial(
+            answers.parser, text, tools, is_constrained=is_constrained, reasons=reasons, leaves_out=left_out
+        )
         return answer, Pieces(parse, answers.has_short_ids)
 
     async def _texts_of_prompts(self, answer: Answer) -> list[str]:

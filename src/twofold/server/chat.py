@@ -51,7 +51,7 @@ class ChatTemplate:
     async def render(self, chat: Conversation, *, is_constrained: bool) -> str | int:
         """→ the text of the prompt; or its number of characters, if there are too many.
 
-        `is_constrained`: the answer has to have a form from its first token on.
+        `is_constrained`: the answer has to have a form, after its reasoning if that is known.
 
         Raises:
             APIError: the model has no template, or its template refuses the messages, the tools or the variables.
@@ -87,7 +87,7 @@ class ChatTemplate:
         except LimitError as error:
             message = f"the model's chat template takes {error} for these messages; send others, or fewer"
             raise APIError(400, message, param="messages") from None
-        if isinstance(text, str) and is_constrained:
+        if isinstance(text, str) and is_constrained and self.answers.reasoning_before_form(text, chat) is None:
             text = self.answers.forced_prompt(text)
         return text
 

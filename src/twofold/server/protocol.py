@@ -297,7 +297,7 @@ class StreamOptions(Body):
 
 def _check_form(value: Any) -> StructuredOutputsParams:
     """vLLM's `structured_outputs`."""
-    known = [field.name for field in fields(StructuredOutputsParams)]
+    known = [field.name for field in fields(StructuredOutputsParams) if field.name != "reasoning"]
     if not isinstance(value, dict) or not value.keys() <= set(known):
         raise ValueError(f"it must be an object with one or more of {', '.join(known)}")
     return StructuredOutputsParams(**value)
