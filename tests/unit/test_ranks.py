@@ -214,8 +214,8 @@ def test_every_rank_calls_the_same_collectives(model: PreTrainedModel, num_ranks
         num_calls = num_exchanges + sum(batch.num_sampled_tokens.any() for batch in batches)
         assert len(executor.meshes[0].calls) == num_calls
         assert 0 < sum(are_decodes) < len(batches)
-    for mesh in executor.meshes:
-        assert mesh.calls == executor.meshes[0].calls
+        for mesh in executor.meshes:
+            assert mesh.calls == executor.meshes[0].calls
     engine.shutdown()
 
 
