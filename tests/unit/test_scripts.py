@@ -59,14 +59,21 @@ esac
 def test_setup_installs_for_the_machine(
     settings: dict[str, str], pips: list[str] | None, warning: str, tmp_path: Path
 ) -> None:
-    """A machine with GPUs gets PyTorch for CUDA and its attention kernels, another one no CUDA libraries; once each."""
+    """A machine with GPUs gets PyTorch for CUDA and its attention kernels, another one no CUDA libraries; once each.
+
+    The script once read `nvidia-smi | grep -q` under pipefail: grep ended at the first GPU, and where nvidia-smi was
+    still writing about the second one, its broken pipe meant that there was none. So this one takes a while between
+    its lines.
+    """
     for folder in ("scripts", "bin", ".venv/bin"):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("pyproject.toml", "scripts/setup"):
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / ".venv/bin/python").write_text(STUB)
     if "GPUS" in settings:
-        (tmp_path / "bin/nvidia-smi").write_text('#!/bin/sh\nfor gpu in $(seq $GPUS); do echo "GPU $gpu: H100"; done\n')
+        (tmp_path / "bin/nvidia-smi").write_text(
+            '#!/bin/sh\nfor gpu in $(seq $GPUS); do echo "GPU $gpu: H100"; sleep 0.1; done\n'
+        )
     for path in (tmp_path / ".venv/bin/python", *(tmp_path / "bin").iterdir()):
         path.chmod(0o755)
     environment = {"PATH": f"{tmp_path / 'bin'}:/usr/bin:/bin"} | settings
