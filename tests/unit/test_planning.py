@@ -278,6 +278,23 @@ def test_wrong_arguments(folder: str, arguments: list[str], message: str, capsys
     assert message in capsys.readouterr().err
 
 
+# --- Tokens that fit --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("model", ["Llama-3.1-8B", "DeepSeek-V2-Lite"])
+def test_two_ranks_hold_twice_as_many_tokens(model: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At least 1.95 times, of entries by heads and of latents by blocks; on whole GPUs less their workspaces, too."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import capacity
+
+    shape = capacity.shape_of(model)
+    tokens = capacity.in_bytes(shape, 2)
+    assert 1.95 <= tokens["cache"] / tokens["replicated"] <= 2
+    for gpu in ("h100", "h200"):
+        on_gpus = capacity.on_gpus(shape, 2, gpu, max_model_len=131072)
+        assert on_gpus["both"] > on_gpus["cache"] >= 1.95 * on_gpus["replicated"]
+
+
 # --- Times that were measured ----------------------------------------------------------------------------------------
 
 # Planned too fast by 11 to 14 %: a step of few tokens on H100s, and the copies of a sharded cache in a short prompt.
