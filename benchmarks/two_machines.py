@@ -3,11 +3,12 @@
     python benchmarks/two_machines.py answers                   two machines against one rank
     python benchmarks/two_machines.py traffic                   bytes on the link against the size of KV entries
     python benchmarks/two_machines.py ttft --gbps 10            over a slow link against two ranks of one machine
-    python benchmarks/two_machines.py faults --fault rank       trials with one fault each: rank, raylet, link, node
+    python benchmarks/two_machines.py faults --fault rank       trials of one fault: rank, raylet, link, node, head
 
 The link has a rate (tc tbf) but no delay beyond the kernel's, unless --delay-ms is given and the kernel has netem.
 Bytes are those that the link's device counts, with all headers. Ray counts a node as lost after 9 s (`SETTINGS` in
-tests/clusters.py), not after 25.
+tests/clusters.py), not after 25. Trials of faults are added to those that the
+output has already, so that they can be run in parts.
 """
 
 import argparse
@@ -18,6 +19,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -124,13 +126,15 @@ def slow_down(machines: Machines, gbps: float, delay_ms: float) -> None:
 
 def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
     """Streams run while the fault comes; they must be what they are without one."""
-    cause = {"rank": kill_rank, "raylet": kill_raylet, "link": cut_link, "node": lose_node}[args.fault]
-    rng, each = random.Random(args.seed), []
+    record: dict[str, Any] = {}
+    if args.output_json and args.output_json.exists():
+        record = json.loads(args.output_json.read_text())
+    each = record.get(args.fault, {}).get("each", [])
     with start(args) as llm:
         expected, seconds = stream(llm, 0.0, lambda: None)
-        for trial in range(args.trials):
-            restarts = llm.engine.stats.num_restarts
-            found, took = stream(llm, rng.random() * seconds * 0.8, lambda: cause(machines, rng))
+        for trial in range(len(each), len(each) + args.trials):
+            rng, restarts = random.Random(f"{args.fault} {trial}"), llm.engine.stats.num_restarts
+            found, took = stream(llm, rng.random() * seconds * 0.8, partial(FAULTS[args.fault], machines, rng))
             for thread in threading.enumerate():
                 if thread.name == "repair":
                     thread.join()
@@ -141,8 +145,7 @@ def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
             }
             print(trial, one, file=sys.stderr, flush=True)
             each.append(one)
-    return {
-        "fault": args.fault,
+    record[args.fault] = {
         "trials": len(each),
         "streams a trial": len(expected),
         "trials with all streams unchanged": sum(one["unchanged"] == len(expected) for one in each),
@@ -151,9 +154,10 @@ def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
         "new ranks, in all": sum(one["new ranks"] for one in each),
         "each": each,
     }
+    return record
 
 
-def stream(llm: LLM, delay: float, cause: Callable[[], None]) -> tuple[list[list[int]], float]:
+def stream(llm: LLM, delay: float, cause: Callable[[], object]) -> tuple[list[list[int]], float]:
     """Answers to four prompts; the fault comes after `delay` seconds → their tokens, and seconds."""
     begin, is_due, found = time.monotonic(), True, dict[str, list[int]]()
     for number, prompt in enumerate([*prompts(2, 40), *prompts(2, 600)]):
@@ -192,15 +196,34 @@ def lose_node(machines: Machines, rng: random.Random) -> None:
     def come_back() -> None:
         psutil.wait_procs(lost, timeout=120)
         machines.kill(1)
-        machines.move(1, f"10.91.0.{2 + rng.randrange(200)}")
+        addresses = {f"10.91.0.{number}" for number in range(2, 200)} - {machines.addresses[1]}
+        machines.move(1, rng.choice(sorted(addresses)))
         machines.set_link(True)
         machines.start_node(1)
 
     repair(come_back)
 
 
+def lose_head(machines: Machines, rng: random.Random) -> None:
+    """Ray's head is killed, and its nodes and ranks end; another cluster starts at the same address."""
+    lost = [*machines.ranks(0), *machines.ranks(1)]
+    machines.kill(0, "gcs_server")
+
+    def come_back() -> None:
+        psutil.wait_procs(lost, timeout=120)
+        for machine in range(2):
+            machines.kill(machine)
+        for machine in range(2):
+            machines.start_node(machine)
+
+    repair(come_back)
+
+
 def repair(what: Callable[[], object]) -> None:
     threading.Thread(target=what, name="repair").start()
+
+
+FAULTS = {"rank": kill_rank, "raylet": kill_raylet, "link": cut_link, "node": lose_node, "head": lose_head}
 
 
 def main() -> None:
@@ -214,9 +237,8 @@ def main() -> None:
     parser.add_argument("--gbps", type=float, default=10.0)
     parser.add_argument("--delay-ms", type=float, default=0.0)
     parser.add_argument("--mtu", type=int, default=9000)
-    parser.add_argument("--fault", choices=("rank", "raylet", "link", "node"), default="rank")
+    parser.add_argument("--fault", choices=FAULTS, default="rank")
     parser.add_argument("--trials", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--output-json", type=Path)
     args = parser.parse_args()
     measure = {"answers": compare_answers, "traffic": traffic, "ttft": ttft, "faults": faults}[args.what]
@@ -224,9 +246,18 @@ def main() -> None:
         os.environ.update(machines.environment | {"RAY_ADDRESS": machines.ray_address})
         with machines.inside():
             result = measure(args, machines) | {"environment": environment()}
-    print(json.dumps({name: value for name, value in result.items() if name not in ("each", "environment")}, indent=1))
+    print(json.dumps(short(result), indent=1))
     if args.output_json:
         args.output_json.write_text(json.dumps(result, indent=1) + "\n")
+
+
+def short(result: dict[str, Any]) -> dict[str, Any]:
+    """Without single trials and the environment."""
+    return {
+        name: short(value) if isinstance(value, dict) else value
+        for name, value in result.items()
+        if name not in ("each", "environment")
+    }
 
 
 if __name__ == "__main__":
