@@ -35,6 +35,7 @@ from twofold import LLM, SamplingParams
 from twofold.bench.report import bytes_per_token, environment
 
 LINK_DOWN_SECONDS = 5.0
+NUM_TOKENS = 32  # of each stream
 
 
 def start(args: argparse.Namespace, num_ranks: int = 2, backend: str = "ray") -> LLM:
@@ -130,20 +131,21 @@ def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
     if args.output_json and args.output_json.exists():
         record = json.loads(args.output_json.read_text())
     each = record.get(args.fault, {}).get("each", [])
+    num_trials = len(each) + args.trials
     with start(args) as llm:
-        expected, seconds = stream(llm, 0.0, lambda: None)
-        for trial in range(len(each), len(each) + args.trials):
-            rng, restarts = random.Random(f"{args.fault} {trial}"), llm.engine.stats.num_restarts
-            found, took = stream(llm, rng.random() * seconds * 0.8, partial(FAULTS[args.fault], machines, rng))
-            for thread in threading.enumerate():
-                if thread.name == "repair":
-                    thread.join()
+        expected, seconds = stream(llm, 0, lambda: None)
+        while len(each) < num_trials:
+            rng, restarts = random.Random(f"{args.fault} {len(each)}"), llm.engine.stats.num_restarts
+            due = rng.randrange(NUM_TOKENS * len(expected) * 3 // 4)
+            found, took = stream(llm, due, partial(FAULTS[args.fault], machines, rng))
+            num_restarts = llm.engine.stats.num_restarts - restarts
             one = {
                 "unchanged": sum(map(list.__eq__, found, expected)),
+                "tokens before": due,
                 "seconds": round(took - seconds, 1),
-                "new ranks": llm.engine.stats.num_restarts - restarts,
+                "new ranks": num_restarts,
             }
-            print(trial, one, file=sys.stderr, flush=True)
+            print(len(each), one, file=sys.stderr, flush=True)
             each.append(one)
     record[args.fault] = {
         "trials": len(each),
@@ -157,17 +159,18 @@ def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
     return record
 
 
-def stream(llm: LLM, delay: float, cause: Callable[[], object]) -> tuple[list[list[int]], float]:
-    """Answers to four prompts; the fault comes after `delay` seconds → their tokens, and seconds."""
-    begin, is_due, found = time.monotonic(), True, dict[str, list[int]]()
+def stream(llm: LLM, due: int, cause: Callable[[], object]) -> tuple[list[list[int]], float]:
+    """Answers to four prompts → their tokens, and seconds. The fault comes while a step runs, after `due` tokens."""
+    begin, found = time.monotonic(), dict[str, list[int]]()
+    fault = threading.Thread(target=cause)
     for number, prompt in enumerate([*prompts(2, 40), *prompts(2, 600)]):
-        llm.engine.add_request(f"{number}", prompt, greedy(48))
+        llm.engine.add_request(f"{number}", prompt, greedy(NUM_TOKENS))
     while llm.engine.has_work:
-        if is_due and time.monotonic() - begin >= delay:
-            is_due = False
-            cause()
+        if not fault.ident and sum(map(len, found.values())) >= due:
+            fault.start()
         for output in llm.engine.step_or_recover():
             found[output.request_id] = output.outputs[0].token_ids
+    fault.join()
     return [found[name] for name in sorted(found)], time.monotonic() - begin
 
 
@@ -176,51 +179,41 @@ def kill_rank(machines: Machines, rng: random.Random) -> None:
 
 
 def kill_raylet(machines: Machines, rng: random.Random) -> None:
-    """Its workers and ranks end with it; it is started again when the engine waits for it."""
+    """Its workers and ranks end with it; then it is started again."""
     lost = machines.ranks(1)
     machines.kill(1, "raylet")
-    psutil.wait_procs(lost, timeout=60)
-    repair(lambda: (machines.kill(1), machines.start_node(1)))
+    psutil.wait_procs(lost, timeout=120)
+    machines.kill(1)
+    machines.start_node(1)
 
 
 def cut_link(machines: Machines, rng: random.Random) -> None:
     machines.set_link(False)
-    repair(lambda: (time.sleep(LINK_DOWN_SECONDS), machines.set_link(True)))
+    time.sleep(LINK_DOWN_SECONDS)
+    machines.set_link(True)
 
 
 def lose_node(machines: Machines, rng: random.Random) -> None:
     """Its link is cut for good; a node with another address takes its place when its ranks have ended."""
     lost = machines.ranks(1)
     machines.set_link(False)
-
-    def come_back() -> None:
-        psutil.wait_procs(lost, timeout=120)
-        machines.kill(1)
-        addresses = {f"10.91.0.{number}" for number in range(2, 200)} - {machines.addresses[1]}
-        machines.move(1, rng.choice(sorted(addresses)))
-        machines.set_link(True)
-        machines.start_node(1)
-
-    repair(come_back)
+    psutil.wait_procs(lost, timeout=120)
+    machines.kill(1)
+    addresses = {f"10.91.0.{number}" for number in range(2, 200)} - {machines.addresses[1]}
+    machines.move(1, rng.choice(sorted(addresses)))
+    machines.set_link(True)
+    machines.start_node(1)
 
 
 def lose_head(machines: Machines, rng: random.Random) -> None:
-    """Ray's head is killed, and its nodes and ranks end; another cluster starts at the same address."""
+    """Ray's head is killed, and its nodes and ranks end; then another cluster starts at the same address."""
     lost = [*machines.ranks(0), *machines.ranks(1)]
     machines.kill(0, "gcs_server")
-
-    def come_back() -> None:
-        psutil.wait_procs(lost, timeout=120)
-        for machine in range(2):
-            machines.kill(machine)
-        for machine in range(2):
-            machines.start_node(machine)
-
-    repair(come_back)
-
-
-def repair(what: Callable[[], object]) -> None:
-    threading.Thread(target=what, name="repair").start()
+    psutil.wait_procs(lost, timeout=120)
+    for machine in range(2):
+        machines.kill(machine)
+    for machine in range(2):
+        machines.start_node(machine)
 
 
 FAULTS = {"rank": kill_rank, "raylet": kill_raylet, "link": cut_link, "node": lose_node, "head": lose_head}

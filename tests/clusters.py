@@ -69,6 +69,8 @@ class Machines:
         """Starts Ray there, with a place for one rank."""
         flags = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={self.folder}"]
         flags = [f"--address={self.ray_address}"] if machine else flags
+        # Else Ray takes a head at this address for the one before, though that is in another namespace.
+        (self.folder / "ray_current_cluster").unlink(missing_ok=True)
         ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *flags, "--num-cpus=1"]
         ray += [f"--node-ip-address={self.addresses[machine]}", "--object-store-memory=80000000"]
         for tries_left in reversed(range(3)):  # Ray gives a node up that takes long to start
