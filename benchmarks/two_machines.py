@@ -2,7 +2,7 @@
 
     python benchmarks/two_machines.py answers                   two machines against one rank
     python benchmarks/two_machines.py traffic                   bytes on the link against the size of KV entries
-    python benchmarks/two_machines.py ttft --gbps 10            over a slow link against two ranks of one machine
+    python benchmarks/two_machines.py ttft --gbps 10 2          over slow links against two ranks of one machine
     python benchmarks/two_machines.py faults --fault rank       trials of one fault: rank, raylet, link, node, head
 
 The link has a rate (tc tbf) but no delay beyond the kernel's, unless --delay-ms is given and the kernel has netem.
@@ -15,6 +15,8 @@ import argparse
 import json
 import os
 import random
+import socket
+import subprocess
 import sys
 import threading
 import time
@@ -33,6 +35,10 @@ from clusters import Machines, run, two_machines
 
 from twofold import LLM, SamplingParams
 from twofold.bench.report import bytes_per_token, environment
+from twofold.models.sizes import model_shape
+from twofold.planning.processors import KNOWN, Link
+from twofold.planning.shape import ModelShape
+from twofold.planning.times import Setup, TimeModel
 
 LINK_DOWN_SECONDS = 5.0
 NUM_TOKENS = 32  # of each stream
@@ -93,36 +99,79 @@ def traffic(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
 
 
 def ttft(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
-    """The same prompts in turn on two machines and on one; as many threads each."""
-    slow_down(machines, args.gbps, args.delay_ms)
-    seconds: dict[str, list[float]] = {"two machines": [], "one machine": []}
+    """The same prompts in turn on two machines and on one, with as many threads; medians of pairs.
+
+    *planned* is one machine's time, and what the model of time says that a link of this rate adds.
+    """
+    rows = []
     with start(args) as far, start(args, backend="mp") as near:
-        for index, prompt in enumerate(prompts(args.repeats + 1, args.tokens)):
-            for name, llm in (("two machines", far), ("one machine", near)):
-                begin = time.perf_counter()
-                llm.generate([prompt], greedy(1), use_tqdm=False)
-                if index:
-                    seconds[name].append(time.perf_counter() - begin)
-    medians = {name: median(times) for name, times in seconds.items()}
-    return {
-        "tokens": args.tokens,
-        "link Gbit/s": args.gbps,
-        "link delay ms": args.delay_ms,
-        "ttft ms": {name: round(1e3 * value, 1) for name, value in medians.items()},
-        "two machines to one": round(medians["two machines"] / medians["one machine"], 3),
-        "each ms": {name: [round(1e3 * one, 1) for one in times] for name, times in seconds.items()},
-    }
+        llms, shape = {"two machines": far, "one machine": near}, shape_of(far)
+        for gbps in args.gbps:
+            slow_down(machines, gbps, args.delay_ms)
+            reached = raw_gbps(machines)
+            times: dict[str, list[float]] = {name: [] for name in llms}
+            for index, prompt in enumerate(prompts(args.repeats + 1, args.tokens)):
+                for name, llm in llms.items():
+                    begin = time.perf_counter()
+                    llm.generate([prompt], greedy(1), use_tqdm=False)
+                    if index:
+                        times[name].append(1e3 * (time.perf_counter() - begin))
+            two, one = (np.array(times[name]) for name in llms)
+            link = planned_ms(shape, args.tokens, Link(gbps)) - planned_ms(shape, args.tokens, None)
+            rows.append(
+                {
+                    "link Gbit/s": gbps,
+                    "of one TCP stream": round(reached, 2),
+                    "one machine ms": round(median(one), 1),
+                    "two machines ms": round(median(two), 1),
+                    "two machines to one": round(median(two / one), 3),
+                    "planned ms": round(median(one) + link, 1),
+                    "measured to planned": round(median(two) / (median(one) + link), 3),
+                    "of the link, planned ms": round(link, 1),
+                    "of the link, measured ms": round(median(two - one), 1),
+                    "each": {name: [round(value, 1) for value in values] for name, values in times.items()},
+                }
+            )
+            print(rows[-1], file=sys.stderr, flush=True)
+    return {"tokens": args.tokens, "step_layout": args.step_layout, "link delay ms": args.delay_ms, "rows": rows}
+
+
+def shape_of(llm: LLM) -> ModelShape:
+    return model_shape(llm.engine.runtime.model_config, llm.engine.runtime.dtype)
+
+
+def planned_ms(shape: ModelShape, num_tokens: int, link: Link | None) -> float:
+    """Of two ranks on two nodes; without a link on one. By what processor does not change what a link adds."""
+    setup = Setup(2, num_nodes=1 if link is None else 2, link=link, step_layout="tokens")
+    return 1e3 * TimeModel(shape, KNOWN["h200"], setup).ttft(num_tokens)
+
+
+def raw_gbps(machines: Machines, num_bytes: int = 1 << 27) -> float:
+    """What one TCP stream reaches on the link, from machine 1 to this one."""
+    code = "import socket, sys; s = socket.create_connection((sys.argv[1], int(sys.argv[2]))); "
+    code += "s.sendall(bytes(int(sys.argv[3])))"
+    with socket.create_server((machines.addresses[0], 0)) as server:
+        to = [*server.getsockname(), num_bytes]
+        sender = subprocess.Popen([*machines.enter(1), sys.executable, "-c", code, *map(str, to)])
+        connection, _ = server.accept()
+        with connection:
+            begin, left, buffer = time.perf_counter(), num_bytes, bytearray(1 << 20)
+            while left:
+                left -= connection.recv_into(buffer)
+        sender.wait()
+    return num_bytes * 8e-9 / (time.perf_counter() - begin)
 
 
 def slow_down(machines: Machines, gbps: float, delay_ms: float) -> None:
+    """Each way. What passes at once (burst) is little beside a layer's entries, or these would not be slowed down."""
     for i in range(2):
-        tc = [*machines.enter(i), "tc", "qdisc", "add", "dev", machines.device(i)]
+        tc = [*machines.enter(i), "tc", "qdisc", "replace", "dev", machines.device(i)]
         if delay_ms:
             run(*tc, "root", "handle", "1:", "netem", "delay", f"{delay_ms}ms", "limit", "100000")
             tc += ["parent", "1:"]
         else:
             tc += ["root"]
-        run(*tc, "tbf", "rate", f"{gbps}gbit", "burst", "2mb", "latency", "100ms")
+        run(*tc, "tbf", "rate", f"{gbps}gbit", "burst", "64kb", "latency", "100ms")
 
 
 def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
@@ -227,7 +276,7 @@ def main() -> None:
     parser.add_argument("--step-layout", default="auto")
     parser.add_argument("--tokens", type=int, default=2048)
     parser.add_argument("--repeats", type=int, default=5)
-    parser.add_argument("--gbps", type=float, default=10.0)
+    parser.add_argument("--gbps", type=float, nargs="+", default=[10.0])
     parser.add_argument("--delay-ms", type=float, default=0.0)
     parser.add_argument("--mtu", type=int, default=9000)
     parser.add_argument("--fault", choices=FAULTS, default="rank")
