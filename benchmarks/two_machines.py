@@ -196,15 +196,16 @@ def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
             }
             print(len(each), one, file=sys.stderr, flush=True)
             each.append(one)
-    record[args.fault] = {
-        "trials": len(each),
-        "streams a trial": len(expected),
-        "trials with all streams unchanged": sum(one["unchanged"] == len(expected) for one in each),
-        "seconds more, median": median(one["seconds"] for one in each),
-        "seconds more, most": max(one["seconds"] for one in each),
-        "new ranks, in all": sum(one["new ranks"] for one in each),
-        "each": each,
-    }
+            record[args.fault] = {
+                "trials": len(each),
+                "streams a trial": len(expected),
+                "trials with all streams unchanged": sum(one["unchanged"] == len(expected) for one in each),
+                "seconds more, median": median(one["seconds"] for one in each),
+                "seconds more, most": max(one["seconds"] for one in each),
+                "new ranks, in all": sum(one["new ranks"] for one in each),
+                "each": each,
+            }
+            write(args, record)  # what comes later may be cut off
     return record
 
 
@@ -287,10 +288,14 @@ def main() -> None:
     with two_machines(f"tf{os.getpid() % 10000}n", mtu=args.mtu, with_namespaces=True) as machines:
         os.environ.update(machines.environment | {"RAY_ADDRESS": machines.ray_address})
         with machines.inside():
-            result = measure(args, machines) | {"environment": environment()}
+            result = measure(args, machines)
+            write(args, result)
     print(json.dumps(short(result), indent=1))
+
+
+def write(args: argparse.Namespace, result: dict[str, Any]) -> None:
     if args.output_json:
-        args.output_json.write_text(json.dumps(result, indent=1) + "\n")
+        args.output_json.write_text(json.dumps(result | {"environment": environment()}, indent=1) + "\n")
 
 
 def short(result: dict[str, Any]) -> dict[str, Any]:
