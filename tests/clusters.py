@@ -196,7 +196,7 @@ def command_of(process: psutil.Process) -> list[str]:
         return []
 
 
-def wait_until(what: Callable[[], object], timeout: float = 60.0) -> None:
+def wait_until(what: Callable[[], object], timeout: float = 120.0) -> None:
     """Until a call of `what` is true."""
     deadline = time.monotonic() + timeout
     while not what():

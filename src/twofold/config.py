@@ -46,6 +46,7 @@ class EngineConfig:
     prefill_context_parallel_size: int = 1
     distributed_executor_backend: str = "mp"  # ranks are processes of this machine (mp), or wherever Ray has places
     placement_timeout: float = 600.0  # seconds in which Ray must give all ranks a place
+    min_ranks: int | None = None  # with which an engine goes on if Ray has no more places after a loss; None: all
     partition_policy: str = "dual_chunk_swap"
     step_layout: str = "auto"  # by tokens (context parallel) or by heads (tensor parallel); "auto": step by step
     step_costs: str | None = None  # JSON, as an engine's log says them: for "auto"; None: measured at the start
@@ -80,7 +81,7 @@ class EngineConfig:
         _check(isinstance(folder, str) and bool(folder), "generation_config", folder, "auto, vllm or a directory")
         for name in ("prefill_context_parallel_size", "max_num_seqs"):
             _check_count(name, getattr(self, name))
-        for name in ("max_model_len", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes"):
+        for name in ("max_model_len", "max_num_batched_tokens", "block_size", "kv_cache_memory_bytes", "min_ranks"):
             if getattr(self, name) is not None:
                 _check_count(name, getattr(self, name))
         logprobs = self.max_logprobs
@@ -88,6 +89,8 @@ class EngineConfig:
         if self.distributed_executor_backend in (None, "uni"):  # what vLLM's scripts say for one machine
             object.__setattr__(self, "distributed_executor_backend", "mp")
         _check_choice("distributed_executor_backend", self.distributed_executor_backend, EXECUTOR_BACKENDS)
+        fewest, size = self.min_ranks, self.prefill_context_parallel_size
+        _check(fewest is None or fewest <= size, "min_ranks", fewest, f"at most {size}, the ranks that are asked for")
         _check_choice("partition_policy", self.partition_policy, PARTITION_POLICIES)
         _check_choice("step_layout", self.step_layout, STEP_LAYOUTS)
         _check_choice("kv_cache", self.kv_cache, HOLDINGS)

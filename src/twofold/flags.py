@@ -42,6 +42,7 @@ ENGINE_HELP = {
     "distributed_executor_backend": "where ranks run: processes of this machine, or places of a Ray cluster "
     f"(RAY_ADDRESS): {_one_of(EXECUTOR_BACKENDS)}",
     "placement_timeout": "seconds in which Ray must give all ranks a place, at the start and after a loss",
+    "min_ranks": "ranks with which the engine goes on if Ray has no place for all so long after a loss (default: all)",
     "partition_policy": f"which rank computes which part of a prompt: {_one_of(PARTITION_POLICIES)}",
     "step_layout": "how ranks share a step: by tokens (context parallel), by heads (tensor parallel), or as costs "
     f"less: {_one_of(STEP_LAYOUTS)}",

@@ -1,5 +1,6 @@
 """Ranks that Ray places on two machines: they answer as Transformers does, and no loss of rank, node or link shows."""
 
+import json
 import os
 import signal
 import subprocess
@@ -7,6 +8,8 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,70 +56,84 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 
 @pytest.fixture(scope="module")
 def llm(machines: Machines, folders: dict[str, Path]) -> Iterator[LLM]:
-    """Of the tests of faults; its ranks are lost again and again."""
-    with LLM(str(folders["llama"]), step_timeout=30.0, placement_timeout=60.0, **ARGUMENTS) as llm:
+    """Of the tests of faults; its ranks are lost again and again. Fewer would do for it, but not at once."""
+    with LLM(str(folders["llama"]), step_timeout=60.0, placement_timeout=300.0, min_ranks=1, **ARGUMENTS) as llm:
         yield llm
 
 
 ENGINE = """
-import sys, time
-from twofold import LLM
-llm = LLM(sys.argv[1], prefill_context_parallel_size=2, distributed_executor_backend="ray", skip_tokenizer_init=True,
-          step_layout="tokens")
-print("ready", flush=True)
-time.sleep(1e6)
+import json, sys, time
+from twofold import LLM, SamplingParams
+arguments, prompts = json.loads(sys.argv[2])
+with LLM(sys.argv[1], **arguments) as llm:
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
+    outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in prompts], params, use_tqdm=False)
+    print(json.dumps([output.outputs[0].token_ids for output in outputs]), flush=True)
+    time.sleep(1e6)
 """
 
 
-def start_engine(folder: Path, environment: Mapping[str, str]) -> "subprocess.Popen[str]":
-    """An engine in a process of its own, with two ranks."""
+def start_engine(
+    folder: Path, environment: Mapping[str, str], prompts: list[list[int]]
+) -> "tuple[subprocess.Popen[str], list[list[int]]]":
+    """An engine in a process of its own, with two ranks, and its answers."""
     process = subprocess.Popen(
-        [sys.executable, "-c", ENGINE, folder],
+        [sys.executable, "-c", ENGINE, folder, json.dumps((ARGUMENTS, prompts))],
         env=environment,
         stdout=subprocess.PIPE,
         stderr=subprocess.DEVNULL,
         text=True,
     )
     assert process.stdout is not None
-    assert process.stdout.readline() == "ready\n"
+    answers = json.loads(process.stdout.readline())
     process.stdout.close()
-    return process
+    return process, answers
 
 
 def test_nothing_is_left_of_an_engine_that_was_killed(machines: Machines, folders: dict[str, Path]) -> None:
     """Ranks on all machines end at once, and Ray takes back their places: engines of other tests get them."""
-    engine = start_engine(folders["llama"], os.environ)
+    engine, answers = start_engine(folders["qwen3_moe"], os.environ, PROMPTS)
     ranks = [*machines.ranks(0), *machines.ranks(1)]
     assert len(ranks) == 2
     engine.kill()
     engine.wait()
     _, alive = psutil.wait_procs(ranks, timeout=20)
     assert not alive
+    check_answers(answers, "qwen3_moe")
 
 
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", ["deepseek_v3", "llama"])
 def test_two_machines_answer_as_transformers_does(
     machines: Machines, folders: dict[str, Path], family: str, request: pytest.FixtureRequest
 ) -> None:
-    """Over latents, with experts, and by heads: KV entries travel from machine to machine."""
+    """Over latents, and by heads: KV entries travel from machine to machine. (With experts: the test before.)"""
     if family == "llama":
-        check_answers(request.getfixturevalue("llm"), machines, family)
+        check_ranks(request.getfixturevalue("llm"), machines, family)
         return
     with LLM(str(folders[family]), **ARGUMENTS) as llm:
-        check_answers(llm, machines, family)
+        check_ranks(llm, machines, family)
 
 
-def check_answers(llm: LLM, machines: Machines, family: str) -> None:
+def check_ranks(llm: LLM, machines: Machines, family: str) -> None:
     executor, params = llm.engine.executor, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     assert isinstance(executor, RayExecutor)
     assert executor.runtime.num_nodes == 2
-    assert [len(machines.ranks(machine)) for machine in range(2)] == [1, 1]
+    assert num_ranks(machines) == [1, 1]
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
-    for prompt, output in zip(PROMPTS, outputs, strict=True):
-        expected = reference_continuation(tiny_model(tiny_config(family)), prompt, 10)
-        assert expected
-        assert output.outputs[0].token_ids[: len(expected)] == expected
+    check_answers([output.outputs[0].token_ids for output in outputs], family)
     assert llm.engine.is_idle
+
+
+def check_answers(answers: list[list[int]], family: str) -> None:
+    model = tiny_model(tiny_config(family))
+    for prompt, answer in zip(PROMPTS, answers, strict=True):
+        expected = reference_continuation(model, prompt, 10)
+        assert expected
+        assert answer[: len(expected)] == expected
+
+
+def num_ranks(machines: Machines) -> list[int]:
+    return [len(machines.ranks(machine)) for machine in range(2)]
 
 
 def with_fault(llm: LLM, fault: Callable[[], object]) -> list[list[int]]:
@@ -150,7 +167,7 @@ def test_a_killed_rank_is_replaced(
     assert with_fault(llm, lambda: machines.ranks(1)[0].kill()) == expected
     assert llm.engine.stats.num_restarts == restarts + 1
     assert f"rank 1 on {machines.addresses[1]} was killed by signal 9" in caplog.text
-    assert [len(machines.ranks(machine)) for machine in range(2)] == [1, 1]
+    assert num_ranks(machines) == [1, 1]
 
 
 def test_a_stopped_rank_is_replaced(llm: LLM, machines: Machines, expected: list[list[int]]) -> None:
@@ -164,11 +181,9 @@ def test_a_killed_raylet_ends_its_ranks_and_the_engine_waits_for_it(
     llm: LLM, machines: Machines, expected: list[list[int]]
 ) -> None:
     """While Ray has one place for two ranks, the engine says what it waits for; then all streams go on."""
-    reasons: list[str | None] = []
 
     def come_back() -> None:
-        wait_until(lambda: llm.engine.waits.reason)
-        reasons.append(llm.engine.waits.reason)
+        wait_until(lambda: "2 CPUs are needed" in str(llm.engine.waits.reason))
         machines.kill(1)
         machines.start_node(1)
 
@@ -181,8 +196,8 @@ def test_a_killed_raylet_ends_its_ranks_and_the_engine_waits_for_it(
 
     assert with_fault(llm, fault) == expected
     node.join()
-    assert "2 CPUs are needed" in str(reasons[0])
     assert llm.engine.waits.reason is None
+    assert num_ranks(machines) == [1, 1]
 
 
 def test_a_link_that_is_down_for_five_seconds_costs_nothing_else(
@@ -209,35 +224,55 @@ def test_a_node_that_comes_back_under_another_address_is_used(
     llm: LLM, machines: Machines, expected: list[list[int]]
 ) -> None:
     """Its link is cut for good, its ranks end by themselves, and it joins the cluster anew."""
-    if not machines.has_link:
-        assert with_fault(llm, lambda: machines.kill(1)) == expected
-        return
     lost = machines.ranks(1)
 
     def come_back() -> None:
         psutil.wait_procs(lost, timeout=60)
         machines.kill(1)
-        machines.move(1, "10.91.0.3")
-        machines.set_link(True)
+        if machines.has_link:
+            machines.move(1, "10.91.0.3")
+            machines.set_link(True)
         machines.start_node(1)
 
     node = threading.Thread(target=come_back)
 
     def fault() -> None:
-        machines.set_link(False)
+        if machines.has_link:
+            machines.set_link(False)
+        else:
+            machines.kill(1)  # there is no link that could be cut, nor another address
         node.start()
 
     assert with_fault(llm, fault) == expected
     node.join()
     assert not any(process.is_running() for process in lost)
-    assert llm.engine.executor._hosts == ["10.91.0.1", "10.91.0.3"]  # type: ignore[attr-defined]
+    assert llm.engine.executor._hosts == machines.addresses  # type: ignore[attr-defined]
+
+
+def test_an_engine_goes_on_with_the_ranks_that_are_left(
+    llm: LLM, machines: Machines, expected: list[list[int]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """If it may, and the lost node does not come back in time. The next time that ranks start it asks for all again."""
+    start = llm.engine._make_executor
+    assert isinstance(start, partial)
+    runtime, waits = start.args
+    hasty = replace(runtime, engine=replace(runtime.engine, placement_timeout=1.0))
+    monkeypatch.setattr(llm.engine, "_make_executor", partial(RayExecutor, hasty, waits))
+
+    def fault() -> None:
+        machines.kill(1)
+        wait_until(lambda: not machines.ranks(1))
+
+    assert with_fault(llm, fault) == expected
+    assert num_ranks(machines) == [1, 0]
+    assert llm.engine.runtime.num_ranks == 1
+    machines.start_node(1)
 
 
 def test_a_lost_head_is_waited_for(llm: LLM, machines: Machines, expected: list[list[int]]) -> None:
     """With Ray's head all places end, and so the ranks; requests outlive it, since the engine is no driver of Ray's."""
 
     def come_back() -> None:
-        wait_until(lambda: llm.engine.waits.reason)
         for machine in range(2):
             machines.kill(machine)
         for machine in range(2):
@@ -252,12 +287,13 @@ def test_a_lost_head_is_waited_for(llm: LLM, machines: Machines, expected: list[
 
     assert with_fault(llm, fault) == expected
     node.join()
+    assert num_ranks(machines) == [1, 1]
 
 
 def test_a_cluster_of_ones_own_is_bound_to_loopback_and_ends_with_its_engine(folders: dict[str, Path]) -> None:
     """Without RAY_ADDRESS the engine starts Ray on this machine: nobody asked for ports that others can reach."""
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
-    engine = start_engine(folders["llama"], environment)
+    engine, _ = start_engine(folders["llama"], environment, PROMPTS[:1])
     family = psutil.Process(engine.pid).children(recursive=True)
     assert sum("twofold.worker.worker" in process.cmdline() for process in family) == 2
     listening = {

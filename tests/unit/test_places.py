@@ -58,3 +58,8 @@ def test_ray_is_asked_for_by_vllms_name_and_refused_where_it_is_not_installed(mo
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"needs Ray, which is not installed; pip install 'twofold\[ray\]'"):
         check_installed()
+
+
+def test_an_engine_cannot_go_on_with_more_ranks_than_it_asks_for() -> None:
+    with pytest.raises(ConfigError, match="min_ranks must be at most 2, the ranks that are asked for, got 3"):
+        EngineArgs("m", prefill_context_parallel_size=2, min_ranks=3)

@@ -16,6 +16,7 @@ DOCUMENT = Path(__file__).parents[2] / "docs" / "vllm.md"
 TWOFOLDS = (  # that vLLM does not have
     "partition_policy", "step_layout", "step_costs", "exchange", "step_timeout", "kv_cache", "weights",
     "placement_timeout",
+    "min_ranks",
 )  # fmt: skip
 
 

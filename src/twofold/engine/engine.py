@@ -83,7 +83,9 @@ class LLMEngine:
 
     def _open(self, executor: Executor) -> BlockPool:
         """Has new ranks allocate their caches → the pool of their blocks."""
-        self.executor = executor
+        if executor.runtime.num_ranks != self.runtime.num_ranks and self.runtime.engine.step_costs is None:
+            self.step_costs = None  # of other ranks
+        self.executor, self.runtime = executor, executor.runtime
         try:
             self.is_sharded, num_blocks = self._choose_holding(self.runtime)
             self.holdings = _holdings(self.runtime, executor.reports, self.is_sharded, num_blocks)  # for people

@@ -3,12 +3,14 @@
 from dataclasses import dataclass
 from typing import Protocol
 
+from twofold.config import RuntimeConfig
 from twofold.contract import Breakdown, Masks, RankReport, Step, StepResult
 
 
 class Executor(Protocol):
     """The ranks of one engine. Steps are carried out in the order of `submit`, results come in the same order."""
 
+    runtime: RuntimeConfig  # that the ranks have: there may be fewer ranks than were asked for
     reports: list[RankReport]  # in the order of ranks
 
     def allocate(self, num_blocks: int, is_sharded: bool, times_layouts: bool) -> str | None:

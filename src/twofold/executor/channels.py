@@ -7,6 +7,7 @@ from dataclasses import replace
 from typing import TypeVar
 
 from twofold.channel import Channel, pack, wait
+from twofold.config import RuntimeConfig
 from twofold.contract import (
     Allocate,
     Allocated,
@@ -35,7 +36,8 @@ class ChannelExecutor(ABC):
 
     reports: list[RankReport]
 
-    def __init__(self, start_timeout: float | None) -> None:
+    def __init__(self, runtime: RuntimeConfig, start_timeout: float | None) -> None:
+        self.runtime = runtime
         self._start_timeout = start_timeout
         self._channels: list[Channel] = []  # in the order of ranks; none once the ranks have ended
 

@@ -39,7 +39,7 @@ class LocalExecutor(ChannelExecutor):
     command = (sys.executable, "-m", "twofold.worker.worker")
 
     def __init__(self, runtime: RuntimeConfig, start_timeout: float | None = None) -> None:
-        super().__init__(start_timeout)
+        super().__init__(runtime, start_timeout)
         streams.reserve_numbers()
         if runtime.attention_backend == "native":
             start_build()

@@ -35,6 +35,8 @@ class AskPlaces:
     address: str | None  # of Ray's cluster; None starts one on this machine
     num_places: int
     on_gpus: bool
+    fewest: int  # places that will do after `seconds`
+    seconds: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -68,7 +68,8 @@ def check_installed() -> None:
 class RayExecutor(ChannelExecutor):
     """Waits for places, starts a rank in each, and waits until all have loaded the model.
 
-    Ray has `placement_timeout` seconds to give places, and ranks have `start_timeout` seconds to load the model.
+    Ray has `placement_timeout` seconds to give places, and ranks have `start_timeout` seconds to load the model. Ranks
+    that replace others are fewer, `min_ranks` at least, if Ray has not enough places by then.
 
     Raises:
         ConfigError: there is no cluster, at the first start; nodes have different numbers of ranks or versions.
@@ -80,7 +81,7 @@ class RayExecutor(ChannelExecutor):
     """
 
     def __init__(self, runtime: RuntimeConfig, waits: Waits, start_timeout: float | None = None) -> None:
-        super().__init__(start_timeout)
+        super().__init__(runtime, start_timeout)
         streams.reserve_numbers()
         self._waits = waits
         self._links: list[socket.socket] = []
@@ -101,12 +102,16 @@ class RayExecutor(ChannelExecutor):
             raise
 
     def _wait_for_places(self, runtime: RuntimeConfig) -> Given:
-        ask = AskPlaces(_address(), runtime.num_ranks, runtime.device == "cuda")
-        timeout = runtime.engine.placement_timeout
+        num_ranks, timeout = runtime.num_ranks, runtime.engine.placement_timeout
+        fewest = num_ranks if self._start_timeout is None else runtime.engine.min_ranks or num_ranks
         start, reason, told = time.monotonic(), "", -TELL_SECONDS
+        fewer_from = start + timeout
+        end = fewer_from + (START_SECONDS if fewest < num_ranks else 0.0)
         try:
-            while time.monotonic() < start + timeout:
+            while time.monotonic() < end:
                 if not self._drivers:
+                    seconds = fewer_from - time.monotonic()
+                    ask = AskPlaces(_address(), num_ranks, runtime.device == "cuda", fewest, seconds)
                     self._drivers.append(_Driver(ask))
                 answer = self._drivers[0].receive(LOOK_SECONDS)
                 if isinstance(answer, Given):
@@ -122,7 +127,10 @@ class RayExecutor(ChannelExecutor):
                 self._waits.reason = reason or None
                 if reason and time.monotonic() > told + TELL_SECONDS:
                     told = time.monotonic()
-                    logger.warning("waiting for places from Ray, %.0f s at most: %s", start + timeout - told, reason)
+                    then = f", then with {fewest} ranks or more" if fewest < num_ranks else ""
+                    logger.warning(
+                        "waiting for places from Ray, %.0f s at most%s: %s", max(0.0, fewer_from - told), then, reason
+                    )
         finally:
             self._waits.reason = None
             self._waits.seconds += time.monotonic() - start
@@ -257,7 +265,12 @@ def _address() -> str | None:
 def _placed(runtime: RuntimeConfig, given: Given) -> RuntimeConfig:
     """The configuration with what depends on the places."""
     check_versions(given.places, twofold.__version__)
-    num_nodes = count_nodes(given.places)
+    num_nodes, num_ranks = count_nodes(given.places), len(given.places)
+    if num_ranks < runtime.num_ranks:
+        logger.warning("%d of %d ranks go on: Ray has no more places", num_ranks, runtime.num_ranks)
+        runtime = replace(runtime, engine=replace(runtime.engine, prefill_context_parallel_size=num_ranks))
+        if num_ranks == 1:
+            runtime = replace(runtime, kv_cache="replicated", weights="replicated")
     num_threads = runtime.num_threads
     if not os.environ.get("OMP_NUM_THREADS"):
         fewest = min(place.num_cores for place in given.places)

@@ -12,11 +12,17 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
 import ray
-from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
+from ray.util.placement_group import (
+    PlacementGroup,
+    placement_group,
+    placement_group_table,
+    remove_placement_group,
+)
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from twofold.channel import Channel
@@ -25,7 +31,7 @@ from twofold.executor.places import START_SECONDS, AskPlaces, Given, Place, Refu
 from twofold.executor.ray_place import RankPlace
 
 LATE_SECONDS = 10.0  # after its engine, at which a driver that cannot give places back ends
-WAIT_SECONDS = 1  # between words to an engine that waits
+WAIT_SECONDS = 1  # between words to an engine that waits; in which Ray gives places that it has
 STORE_BYTES = 80_000_000  # of a cluster's object store that we start: nothing of ours goes there
 
 
@@ -39,16 +45,30 @@ class Driver:
         if not self._join(ask):
             return
         resource = "GPU" if ask.on_gpus else "CPU"
-        group = placement_group([{resource: 1.0}] * ask.num_places, strategy="PACK")
+        group = self._wait(ask, resource)
         try:
-            while not group.wait(timeout_seconds=WAIT_SECONDS):
-                self._channel.send(Waiting(_shortage(ask.num_places, resource)))
             given, actors = _take_places(group, resource)
             self._channel.send(given)
             self._channel.send(_start(given.places, actors, self._channel.recv()))
             self._channel.recv()
         finally:
             remove_placement_group(group)
+
+    def _wait(self, ask: AskPlaces, resource: str) -> PlacementGroup:
+        """Waits until Ray has places for all ranks, or, when fewer will do, for as many as it has."""
+        whole, limit = _ask(ask.num_places, resource), time.monotonic() + ask.seconds
+        while not whole.wait(timeout_seconds=WAIT_SECONDS):
+            self._channel.send(Waiting(_shortage(ask.num_places, resource)))
+            if time.monotonic() < limit:
+                continue
+            most = min(ask.num_places - 1, int(ray.available_resources().get(resource, 0)))
+            for count in range(most, ask.fewest - 1, -1):
+                group = _ask(count, resource)
+                if group.wait(timeout_seconds=WAIT_SECONDS) and _is_even(group):
+                    remove_placement_group(whole)
+                    return group
+                remove_placement_group(group)
+        return whole
 
     def _join(self, ask: AskPlaces) -> bool:
         options: dict[str, Any] = {"address": ask.address}
@@ -67,6 +87,16 @@ class Driver:
             self._channel.send(Refused(f"a Ray cluster {where}: {_line(error)}", is_unreachable=True))
             return False
         return True
+
+
+def _ask(num_places: int, resource: str) -> PlacementGroup:
+    return placement_group([{resource: 1.0}] * num_places, strategy="PACK")
+
+
+def _is_even(group: PlacementGroup) -> bool:
+    """Whether each node has as many places as any other."""
+    nodes = placement_group_table(group)["bundles_to_node_id"].values()
+    return len(set(Counter(nodes).values())) == 1
 
 
 def _take_places(group: PlacementGroup, resource: str) -> tuple[Given, list[Any]]:
