@@ -16,6 +16,10 @@ DTYPE_ALIASES = {
     "half": "float16", "fp16": "float16", "bf16": "bfloat16", "float": "float32", "fp32": "float32",
 }  # fmt: skip
 LOAD_FORMATS = ("auto", "safetensors", "gguf", "dummy")
+LOAD_FORMAT_ALIASES = {  # of vLLM: other files of the same weights, and other ways to read them
+    "hf": "auto", "mistral": "auto", "fastsafetensors": "auto", "runai_streamer": "auto",
+}  # fmt: skip
+TOKENIZER_MODES = ("auto", "hf", "mistral")
 DEVICES = ("auto", "cpu", "cuda")
 ATTENTION_BACKENDS = ("auto", "sdpa", "native", "flash_attn")
 EXECUTOR_BACKENDS = ("mp", "ray")
@@ -35,6 +39,7 @@ class EngineConfig:
 
     model: str
     tokenizer: str | None = None
+    tokenizer_mode: str = "auto"  # mistral: mistral-common makes the prompts of conversations, not a chat template
     revision: str | None = None  # of a model on the hub
     tokenizer_revision: str | None = None
     download_dir: str | None = None
@@ -98,7 +103,9 @@ class EngineConfig:
         _check_choice("device", self.device, DEVICES)
         object.__setattr__(self, "dtype", _dtype_name(self.dtype))
         _check_choice("dtype", self.dtype, DTYPES)
+        object.__setattr__(self, "load_format", LOAD_FORMAT_ALIASES.get(self.load_format, self.load_format))
         _check_choice("load_format", self.load_format, LOAD_FORMATS)
+        _check_choice("tokenizer_mode", self.tokenizer_mode, TOKENIZER_MODES)
         _check_choice("attention_backend", self.attention_backend, ATTENTION_BACKENDS)
         _check_choice("exchange", self.exchange, EXCHANGES)
         utilization = self.gpu_memory_utilization

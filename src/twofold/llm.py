@@ -3,6 +3,7 @@
 import reprlib
 import threading
 from collections.abc import Callable, Sequence
+from functools import cached_property
 from itertools import count
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
@@ -17,6 +18,7 @@ from twofold.errors import RequestError, UserError
 from twofold.launch import start_engine
 from twofold.llm_engine import LLMEngine
 from twofold.metrics import Metric
+from twofold.models.mistral_chat import MistralChat
 from twofold.outputs import BeamSearchOutput, RequestOutput
 from twofold.sampling_params import BeamSearchParams, SamplingParams
 
@@ -135,6 +137,19 @@ class LLM:
                 field="messages",
             )
         tokenizer = self.engine.tokenizer
+        if tokenizer is not None and self.engine.runtime.engine.tokenizer_mode == "mistral":
+            if chat_template is not None:
+                message = "mistral-common has no chat templates; leave out chat_template, or tokenizer_mode='mistral'"
+                raise RequestError(message, field="chat_template")
+            with self._lock:
+                token_ids = self._mistral_chat.encode(
+                    given,
+                    tools,
+                    add_generation_prompt=add_generation_prompt,
+                    continue_final_message=continue_final_message,
+                    **(chat_template_kwargs or {}),
+                )
+                return {"prompt": tokenizer.decode(token_ids), "prompt_token_ids": token_ids}
         if tokenizer is None or (tokenizer.chat_template is None and chat_template is None):
             raise UserError(
                 f"model {self.engine.runtime.engine.model!r} has no chat template; use generate() with a plain prompt",
@@ -179,6 +194,10 @@ class LLM:
         check_extras(lora_request, None)
         with self._lock:
             return beam_search(self.engine, split_prompts(prompts), params, show_progress=use_tqdm)
+
+    @cached_property
+    def _mistral_chat(self) -> MistralChat:
+        return MistralChat(self.engine.runtime.engine, self.engine.runtime.source)
 
     @property
     def llm_engine(self) -> LLMEngine:

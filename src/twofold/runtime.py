@@ -11,6 +11,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from twofold.config import EngineConfig, ModelSource, RuntimeConfig
 from twofold.errors import ConfigError, ModelError, RequestError
+from twofold.models.mistral_chat import check_installed
 from twofold.models.sizes import model_shape
 from twofold.models.source import check_weights, load_config, load_generation_config, load_tokenizer, resolve
 from twofold.models.support import model_class, refusal
@@ -40,6 +41,8 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
     """
     if config.step_costs is not None:
         StepCosts.from_json(config.step_costs)
+    if config.tokenizer_mode == "mistral":
+        check_installed()
     source = resolve(config)
     overrides = dict(config.hf_overrides or {})
     if (length := overrides.pop("max_model_len", None)) is not None and config.max_model_len is None:

@@ -37,6 +37,26 @@ _NUMBERS = {  # lowest and highest value; 1e6 keeps float32 arithmetic finite
     "repetition_penalty": (1e-6, 1e6),
 }
 _FORMS = ("json", "regex", "choice", "grammar", "json_object")
+# vLLM's, old ones among them: what is to be done instead, and values that ask for nothing, besides None.
+_FOREIGN: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "best_of": ("give n, and choose among the answers", ()),  # and the value of n
+    "use_beam_search": ("use LLM.beam_search", (False,)),
+    "early_stopping": ("use LLM.beam_search", (False,)),
+    "guided_decoding": ("use structured_outputs", ()),
+    "flat_logprobs": ("log-probabilities are a list of dicts", (False,)),
+    "logprob_token_ids": ("use logprobs=-1, and take those of the tokens", ()),
+    "prompt_logprob_token_ids": ("use prompt_logprobs=-1, and take those of the tokens", ()),
+    "prompt_logprob_start": ("use prompt_logprobs, and leave out the first ones", (0,)),
+    "repetition_detection": ("use frequency_penalty or repetition_penalty", ()),
+    "thinking_token_budget": ("use max_tokens", ()),
+    "skip_reading_prefix_cache": ("use LLM.reset_prefix_cache", (False,)),
+    "stream_interval": ("outputs come with every token, and those not taken in time are joined", (1,)),
+    "skip_clone": ("parameters are copied when a request uses them", (False,)),
+    "watermarking": ("answers have no watermark", (False,)),
+    "extra_args": ("there are no plugins", ({},)),
+    "routed_experts_prompt_start": ("the choice of experts is not told", (0,)),
+    "trace_decode_token_ids": ("put the tokens into the prompt, and use prompt_logprobs", ()),
+}
 _FLAGS = (
     "ignore_eos",
     "detokenize",
@@ -177,6 +197,7 @@ def _json_text(schema: object) -> str:
 class SamplingParams:
     """How the tokens of a request are sampled, and when it ends.
 
+    vLLM's other parameters are taken where their value asks for nothing.
     Values may be changed later. They are checked when the object is made, and when a request uses a copy of it.
 
     temperature: below 1e-5 sampling is greedy, and `top_k`, `top_p` and `min_p` have no effect.
@@ -233,7 +254,10 @@ class SamplingParams:
 
     def __setattr__(self, name: str, value: object) -> None:
         _check_name(name)
-        object.__setattr__(self, name, value)
+        if name in _FOREIGN:
+            _check_foreign(name, value, self.n)
+        else:
+            object.__setattr__(self, name, value)
 
     def __post_init__(self) -> None:
         checked: dict[str, object] = {}
@@ -323,15 +347,36 @@ class SamplingParams:
 
 def _check_name(name: str) -> None:
     known = SamplingParams.__dataclass_fields__
-    if name not in known:
+    if name not in known and name not in _FOREIGN:
         close = difflib.get_close_matches(name, known, n=1)
         hint = f"did you mean {close[0]}?" if close else f"known are {', '.join(sorted(known))}"
         raise RequestError(f"{reprlib.repr(name)} is not a sampling parameter; {hint}", field=name)
 
 
+def _check_foreign(name: str, value: object, n: object) -> None:
+    way_out, neutral = _FOREIGN[name]
+    if name == "best_of":
+        neutral = (n,)
+    if value is not None and not any(value == one and type(value) is type(one) for one in neutral):
+        raise RequestError(f"{name}={reprlib.repr(value)} is not supported: {way_out}", field=name)
+
+
+_init = SamplingParams.__init__
+
+
+def _init_without_foreign(self: SamplingParams, *args: Any, **given: Any) -> None:
+    n = args[0] if args else given.get("n", 1)
+    for name in _FOREIGN.keys() & given.keys():
+        _check_foreign(name, given.pop(name), n)
+    _init(self, *args, **given)
+
+
+SamplingParams.__init__ = _init_without_foreign  # type: ignore[method-assign]
 # Otherwise `help` and notebooks show the signature of `__new__`, which has no fields.
-_init = inspect.signature(SamplingParams.__init__)
-SamplingParams.__signature__ = _init.replace(parameters=[*_init.parameters.values()][1:])  # type: ignore[attr-defined]
+_signature = inspect.signature(_init)
+SamplingParams.__signature__ = _signature.replace(  # type: ignore[attr-defined]
+    parameters=[*_signature.parameters.values()][1:]
+)
 
 
 @dataclass(frozen=True, kw_only=True)

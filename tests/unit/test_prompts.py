@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from twofold import LLM, RequestError, SamplingParams
+from twofold import LLM, ConfigError, EngineArgs, RequestError, SamplingParams
+from twofold.config import ModelSource
 from twofold.engine.prompts import PromptReader, checked_params, split_prompts
+from twofold.runtime import settle
 
 
 class Letters:
@@ -157,7 +159,9 @@ def test_a_chat_with_a_lone_surrogate_is_one_line() -> None:
         get_chat_template=lambda *_: "",
         apply_chat_template=lambda messages, **_: messages[0]["content"],
     )
-    llm.engine, llm._lock = SimpleNamespace(tokenizer=tokenizer, prompts=READER), Lock()  # type: ignore[assignment]
+    runtime = SimpleNamespace(engine=EngineArgs("demo"))
+    llm.engine = SimpleNamespace(tokenizer=tokenizer, prompts=READER, runtime=runtime)  # type: ignore[assignment]
+    llm._lock = Lock()
     assert llm.chat_prompt([{"role": "user", "content": "ab"}]) == {"prompt": "ab", "prompt_token_ids": [0, 1]}
     with pytest.raises(RequestError, match=r"messages\[0\]: content: it has a lone surrogate"):
         llm.chat_prompt([{"role": "user", "content": "a\ud800"}])
@@ -206,3 +210,33 @@ def test_generate_checks_its_parameters_first() -> None:
     llm.engine = SimpleNamespace()  # type: ignore[assignment]
     with pytest.raises(RequestError, match=r"give SamplingParams\(temperature=0\)"):
         llm.generate(["a", "b"], {"temperature": 0})  # type: ignore[arg-type]
+
+
+def test_mistrals_own_library_makes_prompts_if_it_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Guards `tokenizer_mode="mistral"`: no chat template is used, tools and content parts go where they belong."""
+    args = EngineArgs("demo", tokenizer_mode="mistral", config_format="mistral", load_format="mistral")
+    assert args.load_format == "auto"
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
+    with pytest.raises(ConfigError, match="needs mistral-common: pip install") as refusal:
+        settle(args)
+    assert refusal.value.field == "tokenizer_mode"
+
+    seen: list[Any] = []
+    library = SimpleNamespace(apply_chat_template=lambda messages, **given: seen.append((messages, given)) or [3, 4])
+    monkeypatch.setattr(
+        "transformers.tokenization_mistral_common.MistralCommonBackend.from_pretrained", lambda path, **_: library
+    )
+    llm = LLM.__new__(LLM)
+    runtime = SimpleNamespace(engine=args, source=ModelSource("somewhere"))
+    tokenizer = SimpleNamespace(chat_template=None, decode=lambda ids: f"text of {ids}")
+    llm.engine, llm._lock = SimpleNamespace(tokenizer=tokenizer, runtime=runtime), Lock()  # type: ignore[assignment]
+    chat = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
+    tools = [{"type": "function", "function": {"name": "f"}}]
+    assert llm.chat_prompt(chat, tools=tools) == {"prompt": "text of [3, 4]", "prompt_token_ids": [3, 4]}
+    assert seen[0][0] == chat
+    assert seen[0][1]["tools"] == tools
+    with pytest.raises(RequestError, match="mistral-common has no chat templates"):
+        llm.chat_prompt(chat, chat_template="{{ messages }}")
+    library.apply_chat_template = lambda messages, **given: messages[0]["no such field"]
+    with pytest.raises(RequestError, match="mistral-common refuses the messages: 'no such field'"):
+        llm.chat_prompt(chat)

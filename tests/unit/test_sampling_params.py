@@ -165,6 +165,24 @@ def test_forms_are_brought_to_one_form() -> None:
     assert not SamplingParams(bad_words=[], logit_bias={3: 1}).is_masked
 
 
+def test_what_vllm_has_besides_is_taken_where_it_asks_for_nothing() -> None:
+    """Guards scripts of vLLM's examples, old ones with best_of=n and use_beam_search=False among them."""
+    nothing: dict[str, Any] = {
+        "use_beam_search": False,
+        "flat_logprobs": False,
+        "extra_args": None,
+        "stream_interval": 1,
+    }
+    params = SamplingParams(2, best_of=2, temperature=0.5, **nothing)
+    assert params == SamplingParams(n=2, temperature=0.5) == params.clone()
+    params.best_of = 2  # type: ignore[attr-defined]
+    for name, value, way_out in (("best_of", 3, "give n"), ("guided_decoding", {"json": {}}, "use structured_outputs")):
+        for use in (lambda: SamplingParams(**{name: value}), lambda: setattr(params, name, value)):  # noqa: B023
+            with pytest.raises(RequestError, match=f"^{name}=.* is not supported: {way_out}") as refusal:
+                use()
+            assert refusal.value.field == name
+
+
 def test_an_unknown_name_is_refused_with_the_nearest_known_one() -> None:
     """Guards against parameters that are silently dropped, and against a bare TypeError."""
     message = r"^'temprature' is not a sampling parameter; did you mean temperature\?$"

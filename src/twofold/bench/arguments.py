@@ -45,7 +45,7 @@ def add_common(
     With `several_sizes` -pcp takes a list: the text `args.sizes`.
     """
     parser.add_argument("--output-json", metavar="FILE", help="write all figures to this file")
-    leave_out = ("tokenizer", "tokenizer_revision", *FIXED, *leave_out)
+    leave_out = ("tokenizer", "tokenizer_mode", "tokenizer_revision", *FIXED, *leave_out)
     if several_sizes:
         leave_out = (*leave_out, "prefill_context_parallel_size")
         parser.add_argument(

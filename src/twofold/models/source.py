@@ -150,6 +150,12 @@ def _folder(source: ModelSource) -> Path | None:
     return None
 
 
+def tokenizer_place(name: str | None, source: ModelSource, revision: str | None = None) -> ModelSource:
+    """Where the tokenizer `name`, or else the model's own, is; in another `revision` if that is given."""
+    place = source if name is None else ModelSource(name, cache_dir=source.cache_dir)
+    return place if revision is None else replace(place, revision=revision)
+
+
 def load_tokenizer(
     name: str | None, source: ModelSource, trust_remote_code: bool = False, revision: str | None = None
 ) -> PreTrainedTokenizerBase:
@@ -158,10 +164,12 @@ def load_tokenizer(
     Raises:
         ModelError: there is none.
     """
-    place = source if name is None else ModelSource(name, cache_dir=source.cache_dir)
-    place = place if revision is None else replace(place, revision=revision)
+    place = tokenizer_place(name, source, revision)
     try:
-        return AutoTokenizer.from_pretrained(place.path, trust_remote_code=trust_remote_code, **place.arguments)
+        # Where mistral-common is installed, Transformers would take its tokenizer, which has no chat template.
+        return AutoTokenizer.from_pretrained(
+            place.path, trust_remote_code=trust_remote_code, mistral_format=False, **place.arguments
+        )
     except Exception as error:
         raise ModelError(
             f"cannot load a tokenizer from {place.path!r} ({_first_line(error)}); "
