@@ -9,6 +9,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, Literal, Self
 
 from twofold.chat.messages import check_continues, check_template_takes_tools, for_template
+from twofold.config import EngineConfig
 from twofold.contract import Breakdown
 from twofold.engine.beam_search import beam_search
 from twofold.engine.drive import Drive
@@ -29,6 +30,8 @@ if TYPE_CHECKING:
 class LLM:
     """A model that answers prompts. Keyword arguments are those of `EngineArgs`.
 
+    chat_template: text of a template for `chat`, in place of the model's.
+
     Several threads may call it; one call runs after the other.
 
     >>> llm = LLM("demo", prefill_context_parallel_size=2)
@@ -38,8 +41,21 @@ class LLM:
         ConfigError, ModelError: the arguments, the model and the machine do not fit together.
     """
 
-    def __init__(self, model: str, **engine_args: Any) -> None:
-        self.engine = start_engine(EngineArgs(model, **engine_args))
+    _chat_template: str | None = None
+
+    def __init__(self, model: str, *, chat_template: str | None = None, **engine_args: Any) -> None:
+        self._start(EngineArgs(model, **engine_args), chat_template)
+
+    @classmethod
+    def from_engine_args(cls, engine_args: EngineConfig) -> Self:
+        """Starts an engine; raises what the constructor raises."""
+        llm = cls.__new__(cls)
+        llm._start(engine_args)
+        return llm
+
+    def _start(self, config: EngineConfig, chat_template: str | None = None) -> None:
+        self.engine = start_engine(config)
+        self._chat_template = chat_template
         self._ids = count()
         self._lock = threading.Lock()  # held by the call that uses the engine or the tokenizer
 
@@ -51,6 +67,8 @@ class LLM:
         use_tqdm: bool | Callable[..., Any] = True,
         lora_request: object = None,
         priority: list[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
     ) -> list[RequestOutput]:
         """Answers every prompt. Outputs come in the order of the prompts.
 
@@ -63,13 +81,14 @@ class LLM:
                 Token ids are a list, a numpy array or a tensor of one dim.
             sampling_params: for all prompts, or one for each. Without it, `get_default_sampling_params()`.
             use_tqdm: show progress on stderr; or a function that makes the bar, as `tqdm` does.
-            lora_request, priority: vLLM's; only values that ask for nothing are taken.
+            lora_request, priority, tokenization_kwargs, mm_processor_kwargs: vLLM's; only values that ask for nothing
+                are taken.
 
         Raises:
             RequestError: a prompt or its parameters cannot be served. No prompt of the call is run then.
             EngineError: ranks were lost and could not be started again.
         """
-        check_extras(lora_request, priority)
+        check_extras(lora_request, priority, tokenization_kwargs, mm_processor_kwargs)
         batch = split_prompts(prompts)
         given = self.get_default_sampling_params() if sampling_params is None else sampling_params
         params = checked_params(given, len(batch))
@@ -91,7 +110,10 @@ class LLM:
         messages: Sequence[dict[str, Any]] | Sequence[Sequence[dict[str, Any]]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = True,
-        lora_request: None = None,
+        lora_request: object = None,
+        priority: list[int] | None = None,
+        tokenization_kwargs: dict[str, Any] | None = None,
+        mm_processor_kwargs: dict[str, Any] | None = None,
         **chat_args: Any,
     ) -> list[RequestOutput]:
         """Like `generate`, for one conversation or a list of them: each a list of {"role": ..., "content": ...}.
@@ -99,7 +121,7 @@ class LLM:
         The model's chat template makes a prompt of each; `chat_args` are the arguments of `chat_prompt`. A content is
         text, or a list of parts of type "text". The answer's text is as the model wrote it, calls of tools included.
         """
-        check_extras(lora_request, None)
+        check_extras(lora_request, priority, tokenization_kwargs, mm_processor_kwargs)
         is_list = isinstance(messages, Sequence) and not isinstance(messages, str)
         conversations: Any = messages if is_list and not any(isinstance(one, dict) for one in messages) else [messages]
         prompts = [self.chat_prompt(one, **chat_args) for one in conversations]
@@ -119,7 +141,7 @@ class LLM:
         """Applies a chat template to a conversation → its text and token ids, a prompt for `generate`.
 
         Args:
-            chat_template: text of a template in place of the model's.
+            chat_template: text of a template in place of the engine's.
             chat_template_content_format: a message's content as "string" or as a list of parts ("openai").
             add_generation_prompt: end with the beginning of an answer.
             continue_final_message: end within the last message, which is the assistant's.
@@ -137,6 +159,7 @@ class LLM:
                 field="messages",
             )
         tokenizer = self.engine.tokenizer
+        chat_template = chat_template or self._chat_template
         if tokenizer is not None and self.engine.runtime.engine.tokenizer_mode == "mistral":
             if chat_template is not None:
                 message = "mistral-common has no chat templates; leave out chat_template, or tokenizer_mode='mistral'"
@@ -221,8 +244,11 @@ class LLM:
         with self._lock:
             return self.engine.reset_prefix_cache()
 
-    def start_profile(self) -> None:
-        """Starts timing the kernels of every rank's GPU. Nothing is timed on a CPU."""
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Starts timing the kernels of every rank's GPU. Nothing is timed on a CPU.
+
+        profile_prefix: vLLM's, for the names of trace files. There are none.
+        """
         with self._lock:
             self.llm_engine.start_profile()
 

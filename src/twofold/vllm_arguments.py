@@ -161,6 +161,150 @@ FOREIGN: dict[str, Foreign] = {
     "kv_events_config": Foreign("KV entries stay with their engine"),
     "additional_config": Foreign("there is nothing more to configure", ({},)),
 }
+_ALIKE: tuple[tuple[Foreign, str], ...] = (  # names of one kind, separated by spaces
+    (
+        _hint(TEXT_ONLY),
+        "interleave_mm_strings mm_processor_cache_type mm_hasher_algorithm mm_shm_cache_max_object_size_mb "
+        "mm_encoder_tp_mode mm_encoder_attn_backend mm_encoder_attn_dtype mm_encoder_fp8_scale_path "
+        "mm_encoder_fp8_scale_save_path mm_encoder_fp8_scale_save_margin renderer_num_workers video_pruning_rate "
+        "video_pruning_method mm_tensor_ipc mm_processor_device mm_ipc_gpu_memory_gb mm_device_do_normalize "
+        "ec_transfer_config ec_manager_config",
+    ),
+    (
+        _hint(TEXT_ONLY, is_flag=True),
+        "language_model_only skip_mm_profiling enable_mm_processor_stats",
+    ),
+    (_off(TEXT_ONLY), "enable_mm_embeds mm_encoder_only"),
+    (Foreign(TEXT_ONLY), "io_processor_plugin"),
+    (
+        _hint(GRAPHS),
+        "cudagraph_capture_sizes max_cudagraph_capture_size performance_mode ir_op_priority kernel_config "
+        "attention_config",
+    ),
+    (
+        _hint("kernels are chosen by the device; attention_backend chooses those of attention"),
+        "moe_backend linear_backend sparse_indexer_topk_backend gdn_prefill_backend kda_prefill_backend "
+        "kda_decode_backend",
+    ),
+    (_hint("kernels are chosen when ranks start", is_flag=True), "enable_flashinfer_autotune monokernel"),
+    (Foreign(ALL_ANSWER), "diffusion_config engram_config"),
+    (
+        _hint("models with Mamba layers are not served"),
+        "mamba_cache_dtype mamba_ssm_cache_dtype mamba_block_size "
+        "mamba_cache_mode mamba_backend mamba_ssu_algorithm mamba_cache_philox_rounds mamba_config "
+        "replayssm_buffer_len",
+    ),
+    (
+        _hint("models with Mamba layers are not served", is_flag=True),
+        "enable_mamba_shared_prefix_checkpoint use_replayssm enable_mamba_cache_stochastic_rounding",
+    ),
+    (Foreign(NO_DATA_PARALLEL, (0,)), "data_parallel_start_rank"),
+    (_hint("an engine has one copy of the model, and no address"), "data_parallel_address data_parallel_rpc_port"),
+    (_off(NO_DATA_PARALLEL), "data_parallel_external_lb data_parallel_multi_port_external_lb enable_elastic_ep"),
+    (
+        _hint("it is for data or expert parallelism"),
+        "all2all_backend elastic_ep_max_dp_size dp_sync_interval eplb_config expert_placement_strategy",
+    ),
+    (
+        _hint("it is for data or expert parallelism", is_flag=True),
+        "disable_nccl_for_dp_synchronization enable_ep_weight_filter",
+    ),
+    (_hint("it is for enable_dbo"), "ubatch_size dbo_decode_token_threshold dbo_prefill_token_threshold"),
+    (
+        _hint("it is for decode_context_parallel_size"),
+        "dcp_comm_backend dcp_kv_cache_interleave_size cp_kv_cache_interleave_size",
+    ),
+    (_hint("it is for decode_context_parallel_size", is_flag=True), "dcp_q_replicate"),
+    (_hint("ranks on several machines meet through Ray (RAY_ADDRESS)"), "master_addr master_port"),
+    (
+        _hint("step_timeout is how long a step may take, placement_timeout how long Ray may"),
+        "distributed_timeout_seconds cpu_distributed_timeout_seconds watchdog_config",
+    ),
+    (
+        _hint("lost ranks are always replaced, and min_ranks says with how many it goes on", is_flag=True),
+        "enable_fault_tolerance",
+    ),
+    (_hint("lost ranks are always replaced, and min_ranks says with how many it goes on"), "fault_tolerance_config"),
+    (_hint("ranks are bound by what starts the engine: numactl", is_flag=True), "numa_bind"),
+    (_hint("ranks are bound by what starts the engine: numactl"), "numa_bind_nodes numa_bind_cpus"),
+    (Foreign("choose GPUs by CUDA_VISIBLE_DEVICES"), "device_ids"),
+    (
+        _hint("ranks share each step as costs least (step_layout)", is_flag=True),
+        "enable_hc_sp enable_batch_sharded_sampling enable_shm_tensor_arena",
+    ),
+    (Foreign("it is part of the model's name here: model"), "model_weights"),
+    (
+        _hint("weights are mapped, and read as they are needed"),
+        "safetensors_prefetch_num_threads safetensors_prefetch_block_size",
+    ),
+    (Foreign("models run with Transformers' own code", ({},)), "model_class_overrides"),
+    (Foreign(NO_QUANTIZATION), "quantization_config"),
+    (_hint(NO_QUANTIZATION, is_flag=True), "allow_deprecated_quantization"),
+    (Foreign("KV entries have the type of the model (dtype)", ([],)), "kv_cache_dtype_skip_layers"),
+    (Foreign("weights stay on the GPU; use more ranks, or a smaller model", ("auto",)), "offload_backend"),
+    (
+        _hint("it is for offloading, which there is not"),
+        "cpu_offload_params offload_num_in_group offload_prefetch_step offload_params kv_offloading_backend",
+    ),
+    (Foreign("weights stay on the GPU; use more ranks, or a smaller model", (0,)), "offload_group_size"),
+    (_hint("cached prefixes stay until their blocks are needed"), "prefix_cache_retention_interval prefix_match_unit"),
+    (_hint("windows are part of the model", is_flag=True), "swa_bounded_replay"),
+    (Foreign("use max_num_batched_tokens"), "max_num_scheduled_tokens"),
+    (Foreign("use max_num_seqs"), "max_num_active_seqs"),
+    (_hint("the server has max_waiting_requests and max_waiting_tokens"), "max_num_queued_reqs max_num_queued_tokens"),
+    (_hint("requests run in the order of their arrival"), "prefill_schedule_interval watermark"),
+    (
+        _hint("requests run in the order of their arrival", is_flag=True),
+        "long_prefill_token_threshold_adaptive scheduler_reserve_full_isl",
+    ),
+    (_off("the choice of experts is not told"), "enable_return_routed_experts"),
+    (_off("masks stay in the engine"), "return_sampling_mask"),
+    (_hint("seeds decide what is drawn", is_flag=True), "use_fp64_gumbel"),
+    (_off("put the tokens into the prompt, and use prompt_logprobs"), "enable_trace_replay"),
+    (
+        Foreign(
+            "a request cannot bring code; use logit_bias, allowed_token_ids, bad_words or structured_outputs", ([],)
+        ),
+        "logits_processors",
+    ),
+    (Foreign("answers have no watermark"), "watermark_config"),
+    (_hint("grammars are llguidance's"), "structured_outputs_config guided_decoding_backend"),
+    (_hint("the server's flag; LLM gives answers as the model wrote them"), "reasoning_parser reasoning_config"),
+    (Foreign("parsers are those of reasoning_parser", ("",)), "reasoning_parser_plugin"),
+    (Foreign("what layers compute is not told"), "aux_output_config"),
+    (Foreign("change the model's configuration: hf_overrides={'rope_parameters': {...}}"), "rope_scaling rope_theta"),
+    (Foreign(NO_DRAFTS), "spec_method spec_model spec_tokens"),
+    (_hint(NO_DRAFTS), "per_request_spec_decode_metrics"),
+    (_hint("it is for enable_lora"), "default_mm_loras lora_target_modules max_lora_cls_labels"),
+    (
+        _hint("it is for enable_lora", is_flag=True),
+        "enable_tower_connector_lora specialize_active_lora enable_mixed_moe_lora_format enable_moe_shared_loras",
+    ),
+    (
+        _hint("numbers are in get_metrics() and /metrics, with limits of their own"),
+        "custom_histogram_buckets kv_cache_metrics_sample",
+    ),
+    (
+        _hint("numbers are in get_metrics() and /metrics, not in a log", is_flag=True),
+        "aggregate_engine_logging cudagraph_metrics enable_mfu_metrics enable_logging_iteration_details",
+    ),
+    (
+        _hint("start_profile() and stop_profile() time kernels", is_flag=True),
+        "enable_layerwise_nvtx_tracing jit_monitor_verbose",
+    ),
+    (_hint("start_profile() and stop_profile() time kernels"), "jit_monitor_mode"),
+    (_hint("the logger is Python's: logging.getLogger('twofold')"), "logging_config log_level log_config_file"),
+    (_hint("it is for enable_sleep_mode"), "sleep_mode_backend sleep_preserve_parameter_names"),
+    (
+        _hint("it is for enable_sleep_mode", is_flag=True),
+        "sleep_mode_offload_cudagraph enable_cumem_allocator enable_nccl_comm_suspend",
+    ),
+    (_off("use skip_tokenizer_init"), "tokens_only"),
+    (_hint("the server has drain_timeout"), "shutdown_timeout"),
+    (Foreign("weights are those of the checkpoint"), "weight_transfer_config"),
+    (_hint("VLLM_* variables have no effect", is_flag=True), "fail_on_environ_validation"),
+)
+FOREIGN |= {name: foreign for foreign, names in _ALIKE for name in names.split()}
 SHORT_FOREIGN = {"tensor_parallel_size": "-tp", "pipeline_parallel_size": "-pp", "data_parallel_size": "-dp"}
 
 

@@ -162,6 +162,8 @@ def test_a_chat_with_a_lone_surrogate_is_one_line() -> None:
     runtime = SimpleNamespace(engine=EngineArgs("demo"))
     llm.engine = SimpleNamespace(tokenizer=tokenizer, prompts=READER, runtime=runtime)  # type: ignore[assignment]
     llm._lock = Lock()
+    with pytest.raises(RequestError, match="tokenization_kwargs are not supported; tokenize the prompt"):
+        llm.chat([{"role": "user", "content": "ab"}], tokenization_kwargs={"padding": True}, priority=None)
     assert llm.chat_prompt([{"role": "user", "content": "ab"}]) == {"prompt": "ab", "prompt_token_ids": [0, 1]}
     with pytest.raises(RequestError, match=r"messages\[0\]: content: it has a lone surrogate"):
         llm.chat_prompt([{"role": "user", "content": "a\ud800"}])

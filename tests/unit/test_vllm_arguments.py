@@ -52,6 +52,8 @@ def test_what_asks_for_nothing_is_taken() -> None:
         ({"tensor_parallel_size": True}, "tensor_parallel_size=True is not supported"),
         ({"quantization": "fp8"}, "quantization='fp8' is not supported: there is no quantized computation"),
         ({"enable_chunked_prefill": False}, "raise that to keep prompts whole"),
+        ({"logits_processors": ["module.Class"]}, "use logit_bias, allowed_token_ids, bad_words or structured_outputs"),
+        ({"rope_scaling": {"factor": 2.0}}, "hf_overrides={'rope_parameters': {...}}"),
         ({"enforce_eagre": True}, "unknown engine argument 'enforce_eagre'; did you mean enforce_eager"),
         ({"dtype": torch.int8}, "dtype must be one of auto, float32, bfloat16, float16, got 'int8'"),
         ({"max_logprobs": -2}, "max_logprobs must be an integer of at least -1"),

@@ -175,12 +175,19 @@ def checked_params(given: object, num_prompts: int) -> list[SamplingParams]:
     return list(given)
 
 
-def check_extras(lora_request: object, priority: object) -> None:
+def check_extras(
+    lora_request: object, priority: object, tokenization_kwargs: object = None, mm_processor_kwargs: object = None
+) -> None:
     """Refuses what vLLM's methods take and Twofold does not have. What asks for nothing is taken.
 
     Raises:
-        RequestError: there is a LoRA request, or a priority.
+        RequestError: there is a LoRA request, a priority, or arguments of a tokenizer or processor.
     """
+    if tokenization_kwargs:
+        message = "tokenization_kwargs are not supported; tokenize the prompt, and give prompt_token_ids"
+        raise RequestError(message, field="tokenization_kwargs")
+    if mm_processor_kwargs:
+        raise RequestError("prompts are text only; leave mm_processor_kwargs out", field="mm_processor_kwargs")
     if any(one is not None for one in (lora_request if isinstance(lora_request, list) else [lora_request])):
         raise RequestError("there is no LoRA; merge the adapter into its base model", field="lora_request")
     if any(priority if isinstance(priority, list) else [priority]):
