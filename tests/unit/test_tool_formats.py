@@ -2,6 +2,7 @@
 
 import json
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ TOOLS = [
 AUTO = Tools(TOOLS, "auto")
 WEATHER: tuple[str, dict[str, Any]] = ("get_weather", {"city": 'Köln "am" Rhein', "days": 3})
 CLOCK: tuple[str, dict[str, Any]] = ("get_time", {"city": "{Paris]"})
+HARMONY = json.loads(Path(__file__).with_name("harmony_answers.json").read_text())  # of tests/record_harmony.py
 
 
 @dataclass
@@ -174,3 +176,16 @@ def test_a_text_without_calls_is_content(text: str, name: str) -> None:
     assert message.content.translate(squeeze) == text.translate(squeeze)
     if not text.lstrip().startswith("{"):
         assert message.content in (text, text.lstrip())
+
+
+@pytest.mark.parametrize("name", HARMONY)
+def test_answers_as_openai_harmony_reads_them(name: str) -> None:
+    """Guards GPT-OSS: answers that openai-harmony wrote, token by token, have the parts that it read in them."""
+    answer = HARMONY[name]
+    message = parse(form_of("openai"), answer["deltas"], prompt=answer["prompt"])
+    told = answer["messages"]
+    calls = [(one["to"].removeprefix("functions."), json.loads(one["text"])) for one in told if one["to"]]
+    texts = [one for one in told if not one["to"]]
+    assert message.calls == tuple(calls)
+    assert message.reasoning == "\n".join(one["text"] for one in texts if one["channel"] == "analysis")
+    assert message.content.strip() == "\n".join(one["text"] for one in texts if one["channel"] != "analysis").strip()

@@ -135,6 +135,7 @@ def harmony(feed: Feed, schemas: Schemas) -> Steps[None]:
     GPT-OSS writes its reasoning in the same way, and its answer to the channel "final".
     """
     end: str | None = ""
+    last: type[Text | Thought | Arguments] | None = None
     while end is not None:
         header, marker = yield from feed.read_to("<|message|>")
         if marker is None:
@@ -144,6 +145,9 @@ def harmony(feed: Feed, schemas: Schemas) -> Steps[None]:
         if recipient is not None:
             yield Call(recipient[1])
         kind = Arguments if recipient is not None else Thought if "<|channel|>analysis" in header else Text
+        if kind is last and kind is not Arguments:
+            yield kind("\n")  # two messages of a kind are not one sentence
+        last = kind
         end = yield from feed.pass_on(["<|end|>", "<|call|>", "<|return|>"], kind)
 
 
