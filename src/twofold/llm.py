@@ -239,8 +239,8 @@ class LLM:
         """What the engine has counted since it started, and its state."""
         return self.llm_engine.get_metrics()
 
-    def reset_prefix_cache(self) -> bool:
-        """Forgets all cached prefixes."""
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forgets all cached prefixes. The arguments are vLLM's: here no request runs between calls."""
         with self._lock:
             return self.engine.reset_prefix_cache()
 

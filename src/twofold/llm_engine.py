@@ -7,6 +7,7 @@ from twofold.config import EngineConfig
 from twofold.contract import Breakdown
 from twofold.engine.engine import LLMEngine as Engine
 from twofold.engine.prompts import Prompt, check_extras
+from twofold.errors import RequestError
 from twofold.launch import start_engine
 from twofold.metrics import Metric, read_metrics
 from twofold.outputs import RequestOutput
@@ -73,8 +74,19 @@ class LLMEngine:
     def get_metrics(self) -> list[Metric]:
         return read_metrics(self.engine.snapshot(), self.engine.runtime.engine.model)
 
-    def reset_prefix_cache(self) -> bool:
-        """Forgets all cached prefixes; False, and nothing is forgotten, while requests hold blocks."""
+    def reset_prefix_cache(self, reset_running_requests: bool = False, reset_connector: bool = False) -> bool:
+        """Forgets all cached prefixes; False, and nothing is forgotten, while requests hold blocks.
+
+        reset_connector: vLLM's; KV entries are nowhere else.
+
+        Raises:
+            RequestError: there are requests, and `reset_running_requests` asks to take their blocks.
+        """
+        if reset_running_requests and self.has_unfinished_requests():
+            raise RequestError(
+                "reset_running_requests=True is not supported while requests run; abort them, or wait for them",
+                field="reset_running_requests",
+            )
         return self.engine.reset_prefix_cache()
 
     def start_profile(self) -> None:

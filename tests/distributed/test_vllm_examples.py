@@ -1,6 +1,8 @@
 """What vLLM's offline examples do, with only the import and the model changed, on real ranks."""
 
 import asyncio
+import json
+import re
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +14,7 @@ from transformers import AutoConfig, PreTrainedModel
 
 from twofold import LLM, AsyncEngineArgs, AsyncLLM, EngineArgs, LLMEngine, RequestError, SamplingParams
 from twofold.metrics import Counter, Gauge, Histogram, Vector
-from twofold.sampling_params import RequestOutputKind
+from twofold.sampling_params import RequestOutputKind, StructuredOutputsParams
 
 PROMPTS = ["Hello, my name is", "The president of the United States is", "The capital of France is"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=6)
@@ -81,11 +83,41 @@ def test_chat(llm: LLM) -> None:
     assert [output.outputs[0].text for output in several] == [one[0].outputs[0].text] * 2
 
 
+def test_structured_outputs_and_chat_with_tools(llm: LLM) -> None:
+    """A form of each kind; and a call of a tool, whose result the next answer is told."""
+    for form, is_right in (
+        ({"choice": ["Positive", "Negative"]}, lambda text: text in ("Positive", "Negative")),
+        ({"regex": "[a-z]{3}@[a-z]{3}"}, lambda text: re.fullmatch("[a-z]{3}@[a-z]{3}", text)),
+        ({"grammar": 'root ::= "SELECT " ("a" | "b")'}, lambda text: text in ("SELECT a", "SELECT b")),
+    ):
+        params = SamplingParams(temperature=0, max_tokens=12, structured_outputs=StructuredOutputsParams(**form))
+        assert is_right(texts(llm, PROMPTS[:1], params)[0])
+
+    template = "{{ tools | tojson }}{% for one in messages %}{{ one.role }}: {{ one.content }}\n{% endfor %}assistant: "
+    weather = {"name": "weather", "parameters": {"type": "object", "properties": {"city": {"type": "string"}}}}
+    tools = [{"type": "function", "function": weather}]
+    call = {"const": {"name": "weather", "arguments": {"city": "Dallas"}}}
+    messages = [{"role": "user", "content": [{"type": "text", "text": "How warm is it in Dallas?"}]}]
+    params = SamplingParams(temperature=0, max_tokens=30, structured_outputs=StructuredOutputsParams(json=call))
+    [output] = llm.chat(messages, params, use_tqdm=False, tools=tools, chat_template=template)
+    assert output.prompt is not None
+    assert output.prompt.startswith('[{"type": "function"')
+    assert json.loads(output.outputs[0].text) == call["const"]
+    messages += [
+        {"role": "assistant", "content": output.outputs[0].text},
+        {"role": "tool", "content": "29 degrees", "tool_call_id": "abcdefghi"},
+    ]
+    [output] = llm.chat(messages, GREEDY, use_tqdm=False, tools=tools, chat_template=template)
+    assert output.prompt is not None
+    assert output.prompt.endswith("tool: 29 degrees\nassistant: ")
+    assert output.outputs[0].text
+
+
 def test_prefix_caching(llm: LLM) -> None:
     """The same answers with a cold and a warm cache, and fewer tokens to compute."""
     prefix = "You are an expert school principal, skilled in effectively managing faculty and staff. " * 4
     prompts = [prefix + prompt for prompt in PROMPTS]
-    assert llm.reset_prefix_cache()
+    assert llm.reset_prefix_cache(reset_running_requests=True)
     cold = texts(llm, prompts)
     warm = llm.generate(prompts, GREEDY, use_tqdm=False)
     assert [output.outputs[0].text for output in warm] == cold
@@ -147,6 +179,8 @@ def test_llm_engine(llm: LLM) -> None:
             engine.add_request(str(number), prompt, params)
             engine.add_request(f"unwanted {number}", prompt, params)
             engine.abort_request([f"unwanted {number}", "unknown"])
+            with pytest.raises(RequestError, match="abort them, or wait for them"):
+                engine.reset_prefix_cache(reset_running_requests=True)
             number += 1
         done.update({output.request_id: output for output in engine.step() if output.finished})
     assert [done[str(number)].outputs[0].text for number in range(3)] == texts(llm, PROMPTS)

@@ -15,6 +15,7 @@ def draw_ttft(rows: list[dict[str, Any]], title: str, path: Path) -> None:
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.ticker import LogFormatter
 
     lens = sorted({row["prompt_len"] for row in rows})
     sizes = sorted({row["pcp"] for row in rows})
@@ -34,6 +35,8 @@ def draw_ttft(rows: list[dict[str, Any]], title: str, path: Path) -> None:
     left.set(xscale="log", yscale="log", xlabel="prompt tokens", ylabel="time to first token, ms")
     left.set_xticks(lens, [f"{length:,}" for length in lens], minor=False)
     left.xaxis.minorticks_off()
+    left.yaxis.set_major_formatter("{x:g}")
+    left.yaxis.set_minor_formatter(LogFormatter(labelOnlyBase=False, minor_thresholds=(1, 0.4)))
     left.set_title("Time to first token")
     left.legend()
     if compares:

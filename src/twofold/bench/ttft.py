@@ -78,7 +78,9 @@ def measure(lens: list[int], repeats: int, engine_args: dict[str, Any]) -> list[
         engine, ready = llm.engine, time.perf_counter() - start
         rng = np.random.default_rng(0)
         seconds = {name: round(value, 2) for name, value in engine.reports[0].seconds.items()}
-        print(f"{engine.runtime.num_ranks} ranks ready in {ready:.1f} s: {seconds}", flush=True)
+        num_ranks = engine.runtime.num_ranks
+        parts = ", ".join(f"{name} {value}" for name, value in seconds.items())
+        print(f"{num_ranks} rank{'s' * (num_ranks > 1)} ready after {ready:.1f} s (of that {parts})", flush=True)
         for length in lens:
             of_layout = {}
             for layout in engine.in_each_layout():
