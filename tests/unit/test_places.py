@@ -56,7 +56,7 @@ def test_ray_is_asked_for_by_vllms_name_and_refused_where_it_is_not_installed(mo
         EngineArgs("m", distributed_executor_backend="slurm")
     check_installed()
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"needs Ray, which is not installed; pip install 'twofold\[ray\]'"):
+    with pytest.raises(ConfigError, match=r"needs Ray, which is not installed; pip install '\.\[ray\]'"):
         check_installed()
 
 

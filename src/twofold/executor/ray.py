@@ -59,8 +59,8 @@ def check_installed() -> None:
     """Raises a ConfigError if Ray is not installed."""
     if importlib.util.find_spec("ray") is None:
         raise ConfigError(
-            "distributed_executor_backend='ray' needs Ray, which is not installed; pip install 'twofold[ray]', or use "
-            "'mp' for ranks on this machine",
+            "distributed_executor_backend='ray' needs Ray, which is not installed; pip install '.[ray]' in Twofold's "
+            "checkout, or use 'mp' for ranks on this machine",
             field="distributed_executor_backend",
         )
 
