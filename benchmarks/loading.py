@@ -1,11 +1,12 @@
-"""What memory ranks take while they load a checkpoint of several files, with whole and with sharded weights.
+"""What memory ranks take while they load a checkpoint, with whole and with sharded weights.
 
     python benchmarks/loading.py -pcp 2 --layers 12 --hidden 1024 --output-json F
     python benchmarks/loading.py -pcp 2 --model DIR
 
-Without a model it writes one of random numbers. Of each rank, looked at every few milliseconds: host memory of its own
-(anonymous), and shared with the other ranks. Pages of files that are read are the kernel's to drop, so they are told
-apart. On GPUs also the most memory of each GPU that was in use, of all programs.
+Without a model it writes one of random numbers, as several safetensors files and as a GGUF file (Q8_0). Of each rank,
+looked at every few milliseconds: host memory of its own (anonymous), and shared with the other ranks. Pages of files
+that are read are the kernel's to drop, so they are told apart. On GPUs also the most memory of each GPU that was in
+use, of all programs.
 """
 
 import argparse
@@ -17,6 +18,8 @@ from collections import defaultdict
 from pathlib import Path
 from typing import Any
 
+import gguf
+import numpy as np
 import psutil
 import torch
 from transformers import AutoModelForCausalLM, LlamaConfig
@@ -58,14 +61,56 @@ class Watch(threading.Thread):
         self.join()
 
 
-def write_model(folder: Path, num_layers: int, hidden: int, max_shard_size: str) -> None:
-    config = LlamaConfig(
+def config_of(num_layers: int, hidden: int) -> LlamaConfig:
+    return LlamaConfig(
         hidden_size=hidden, intermediate_size=4 * hidden, num_hidden_layers=num_layers, head_dim=64,
         num_attention_heads=hidden // 64, num_key_value_heads=hidden // 128, vocab_size=8192,
     )  # fmt: skip
+
+
+def write_safetensors(folder: Path, config: LlamaConfig, max_shard_size: str) -> str:
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(
         folder, max_shard_size=max_shard_size
     )
+    return str(folder)
+
+
+def write_gguf(folder: Path, config: LlamaConfig) -> str:
+    """The same shape in blocks of 8 bits."""
+    path = folder / "model.gguf"
+    writer = gguf.GGUFWriter(path, "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(config.head_dim)
+    writer.add_vocab_size(config.vocab_size)
+    hidden, inner = config.hidden_size, config.intermediate_size
+    keys = config.num_key_value_heads * config.head_dim
+    of_layer = {
+        "attn_q": (hidden, hidden), "attn_k": (keys, hidden), "attn_v": (keys, hidden), "attn_output": (hidden, hidden),
+        "ffn_gate": (inner, hidden), "ffn_up": (inner, hidden), "ffn_down": (hidden, inner), "attn_norm": (hidden,),
+        "ffn_norm": (hidden,),
+    }  # fmt: skip
+    shapes: dict[str, tuple[int, ...]] = dict.fromkeys(("token_embd", "output"), (config.vocab_size, hidden))
+    shapes["output_norm"] = (hidden,)
+    for layer in range(config.num_hidden_layers):
+        shapes |= {f"blk.{layer}.{name}": shape for name, shape in of_layer.items()}
+    rng, kind = np.random.default_rng(0), gguf.GGMLQuantizationType.Q8_0
+    for name, shape in shapes.items():
+        if len(shape) == 1:
+            writer.add_tensor(f"{name}.weight", np.ones(shape, np.float32))
+        else:
+            numbers = rng.standard_normal(shape, np.float32) * 0.02
+            writer.add_tensor(f"{name}.weight", gguf.quants.quantize(numbers, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return str(path)
 
 
 def measure(model: str, weights: str, num_ranks: int, arguments: dict[str, Any]) -> dict[str, Any]:
@@ -100,20 +145,29 @@ def main() -> None:
     parser.add_argument("--load-format", default="auto")
     parser.add_argument("--output-json")
     args = parser.parse_args()
+    checkpoints = []
     with tempfile.TemporaryDirectory() as folder:
-        model = args.model or folder
+        models, config = [args.model], config_of(args.layers, args.hidden)
         if args.model is None:
-            write_model(Path(folder), args.layers, args.hidden, args.max_shard_size)
-        files = [path.stat().st_size for path in Path(model).glob("*.safetensors")]
-        rows = [
-            measure(model, weights, args.num_ranks, {"load_format": args.load_format})
-            for weights in ("replicated", "sharded")
-        ]
-    about = {"files": len(files), "largest file MB": round(max(files, default=0) / 1e6), "MB": round(sum(files) / 1e6)}
-    print(about)
-    print_table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+            models = [write_safetensors(Path(folder), config, args.max_shard_size), write_gguf(Path(folder), config)]
+        for model in models:
+            place = Path(model)
+            files = [path.stat().st_size for path in ([place] if place.is_file() else place.glob("*.safetensors"))]
+            rows = [
+                measure(model, weights, args.num_ranks, {"load_format": args.load_format, "dtype": "bfloat16"})
+                for weights in ("replicated", "sharded")
+            ]
+            about = {
+                "format": place.suffix.removeprefix(".") or "safetensors",
+                "files": len(files),
+                "largest file MB": round(max(files, default=0) / 1e6),
+                "MB": round(sum(files) / 1e6),
+            }
+            print(about)
+            print_table(list(rows[0]), [[str(value) for value in row.values()] for row in rows])
+            checkpoints.append({"checkpoint": about, "runs": rows})
     if args.output_json:
-        result = {"checkpoint": about, "runs": rows, "environment": environment()}
+        result = {"checkpoints": checkpoints, "environment": environment()}
         Path(args.output_json).write_text(json.dumps(result, indent=1, default=str) + "\n")
 
 

@@ -8,19 +8,22 @@ import pytest
 import torch
 from harness import ThreadExecutor, generate, make_engine, prompt_logprobs, reference_continuation, reference_logprobs
 from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
-from transformers import LlamaConfig, PretrainedConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, LlamaConfig, PretrainedConfig, PreTrainedModel
 
 from twofold import runtime
 from twofold.config import EngineConfig, ModelSource
 from twofold.engine.engine import LLMEngine
 from twofold.errors import ModelError
+from twofold.models import gguf
 from twofold.models.loader import load_model, model_of_stand_ins, read_weights
 from twofold.models.sizes import model_shape
+from twofold.models.source import load_config
 from twofold.models.transforms.packing import Part
 from twofold.parallel.fetch import _blocks, dense_strides
 from twofold.sampling_params import SamplingParams
 from twofold.worker.worker import Rank
 
+BENCHMARKS = Path(__file__).parents[2] / "benchmarks"
 CPU = torch.device("cpu")
 GREEDY = SamplingParams(temperature=0, max_tokens=6)
 LLAMA_3_1_8B = LlamaConfig(
@@ -160,6 +163,32 @@ def test_all_weights_are_handed_over_once(tmp_path: Path, model_type: str, load_
     assert {name for name, _ in expected.named_parameters()} <= set(found) <= set(known)
     for name, tensor in found.items():
         assert torch.equal(tensor, known[name]), name
+
+
+def test_tensors_of_a_gguf_file_are_made_one_by_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A layer's tensor is taken before the next is made; all are the same bits as Transformers' own."""
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    import loading
+
+    path = loading.write_gguf(tmp_path, loading.config_of(num_layers=2, hidden=128))
+    expected = AutoModelForCausalLM.from_pretrained(tmp_path, gguf_file="model.gguf", dtype=torch.bfloat16).state_dict()
+    in_order, found = [], {}
+    make = gguf._make
+
+    def make_and_note(tensor: Any, processor: Any) -> torch.Tensor:
+        in_order.append("make")
+        return make(tensor, processor)
+
+    def take(name: str, tensor: torch.Tensor) -> None:
+        in_order.append("take")
+        found[name] = tensor.clone()
+
+    monkeypatch.setattr(gguf, "_make", make_and_note)
+    config, source = EngineConfig(model=path), ModelSource(str(tmp_path), "model.gguf")
+    read_weights(config, source, load_config(source, False, {}), torch.bfloat16, CPU, take)
+    assert found.keys() == expected.keys()
+    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    assert " ".join(in_order).count("make take") == 2 * 9 + 1
 
 
 def test_stand_ins_take_the_memory_of_one_layer() -> None:

@@ -17,6 +17,7 @@ from transformers.initialization import no_init_weights
 
 from twofold.config import EngineConfig, ModelSource
 from twofold.errors import ModelError
+from twofold.models import gguf
 from twofold.models.checkpoint import check_loaded, check_numbers, check_tied
 from twofold.models.holding import Take, use_stand_ins
 from twofold.models.support import refusal
@@ -135,16 +136,17 @@ def _from_checkpoint(
     dtype: torch.dtype,
     device: torch.device,
 ) -> PreTrainedModel:
-    model, found = AutoModelForCausalLM.from_pretrained(
-        source.path,
-        config=None if source.gguf_file else model_config,
-        dtype=dtype,
-        device_map=None if device.type == "cpu" else {"": device},
-        trust_remote_code=config.trust_remote_code,
-        output_loading_info=True,
-        ignore_mismatched_sizes=True,  # `check_loaded` says it by name
-        **source.arguments,
-    )
+    with gguf.one_by_one():
+        model, found = AutoModelForCausalLM.from_pretrained(
+            source.path,
+            config=None if source.gguf_file else model_config,
+            dtype=dtype,
+            device_map=None if device.type == "cpu" else {"": device},
+            trust_remote_code=config.trust_remote_code,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,  # `check_loaded` says it by name
+            **source.arguments,
+        )
     check_loaded(source.path, model.config, found)
     # Other ranks make the modules from `model_config`, and use these weights.
     expected = empty_model(model_config, dtype, torch.device("meta"), config.trust_remote_code)

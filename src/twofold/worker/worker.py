@@ -424,7 +424,7 @@ def _load(runtime: RuntimeConfig, mesh: Mesh, device: torch.device, files: Share
 
 
 def _in_turns(mesh: Mesh, device: torch.device, read: Callable[[Take], None], take: Take) -> None:
-    """One rank reads after the other: Transformers makes all weights of a GGUF file at once."""
+    """One rank reads after the other: of experts in a GGUF file Transformers makes all weights at once."""
     for rank in range(mesh.size):
         if rank == mesh.rank:
             read(take)
