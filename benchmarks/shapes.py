@@ -1,5 +1,7 @@
 """Configurations of models by their published numbers, for what needs no weights."""
 
+import json
+from pathlib import Path
 from typing import Any
 
 LLAMA: dict[str, Any] = {
@@ -25,4 +27,21 @@ CONFIGS: dict[str, dict[str, Any]] = {
         "qk_rope_head_dim": 64, "v_head_dim": 128, "vocab_size": 102400, "max_position_embeddings": 163840,
         "tie_word_embeddings": False, "torch_dtype": "bfloat16",
     },
+    # SmolLM2-135M's size with heads that two ranks can divide
+    "Llama-132M": LLAMA | {
+        "hidden_size": 512, "intermediate_size": 1664, "num_hidden_layers": 32, "num_attention_heads": 8,
+        "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 49152, "tie_word_embeddings": True,
+        "max_position_embeddings": 8192, "bos_token_id": 1, "eos_token_id": 2,
+    },
+    "TinyLlama-1.1B": LLAMA | {
+        "hidden_size": 2048, "intermediate_size": 5632, "num_hidden_layers": 22, "num_attention_heads": 32,
+        "num_key_value_heads": 4, "head_dim": 64, "vocab_size": 32000, "rope_theta": 10000.0,
+        "max_position_embeddings": 2048, "bos_token_id": 1, "eos_token_id": 2,
+    },
 }  # fmt: skip
+
+
+def write_config(name: str, folder: Path) -> str:
+    """→ a folder that `load_format="dummy"` takes for a model."""
+    (folder / "config.json").write_text(json.dumps(CONFIGS[name]))
+    return str(folder)
