@@ -18,8 +18,9 @@ import torch.multiprocessing as mp
 
 from twofold.bench.report import environment, print_table
 from twofold.parallel import fetch as fetch_module
-from twofold.parallel.fetch import Fetch, PartCopy, dense_strides, make_part_memory
+from twofold.parallel.fetch import Fetch, PartCopy, dense_strides
 from twofold.parallel.mesh import ProcessMesh
+from twofold.parallel.peer_memory import Symmetric
 
 # (shape, dim that is divided) of each weight of a layer
 SHAPES: dict[str, list[tuple[tuple[int, ...], int]]] = {
@@ -36,15 +37,16 @@ def make_layers(
 ) -> tuple[list[list[PartCopy]], object]:
     """All layers come from the same parts, which are larger than the GPU's cache."""
     sizes = [torch.Size(shape).numel() * 2 for shape, _ in shapes]
-    memory = make_part_memory(mesh, device, sum(sizes) // mesh.size, -1)
-    memory.of_rank[mesh.rank].zero_()
+    memory = Symmetric(mesh, device)
+    everyones = memory.allocate(sum(sizes) // mesh.size)
+    everyones[mesh.rank].zero_()
     layers = []
     for _ in range(2):
         copies, offset = [], 0
         for (shape, dim), size in zip(shapes, sizes, strict=True):
             whole = torch.zeros(shape, dtype=torch.bfloat16, device=device)
             for peer, place in enumerate(whole.chunk(mesh.size, dim=dim)):
-                flat = memory.of_rank[peer][offset : offset + size // mesh.size].view(torch.bfloat16)
+                flat = everyones[peer][offset : offset + size // mesh.size].view(torch.bfloat16)
                 part = flat.as_strided(place.shape, dense_strides(place), flat.storage_offset())
                 copies.append(PartCopy(peer, part, place))
             offset += size // mesh.size

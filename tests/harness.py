@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import numpy as np
@@ -26,7 +25,6 @@ from twofold.models.decoder import DecoderModel
 from twofold.models.holding import Take, use_stand_ins
 from twofold.outputs import RequestOutput
 from twofold.parallel.exchange import Exchange
-from twofold.parallel.fetch import PartMemory
 from twofold.parallel.mesh import Axes, SingleRank
 from twofold.parallel.sums import make_sum
 from twofold.parallel.transport import make_transport
@@ -52,14 +50,6 @@ class ThreadMesh:
         self._barrier.wait()
         gathered.copy_(torch.cat(self._parts))
         self._barrier.wait()
-
-    def share(self, mine: torch.Tensor) -> list[torch.Tensor]:
-        """Every rank's tensor itself, not a copy."""
-        self._parts[self.rank] = mine
-        self._barrier.wait()
-        everyones = list(self._parts)
-        self._barrier.wait()
-        return everyones
 
     def close(self) -> None:
         pass
@@ -146,9 +136,6 @@ class ThreadExecutor:
             for name, tensor in model.state_dict().items():
                 take(name, tensor)
 
-        def make_memory(mesh: ThreadMesh, num_bytes: int) -> PartMemory:
-            return PartMemory(mesh.share(torch.zeros(num_bytes, dtype=torch.uint8)))
-
         def start(axes: Axes, channel: ThreadChannel) -> tuple[Rank, RankReport]:
             device, mesh = LaggingDevice(channel.engine_waits), axes.gpu
             transport = make_transport("auto", axes, device.torch_device, 0, -1)
@@ -156,8 +143,9 @@ class ThreadExecutor:
             if runtime.weights == "sharded":
                 use_stand_ins(mine, device.torch_device)
             total = make_sum(mesh, device.torch_device, 0, -1)
-            memory = ThreadMemory(mesh) if isinstance(mesh, ThreadMesh) and runtime.num_nodes == 1 else None
-            sharding = Sharding(read, partial(make_memory, mesh)) if runtime.weights == "sharded" else None
+            peers = ThreadMemory(mesh) if isinstance(mesh, ThreadMesh) else None
+            memory = peers if runtime.num_nodes == 1 else None
+            sharding = Sharding(read, peers) if runtime.weights == "sharded" else None
             exchange, backend = Exchange(mesh, transport, axes.node), make_backend("sdpa")
             rank = Rank(runtime, DecoderModel(mine), axes, exchange, total, backend, device, memory, sharding)
             report = replace(rank.report(), num_blocks=num_blocks)

@@ -13,8 +13,9 @@ from one_gpu import enough_gpus, share_gpu
 from transformers import AutoModelForCausalLM, LlamaConfig, MixtralConfig, PretrainedConfig
 
 from twofold import LLM, SamplingParams
-from twofold.parallel.fetch import Fetch, PartCopy, dense_strides, make_part_memory
+from twofold.parallel.fetch import Fetch, PartCopy, dense_strides
 from twofold.parallel.mesh import ProcessMesh
+from twofold.parallel.peer_memory import Symmetric
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
@@ -40,7 +41,8 @@ def run_rank(rank: int, size: int, folder: str) -> None:
     kinds = range(len(SHAPES))
     right = [[whole_weight(layer, kind).to(device) for kind in kinds] for layer in range(NUM_LAYERS)]
     num_bytes = sum(weight.nbytes for layer in right for weight in layer) // size
-    memory = make_part_memory(mesh, device, num_bytes, -1)
+    memory = Symmetric(mesh, device)
+    everyones = memory.allocate(num_bytes)
     buffers = [[torch.full(shape, torch.nan, dtype=torch.bfloat16, device=device) for shape in SHAPES] for _ in (0, 1)]
     layers, offset = [], 0
     for layer in range(NUM_LAYERS):
@@ -49,7 +51,7 @@ def run_rank(rank: int, size: int, folder: str) -> None:
             whole = buffers[layer % 2][kind]
             for peer in range(size):
                 place = part_of(whole, kind, peer, size)
-                flat = memory.of_rank[peer][offset : offset + 2 * place.numel()].view(torch.bfloat16)
+                flat = everyones[peer][offset : offset + 2 * place.numel()].view(torch.bfloat16)
                 part = flat.as_strided(place.shape, dense_strides(place), flat.storage_offset())
                 copies.append(PartCopy(peer, part, place))
                 if peer == rank:

@@ -27,8 +27,9 @@ from twofold.models.checkpoint import check_numbers
 from twofold.models.decoder import DecoderModel
 from twofold.models.transforms.packing import Part
 from twofold.models.transforms.stand_in import StandIn
-from twofold.parallel.fetch import ALIGNMENT, Fetch, PartCopy, PartMemory, dense_strides
+from twofold.parallel.fetch import ALIGNMENT, Fetch, PartCopy, dense_strides
 from twofold.parallel.mesh import Mesh
+from twofold.parallel.peer_memory import PeerMemory
 
 Take = Callable[[str, torch.Tensor], None]  # gets a tensor and its name in Transformers' model
 
@@ -119,21 +120,20 @@ class _Weight:
 class Holding:
     """What one rank keeps of a model's weights."""
 
-    def __init__(
-        self, whole: DecoderModel, part: DecoderModel, mesh: Mesh, make_memory: Callable[[int], PartMemory]
-    ) -> None:
+    def __init__(self, whole: DecoderModel, part: DecoderModel, mesh: Mesh, memory: PeerMemory | None) -> None:
         """Takes the place of stand-ins in both models. All ranks call it together; then they `load`.
 
-        `make_memory` of so many bytes a rank; all ranks call it together.
+        `memory` for their parts; None if ranks cannot read each other's.
 
         Raises:
             ModelError: the weights cannot be kept so.
+            OSError: there is no room for the parts.
         """
         self._whole, self._part, self._mesh = whole, part, mesh
         self._device = whole.head.get_parameter("weight").device
         self._layers = [list(weights) for weights in self._find_weights()]
         self._place_of = {id(weight.parameter): weight for weights in self._layers for weight in weights}
-        self._make_parts(make_memory)
+        self._make_parts(memory)
         self._make_buffers()
         self.fetch = Fetch(list(self._copies()), mesh, self._device)
         assert whole.layers is not None
@@ -168,19 +168,21 @@ class Holding:
     def _divided(self) -> list[_Weight]:
         return [weight for weights in self._layers for weight in weights if weight.is_divided]
 
-    def _make_parts(self, make_memory: Callable[[int], PartMemory]) -> None:
+    def _make_parts(self, memory: PeerMemory | None) -> None:
         """Memory for parts, in the same place on every rank, and for what is not divided."""
         divided = self._divided
         if not divided:
             raise ModelError("no weight of a layer divides")
+        if memory is None:
+            raise ModelError("the GPUs cannot read each other's memory")
         sizes = [_aligned(view.num_elements * w.parameter.itemsize) for w in divided for view in w.views]
         self.part_bytes, self.fetched_bytes = sum(sizes), sum(weight.parameter.nbytes for weight in divided)
-        self._memory = make_memory(self.part_bytes)
+        self._memory, everyones = memory, memory.allocate(self.part_bytes)
         offsets = iter(np.cumsum([0, *sizes]).tolist())
         for weight in divided:
             for view in weight.views:
                 offset, like = next(offsets), view.tensors[0]
-                weight.parts.append([_tensor_at(memory, offset, like) for memory in self._memory.of_rank])
+                weight.parts.append([_tensor_at(parts, offset, like) for parts in everyones])
                 for tensor in view.tensors:
                     tensor.data = weight.parts[-1][self._mesh.rank]
         for weight in (weight for weights in self._layers for weight in weights if not weight.is_divided):

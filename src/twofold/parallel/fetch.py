@@ -16,16 +16,13 @@ leave one out with a chance of (1 - K / E)^T: 0.2 % for 6 of 64 and 64 tokens, a
 """
 
 import ctypes
-import errno
-import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
 
-from twofold.parallel.mesh import Mesh, ProcessMesh
-from twofold.parallel.peer_memory import SharedFile, Symmetric
+from twofold.parallel.mesh import Mesh
 
 ALIGNMENT = 256  # bytes, of each part and each weight in a buffer
 COPY_ANY_KIND = 4  # cudaMemcpyDefault: the addresses say where memory is
@@ -178,30 +175,3 @@ def _cuda_copy_2d() -> Callable[..., int] | None:
         else:
             _copy_2d.append(None)
     return _copy_2d[0]
-
-
-@dataclass(frozen=True, slots=True)
-class PartMemory:
-    """Memory for each rank's parts that all ranks read."""
-
-    of_rank: list[torch.Tensor]  # bytes; this rank writes its own
-    owner: object = None  # whose end would be the memory's
-
-
-def make_part_memory(mesh: Mesh, device: torch.device, num_bytes: int, file: int) -> PartMemory:
-    """Of every rank `num_bytes`. All ranks call it together.
-
-    `file` is a new file that all ranks have a descriptor of, for ranks of a CPU.
-
-    Raises:
-        OSError: there is no room, or ranks cannot read each other's memory. Every rank raises it.
-    """
-    if device.type == "cpu":
-        return PartMemory(SharedFile(mesh, file).allocate(num_bytes))
-    pairs = itertools.permutations(range(mesh.size), 2)
-    is_one_each = mesh.size <= torch.cuda.device_count()
-    if is_one_each and not all(torch.cuda.can_device_access_peer(*pair) for pair in pairs):
-        raise OSError(errno.EOPNOTSUPP, "the GPUs cannot read each other's memory")
-    assert isinstance(mesh, ProcessMesh)
-    memory = Symmetric(mesh, device)
-    return PartMemory(memory.allocate(num_bytes), memory)

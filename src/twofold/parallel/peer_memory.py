@@ -59,7 +59,7 @@ class Symmetric:
 def make_peer_memory(exchange: str, mesh: Mesh, device: torch.device, file: int) -> PeerMemory | None:
     """None for one rank, and for GPUs that do not reach each other's memory; "push", the exchange, says that they do.
 
-    `file` is a new one, the same on all ranks.
+    `file` is a new one, the same on all ranks; each `PeerMemory` needs its own.
     """
     if not isinstance(mesh, ProcessMesh):
         return None

@@ -57,7 +57,6 @@ from twofold.models.loader import (
 )
 from twofold.native.load import kernels
 from twofold.parallel.exchange import Exchange
-from twofold.parallel.fetch import PartMemory, make_part_memory
 from twofold.parallel.fetch_entries import EntryFetch, workspace_bytes
 from twofold.parallel.mesh import Axes, Mesh, gather, make_axes
 from twofold.parallel.peer_memory import PeerMemory, make_peer_memory
@@ -84,7 +83,7 @@ class Sharding:
     """Of a rank that keeps a part of the weights: its model comes without them."""
 
     read: Callable[[Take], None]  # hands over all weights, one by one
-    make_memory: Callable[[int], PartMemory]  # of so many bytes a rank; all ranks call it together
+    memory: PeerMemory | None  # for their parts; None if ranks cannot read each other's
 
 
 class Rank:
@@ -220,7 +219,7 @@ class Rank:
         """Keeps this rank's part of the weights → the reason if no step runs by heads."""
         with self.phase("heads"), _sharded_or_refused():
             part = divide(self.model, self.axes.gpu, self._sum)
-            self.holding = Holding(self.model, part, self.axes.gpu, sharding.make_memory)
+            self.holding = Holding(self.model, part, self.axes.gpu, sharding.memory)
         with self.phase("weights"):
             self.holding.load(sharding.read, self.runtime.source.path)
         with _sharded_or_refused():
@@ -374,7 +373,7 @@ def make_rank(start: RankStart, device: Device) -> Rank:
         read = partial(read_weights, *arguments)
         sharding = Sharding(
             partial(_in_turns, axes.gpu, device.torch_device, read) if runtime.source.gguf_file else read,
-            lambda num_bytes: make_part_memory(axes.gpu, device.torch_device, num_bytes, files.weights),
+            make_peer_memory(runtime.engine.exchange, axes.gpu, device.torch_device, files.weights),
         )
     else:
         model = DecoderModel(_load(runtime, axes.gpu, device.torch_device, files))
