@@ -1,7 +1,7 @@
 """Steps by heads: who computes what, which layout a step has, and that ranks never differ by a bit."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 import numpy as np
@@ -17,6 +17,7 @@ from twofold.contract import ScheduledBatch
 from twofold.engine.engine import LLMEngine
 from twofold.errors import ConfigError, ModelError
 from twofold.models.decoder import DecoderModel
+from twofold.models.holding import _tensors_of as tensors_of
 from twofold.parallel.costs import StepCosts
 from twofold.parallel.plan import HeadLayout, plan_step
 from twofold.sampling_params import SamplingParams
@@ -27,6 +28,11 @@ GREEDY = SamplingParams(temperature=0, max_tokens=6)
 
 def prompt_of(length: int) -> list[int]:
     return np.random.default_rng(length).integers(3, VOCAB_SIZE, length).tolist()
+
+
+def storages(tensors: Iterable[torch.Tensor]) -> dict[int, int]:
+    """Where they lie -> bytes."""
+    return {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
 
 
 @pytest.fixture(scope="module")
@@ -113,13 +119,15 @@ def test_costs_are_measured_once(model: PreTrainedModel) -> None:
 
 
 def test_the_second_layout_takes_no_memory_for_weights(engine: LLMEngine) -> None:
-    """Its weights are views, and no tensor of it is anywhere else."""
+    """Its weights are views, and what else its modules keep is less than 2 % of them."""
     for runner in executor_of(engine).runners:
         assert runner.by_heads is not None
         whole, part = runner.by_tokens.model, runner.by_heads.model
-        own = {tensor.untyped_storage().data_ptr() for tensor in (*whole.model.parameters(), *whole.body.parameters())}
-        tensors = [*part.model.parameters(), *part.body.parameters()]
-        assert {tensor.untyped_storage().data_ptr() for tensor in tensors} <= own
+        weights = storages([*whole.model.parameters(), *whole.body.parameters()])
+        assert storages([*part.model.parameters(), *part.body.parameters()]).keys() <= weights.keys()
+        first, second = (storages(t for half in (m.model, m.body) for t in tensors_of(half)) for m in (whole, part))
+        more = sum(second[place] for place in second.keys() - first.keys())
+        assert more <= 0.02 * sum(weights.values())
         assert sum(tensor.numel() for tensor in part.body.parameters()) < sum(
             tensor.numel() for tensor in whole.body.parameters()
         )
