@@ -26,12 +26,22 @@ class AttentionMetadata:
     num_row_blocks: int  # blocks of the rows of V' after the decode rows, each row's own; in a graph an upper bound
     num_decode_rows: int  # leading rows of V' that have one token each
     shared_prefix: "SharedPrefix | None" = None  # in a step of decodes, where it pays to read it once
+    _runs: dict[tuple[int, int, int], int | None] = field(default_factory=dict, init=False, repr=False)
     _decode_rows: "AttentionMetadata | None" = field(default=None, init=False, repr=False)
     _longer_rows: "AttentionMetadata | None" = field(default=None, init=False, repr=False)
 
     def last_token_idx(self) -> torch.Tensor:
         """[V'] row -> its last token."""
         return self.query_start[1:].long() - 1
+
+    def run_of(self, row: int, begin: int, end: int) -> int | None:
+        """The first of the row's blocks `begin` up to `end`, if they are neighbours in the cache. Found once a step."""
+        key = row, begin, end
+        if key not in self._runs:
+            blocks = self.block_tables_np[row, begin:end]
+            first = int(blocks[0])
+            self._runs[key] = first if bool((blocks == np.arange(first, first + end - begin)).all()) else None
+        return self._runs[key]
 
     def over(self, block_tables_np: NDArray[np.int32], block_tables: torch.Tensor) -> "AttentionMetadata":
         """The same rows with their blocks elsewhere: [V, B], [V', B]."""

@@ -16,9 +16,7 @@ def row_entries(
     if high is None:
         high = int(metadata.seq_lens_np[row])
     begin, end = low // block_size, -(-high // block_size)
-    blocks = metadata.block_tables_np[row, begin:end]
-    first = int(blocks[0])
-    if int(blocks[-1]) - first == end - begin - 1 and bool((blocks[1:] - blocks[:-1] == 1).all()):
+    if (first := metadata.run_of(row, begin, end)) is not None:
         entries = kv_cache[first : first + end - begin].flatten(0, 1)
     else:
         entries = kv_cache.index_select(0, metadata.block_tables[row, begin:end]).flatten(0, 1)
