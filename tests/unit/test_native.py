@@ -62,7 +62,7 @@ def test_rows_of_a_step(
         expected, expected_lse = reference(query[mine], *spec.unpack(entries), spec)
         assert error(out[mine], expected) < TOLERANCE[dtype], lens[row]
         # Powers of 2 are as exact as bfloat16 needs them.
-        atol = 1e-5 if dtype == torch.float32 else 5e-5
+        atol = 1e-5 if dtype == torch.float32 else 1e-4
         torch.testing.assert_close(lse[mine].double(), expected_lse, rtol=0, atol=atol)
 
 

@@ -15,6 +15,7 @@ from twofold.models.transforms.base import Transform, transform
 from twofold.models.transforms.experts import FewTokenExperts
 from twofold.models.transforms.last_layer import CutLastLayer, LastLayer
 from twofold.models.transforms.latents import KeepLatents
+from twofold.models.transforms.native_stack import Stack
 from twofold.models.transforms.packing import PackProjections
 from twofold.parallel.sums import Sum, summing
 
@@ -38,6 +39,7 @@ class DecoderModel:
         transform(KeepLatents(model, modules, self.specs), self.dtype)
         cut = CutLastLayer(model, self.layers, self.specs)
         self.last_layer: LastLayer | None = cut.last if transform(cut, self.dtype) else None
+        self.stack: Stack | None = None  # where our kernel for CPUs runs all layers at once
         self.head: torch.nn.Module = model.get_output_embeddings()
         # Some families embed more ids than they can predict.
         self.vocab_size: int = min(model.get_input_embeddings().num_embeddings, len(self.head.weight))
@@ -66,6 +68,7 @@ class DecoderModel:
         """Applies the transforms for CPUs, once our kernels are there."""
         for change in native.CHANGES:
             transform(change(torch.nn.ModuleList([self.body, self.head])), self.dtype)
+        transform(Stack(self), self.dtype)
 
     def compile(self) -> None:
         """Compiles layers in place, at their first call."""
@@ -78,6 +81,9 @@ class DecoderModel:
         self, input_ids: torch.Tensor, position_ids: torch.Tensor, context: ForwardContext, needs_all: bool
     ) -> torch.Tensor:
         """input_ids [N], position_ids [N] → [N, hidden_size], or [V', hidden_size] of each row's last token only."""
+        if self.stack is not None and self.stack.serves(len(input_ids), context):
+            hidden = self.stack.run(input_ids, position_ids, context)
+            return hidden if needs_all else hidden[context.metadata.last_token_idx()]
         with forward_context(context), summing(self.sum):
             if needs_all:
                 return self._run(input_ids, position_ids)

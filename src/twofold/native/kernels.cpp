@@ -12,6 +12,7 @@
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <initializer_list>
 #include <limits>
 #include <optional>
 #include <tuple>
@@ -47,6 +48,7 @@ constexpr int PANEL = W * COLUMNS;
 constexpr int KEYS = 256 / PANEL * PANEL;  // of a block: its keys, values and logits stay in a core's caches
 constexpr int QUERIES = 96;                // rows of a task: queries of all heads of a group
 constexpr int TILED_QUERIES = 288;         // the same where tiles multiply: packing keys takes longer than products
+constexpr long LEAST_PANEL_TOKENS = 33;    // of a step whose products are by panels
 constexpr long LAYER_ROWS = 1024;           // of hidden states that go through a part of a layer together
 constexpr long CHUNK = 1 << 20;            // bytes of a packed weight that stay in a core's second cache
 constexpr int AHEAD = 4096;                // bytes of a weight that are fetched before they are read
@@ -141,6 +143,23 @@ inline Vec power_of_2(Vec x) {
 #endif
 }
 
+#if defined(__AVX512F__)
+// 2^x for any x, off by 8e-5 of it; 0 from far below.
+inline Vec rough_power_of_2(Vec x) {
+    const Vec r = (Vec)_mm512_reduce_ps((__m512)x, 1 /* x - floor(x) */);
+    Vec p = r * 7.8024521e-2f + 2.2606716e-1f;
+    p = p * r + 6.9583354e-1f;
+    p = p * r + 9.9992522e-1f;
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
+}
+#endif
+
+// silu(g) = g / (1 + e^-g), by powers of e that are 1 at most; of T's precision
+template <class T> inline Vec silu(Vec g) {
+    const Vec x = g < 0 ? g : -g, e = sizeof(T) == 2 ? power_of_2(x * LOG2_E) : exponential(x);
+    return g * ((g < 0 ? e : all(1)) / (e + 1.0f));
+}
+
 // One unit of A with a vector of units of B.
 template <class T> inline Vec multiply(Vec c, uint32_t a, Units b);
 template <> inline Vec multiply<float>(Vec c, uint32_t a, Units b) {
@@ -200,6 +219,7 @@ struct Tiles {
     Tiles() {
         struct alignas(64) { uint8_t palette = 1, start = 0, unused[14] = {}; uint16_t bytes[16] = {}; uint8_t rows[16] = {}; } all;
         for (int i = 0; i < 8; i++) all.bytes[i] = 64, all.rows[i] = 16;
+        asm volatile("" : : "r"(&all) : "memory");  // the compiler thinks that 8 bytes are read
         if (may_use_tiles()) _tile_loadconfig(&all);
     }
     ~Tiles() { if (may_use_tiles()) _tile_release(); }
@@ -517,40 +537,398 @@ template <class T> void merge(const Attention& o, const Task& t, long count, con
     }
 }
 
-template <class T> void attend_rows(const Attention& o) {
+struct Heads { long all, of_keys, dim; };  // of queries, of keys and of values, and the numbers of each
+
+#if HAS_TILES
+// A layer's products for many tokens, by tiles, with all but its ends transposed. A panel is 32 tokens as the columns of
+// B: [K / 2, 32] units. Then weights are A, and are read from where they are; norms, RoPE and gates have a token a lane,
+// and two rows of a product are one of units:
+//
+//     C = W X   [32 outputs, 32 tokens]   W: rows of a weight   X: a panel   C ──round──► rows of the next panel
+constexpr int TOKENS = 32;                 // of a panel
+constexpr long BLOCK_TOKENS = 256;         // of a task: their panels stay in a core's second cache
+constexpr int V = TOKENS / W;              // vectors of a panel's row
+
+inline Vec low(Units u) { return (Vec)(u << 16); }
+inline Vec high(Units u) { return (Vec)(u & 0xffff0000u); }
+inline Units paired(Vec low, Vec high) {  // rounds both
+    typedef uint16_t Halves __attribute__((vector_size(64)));
+    Halves places;
+    for (int i = 0; i < W; i++) places[2 * i] = i, places[2 * i + 1] = W + i;
+    return (Units)_mm512_permutexvar_epi16((__m512i)places, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+
+// Rows of `steps` units, found by `row(token)`, become a panel; tokens from `count` on are zeros.
+template <class Row> void to_panel(Row row, long count, long steps, uint32_t* panel) {
+    static const std::vector<uint32_t> zeros(1 << 16);
+    for (int v = 0; v < V; v++) {
+        const uint32_t* from[W];
+        for (int i = 0; i < W; i++) from[i] = v * W + i < count ? (const uint32_t*)row(v * W + i) : zeros.data();
+        for (long s = 0; s < steps; s += W) {
+            Units block[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) block[i] = load(from[i] + s);
+            transpose(block);
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) store(panel + (s + i) * TOKENS + v * W, block[i]);
+        }
+    }
+}
+
+template <class Row> void from_panel(const uint32_t* panel, long count, long steps, Row row) {
+    for (int v = 0; v < V; v++)
+        for (long s = 0; s < steps; s += W) {
+            Units block[W];
+#pragma GCC unroll 16
+            for (int i = 0; i < W; i++) block[i] = load(panel + (s + i) * TOKENS + v * W);
+            transpose(block);
+            for (int i = 0; i < W && v * W + i < count; i++) store((uint32_t*)row(v * W + i) + s, block[i]);
+        }
+}
+
+void norm_panel(const uint32_t* x, const Bf16* weight, uint32_t* y, long K, float epsilon) {
+    for (int v = 0; v < V; v++) {
+        Vec squares[2] = {};
+        for (long s = 0; s < K / 2; s++) {
+            const Units u = load(x + s * TOKENS + v * W);
+            squares[0] += low(u) * low(u), squares[1] += high(u) * high(u);
+        }
+        const Vec scale = 1.0f / (Vec)_mm512_sqrt_ps((__m512)((squares[0] + squares[1]) / float(K) + epsilon));
+        for (long s = 0; s < K / 2; s++) {
+            const Units u = load(x + s * TOKENS + v * W), scaled = paired(low(u) * scale, high(u) * scale);
+            store(y + s * TOKENS + v * W, paired(low(scaled) * from_bf16(weight[2 * s]), high(scaled) * from_bf16(weight[2 * s + 1])));
+        }
+    }
+}
+
+// C [count, 32, 32] = 32 rows of a weight [N, K] times each of `count` panels. In parts of K that stay in the first cache.
+void multiply_panels(const Bf16* rows, long K, const uint32_t* panels, long count, float* C) {
+    constexpr long PART = 160;  // units
+    for (long s = 0; s < K / 2; s += PART)
+        for (long p = 0; p < count; p++) {
+            const uint32_t *A = reinterpret_cast<const uint32_t*>(rows) + s, *B = panels + (p * K / 2 + s) * TOKENS;
+            const long steps = std::min(PART, K / 2 - s);
+            float* to = C + p * 32 * TOKENS;
+            if (s) tile_product<2, 2, true>(A, K / 2, B, TOKENS, steps, to, TOKENS);
+            else tile_product<2, 2, false>(A, K / 2, B, TOKENS, steps, to, TOKENS);
+        }
+}
+
+inline Vec row_of(const float* C, long row, int v) { return load(C + row * TOKENS + v * W); }
+
+// Adds a rounded product C of rows from `n` to a panel.
+inline void add_to_panel(uint32_t* panel, long n, const float* C) {
+    for (int j = 0; j < 16; j++)
+        for (int v = 0; v < V; v++) {
+            const Units u = paired(row_of(C, 2 * j, v), row_of(C, 2 * j + 1, v));
+            uint32_t* to = panel + (n / 2 + j) * TOKENS + v * W;
+            store(to, paired(low(load(to)) + low(u), high(load(to)) + high(u)));
+        }
+}
+
+inline Vec rough_silu(Vec g) {
+    return g * (Vec)_mm512_rcp14_ps((__m512)(1.0f + rough_power_of_2(g * -LOG2_E)));
+}
+
+// 32 rows of gates, and of what they gate -> 16 units of a panel.
+inline void gate_panel(const float* gates, const float* ups, uint32_t* to) {
+    for (int j = 0; j < 16; j++)
+        for (int v = 0; v < V; v++) {
+            const Units g = paired(row_of(gates, 2 * j, v), row_of(gates, 2 * j + 1, v)), u = paired(row_of(ups, 2 * j, v), row_of(ups, 2 * j + 1, v));
+            const Units s = paired(rough_silu(low(g)), rough_silu(high(g)));
+            store(to + j * TOKENS + v * W, paired(low(s) * low(u), high(s) * high(u)));
+        }
+}
+
+// Tokens of a task: multiples of a panel, with an equal share for each thread.
+inline long block_tokens(long M) {
+    const long threads = omp_get_max_threads(), blocks = (M + threads * BLOCK_TOKENS - 1) / (threads * BLOCK_TOKENS) * threads;
+    return ((M + blocks - 1) / blocks + TOKENS - 1) / TOKENS * TOKENS;
+}
+
+// As `before_attention`, for tokens from `first` on.
+template <class Entry>
+void tiled_before(const Bf16* x, const Bf16* norm, float epsilon, const Bf16* const* weights, const Bf16* const* biases, const Bf16* cos,
+                  const Bf16* sin, Bf16* q, Entry entry, long first, long tokens, long K, Heads heads) {
+    const Tiles tiles;
+    const long D = heads.dim, count = (tokens + TOKENS - 1) / TOKENS, panel = K / 2 * TOKENS, head = D / 2 * TOKENS;
+    uint32_t* X = scratch<uint32_t>(memory[0], count * panel);
+    uint32_t* angles = scratch<uint32_t>(memory[1], count * 2 * head);
+    uint32_t* result = scratch<uint32_t>(memory[2], head);
+    float* numbers = scratch<float>(memory[3], count * D * TOKENS);  // [D / 32, count, 32, 32] of a head
+    auto of_panel = [&](long p) { return std::min<long>(TOKENS, tokens - p * TOKENS); };
+    for (long p = 0; p < count; p++) {
+        const long m = first + p * TOKENS;
+        to_panel([&](long i) { return x + (m + i) * K; }, of_panel(p), K / 2, X + p * panel);
+        norm_panel(X + p * panel, norm, X + p * panel, K, epsilon);
+        to_panel([&](long i) { return cos + (m + i) * D; }, of_panel(p), D / 2, angles + p * 2 * head);
+        to_panel([&](long i) { return sin + (m + i) * D; }, of_panel(p), D / 2, angles + p * 2 * head + head);
+    }
+    for (long h = 0; h < heads.all + 2 * heads.of_keys; h++) {
+        const long key = h - heads.all, value = key - heads.of_keys;
+        const long kind = value >= 0 ? 2 : key >= 0, number = value >= 0 ? value : key >= 0 ? key : h;
+        const Bf16* bias = biases[kind] ? biases[kind] + number * D : nullptr;
+        for (long n = 0; n < D; n += 32) multiply_panels(weights[kind] + (number * D + n) * K, K, X, count, numbers + n * count * TOKENS);
+        for (long p = 0; p < count; p++) {
+            auto unit_of = [&](long j, int v) {
+                const float* C = numbers + (j / 16 * count + p) * 32 * TOKENS;
+                Vec x = row_of(C, 2 * (j % 16), v), y = row_of(C, 2 * (j % 16) + 1, v);
+                if (bias) x += from_bf16(bias[2 * j]), y += from_bf16(bias[2 * j + 1]);
+                return paired(x, y);
+            };
+            const uint32_t *c = angles + p * 2 * head, *s = c + head;
+            for (long j = 0; j < D / 2; j++)
+                for (int v = 0; v < V; v++) {
+                    Units u = unit_of(j, v);
+                    if (kind < 2) {  // the other half of the head, with its sign
+                        const bool is_first = j < D / 4;
+                        const Units other = unit_of(is_first ? j + D / 4 : j - D / 4, v);
+                        const Units a = load(c + j * TOKENS + v * W), b = load(s + j * TOKENS + v * W);
+                        u = is_first ? paired(low(u) * low(a) - low(other) * low(b), high(u) * high(a) - high(other) * high(b))
+                                     : paired(low(u) * low(a) + low(other) * low(b), high(u) * high(a) + high(other) * high(b));
+                    }
+                    store(result + j * TOKENS + v * W, u);
+                }
+            const long m = first + p * TOKENS;
+            from_panel(result, of_panel(p), D / 2, [&](long i) {
+                return kind == 0 ? q + ((m + i) * heads.all + number) * D : entry(m + i) + (number * 2 + kind - 1) * D;
+            });
+        }
+    }
+}
+
+// As `after_attention`, for tokens from `first` on. weights: o, gate, up, down.
+void tiled_after(const Bf16* x, const Bf16* attended, const Bf16* norm, float epsilon, const Bf16* const* weights, Bf16* out, long first,
+                 long tokens, long K, long width, long inner) {
+    const Tiles tiles;
+    const long count = (tokens + TOKENS - 1) / TOKENS, panel = K / 2 * TOKENS, wide = width / 2 * TOKENS, gates = inner / 2 * TOKENS;
+    uint32_t* X = scratch<uint32_t>(memory[0], count * panel);
+    uint32_t* A = scratch<uint32_t>(memory[1], count * std::max(panel, wide));  // of attention, then normed
+    uint32_t* G = scratch<uint32_t>(memory[2], count * gates);
+    float *C = scratch<float>(memory[3], 2 * count * 32 * TOKENS), *ups = C + count * 32 * TOKENS;
+    auto of_panel = [&](long p) { return std::min<long>(TOKENS, tokens - p * TOKENS); };
+    for (long p = 0; p < count; p++) {
+        const long m = first + p * TOKENS;
+        to_panel([&](long i) { return x + (m + i) * K; }, of_panel(p), K / 2, X + p * panel);
+        to_panel([&](long i) { return attended + (m + i) * width; }, of_panel(p), width / 2, A + p * wide);
+    }
+    for (long n = 0; n < K; n += 32) {
+        multiply_panels(weights[0] + n * width, width, A, count, C);
+        for (long p = 0; p < count; p++) add_to_panel(X + p * panel, n, C + p * 32 * TOKENS);
+    }
+    for (long p = 0; p < count; p++) norm_panel(X + p * panel, norm, A + p * panel, K, epsilon);
+    for (long n = 0; n < inner; n += 32) {
+        multiply_panels(weights[1] + n * K, K, A, count, C);
+        multiply_panels(weights[2] + n * K, K, A, count, ups);
+        for (long p = 0; p < count; p++) gate_panel(C + p * 32 * TOKENS, ups + p * 32 * TOKENS, G + p * gates + n / 2 * TOKENS);
+    }
+    for (long n = 0; n < K; n += 32) {
+        multiply_panels(weights[3] + n * inner, inner, G, count, C);
+        for (long p = 0; p < count; p++) add_to_panel(X + p * panel, n, C + p * 32 * TOKENS);
+    }
+    for (long p = 0; p < count; p++)
+        from_panel(X + p * panel, of_panel(p), K / 2, [&](long i) { return out + (first + p * TOKENS + i) * K; });
+}
+
+// Attention of 32 queries of each head of a group, in the same form: S = K Q is [keys, queries], O = V^T P is [Dv, queries].
+// Keys and values of a row are packed once for all of its tasks: keys [len, D], values [len / 256][Dv, 256].
+constexpr long TILED_KEYS = 256;
+constexpr long LEAST_QUERIES = 16;  // of a row that is worth packing for
+constexpr float FAR = -1e30f;       // in the place of masked logits: its power is 0, and differences are finite
+
+struct PackedKeys { Bf16 *keys, *values; };  // of a row and head
+
+void pack_keys(const Attention& o, long row, long head, long first, PackedKeys to) {
+    static const Bf16 zeros[1 << 12] = {};
+    const int32_t* table = o.tables + row * o.table_stride;
+    const long count = std::min<long>(TILED_KEYS, o.lens[row] - first), padded = (count + 31) / 32 * 32;
+    auto place = [&](const char* base, const int64_t* strides, long k) {
+        k += first;
+        return (const Bf16*)base + table[k / o.block_size] * strides[0] + k % o.block_size * strides[1] + head * strides[2];
+    };
+    for (long k = 0; k < padded; k++) {
+        Bf16* key = to.keys + (first + k) * o.dim;
+        if (k < count) memcpy(key, place(o.keys, o.key_strides, k), o.dim * 2);
+        else memset(key, 0, o.dim * 2);
+    }
+    Bf16* values = to.values + first * o.v_dim;
+    for (long k = 0; k < padded; k += 32) {
+        const Bf16* rows[32];
+        for (int i = 0; i < 32; i++) rows[i] = k + i < count ? place(o.values, o.value_strides, k + i) : zeros;
+        for (long d = 0; d < o.v_dim; d += 16) {
+            Units block[16];
+            for (int i = 0; i < 16; i++) block[i] = paired(get_vector(rows[2 * i] + d), get_vector(rows[2 * i + 1] + d));
+            transpose(block);
+            for (int i = 0; i < 16; i++) store((uint32_t*)(values + (d + i) * TILED_KEYS + k), block[i]);
+        }
+    }
+}
+
+void tiled_run(const Attention& o, const Task& t, PackedKeys packed) {
+    const Tiles tiles;
+    const long groups = o.heads / o.kv_heads, D = o.dim, Dv = o.v_dim, token = o.starts[t.row] + t.first, len = o.lens[t.row];
+    const long position = len - (o.starts[t.row + 1] - o.starts[t.row]) + t.first;  // of the first query
+    const float factor = o.scaling * LOG2_E;
+    uint32_t* Q = scratch<uint32_t>(memory[0], groups * D / 2 * TOKENS);
+    float* S = scratch<float>(memory[1], TILED_KEYS * TOKENS);
+    uint32_t* P = scratch<uint32_t>(memory[2], TILED_KEYS / 2 * TOKENS);
+    float* O = scratch<float>(memory[3], groups * Dv * TOKENS);
+    float* state = scratch<float>(memory[4], groups * 2 * TOKENS);  // the largest logits, and the sums of weights
+    uint32_t* result = scratch<uint32_t>(memory[5], Dv / 2 * TOKENS);
+    for (long g = 0; g < groups; g++) {
+        const Bf16* from = (const Bf16*)o.query + token * o.query_strides[0] + (t.kv_head * groups + g) * o.query_strides[1];
+        to_panel([&](long i) { return from + i * o.query_strides[0]; }, t.count, D / 2, Q + g * D / 2 * TOKENS);
+    }
+    memset(O, 0, groups * Dv * TOKENS * sizeof(float));
+    for (long i = 0; i < groups * 2 * TOKENS; i++) state[i] = i / TOKENS % 2 ? 0 : FAR;
+    for (long key = t.low / TILED_KEYS * TILED_KEYS; key < t.high; key += TILED_KEYS) {
+        const long first = std::max(key, t.low / 32 * 32), keys = (std::min(TILED_KEYS, t.high - key) + 31) / 32 * 32 - (first - key);
+        const bool is_masked = (o.causal ? first + keys - 1 > position : first + keys > len) || (o.window && first <= position + TOKENS - 1 - o.window);
+        for (long g = 0; g < groups; g++) {
+            for (long k = 0; k < keys; k += 32)
+                tile_product<2, 2, false>((const uint32_t*)(packed.keys + (first + k) * D), D / 2, Q + g * D / 2 * TOKENS, TOKENS, D / 2, S + k * TOKENS, TOKENS);
+            float *maxima = state + g * 2 * TOKENS, *sums = maxima + TOKENS, *out = O + g * Dv * TOKENS;
+            for (int v = 0; v < V; v++) {
+                if (is_masked) {
+                    const Ints query = places() + int(position + v * W);  // the last key that it attends to
+                    for (long k = 0; k < keys; k++) {
+                        const int at = int(first + k);
+                        const Ints seen = o.causal ? query >= at : Ints{} + -(at < len), in_window = o.window ? query - int(o.window) < at : Ints{} - 1;
+                        store(S + k * TOKENS + v * W, (seen & in_window) ? row_of(S, k, v) : all(FAR));
+                    }
+                }
+                const Vec before = load(maxima + v * W);
+                Vec most[4] = {before, before, before, before};
+                for (long k = 0; k < keys; k += 4)
+                    for (int i = 0; i < 4; i++) most[i] = wider(most[i], row_of(S, k + i, v));
+                const Vec now = wider(wider(most[0], most[1]), wider(most[2], most[3])), shift = now * factor;
+                Vec totals[2] = {};
+#pragma GCC unroll 2
+                for (long k = 0; k < keys; k += 2) {
+                    const Vec a = rough_power_of_2(row_of(S, k, v) * factor - shift), b = rough_power_of_2(row_of(S, k + 1, v) * factor - shift);
+                    totals[0] += a, totals[1] += b;
+                    store(P + k / 2 * TOKENS + v * W, paired(a, b));
+                }
+                const Vec scale = rough_power_of_2((before - now) * factor);
+                const bool is_same = !_mm512_cmp_ps_mask((__m512)before, (__m512)now, _CMP_NEQ_OQ);
+                store(maxima + v * W, now);
+                store(sums + v * W, load(sums + v * W) * (is_same ? all(1) : scale) + totals[0] + totals[1]);
+                if (!is_same) for (long d = 0; d < Dv; d++) store(out + d * TOKENS + v * W, row_of(out, d, v) * scale);
+            }
+            const uint32_t* values = (const uint32_t*)(packed.values + key * Dv + (first - key));
+            for (long d = 0; d < Dv; d += 32)
+                tile_product<2, 2, true>(values + d * TILED_KEYS / 2, TILED_KEYS / 2, P, TOKENS, keys / 2, out + d * TOKENS, TOKENS);
+        }
+    }
+    for (long g = 0; g < groups; g++) {
+        const float *maxima = state + g * 2 * TOKENS, *sums = maxima + TOKENS, *from = O + g * Dv * TOKENS;
+        const long head = t.kv_head * groups + g;
+        for (int v = 0; v < V; v++) {
+            const Vec share = 1.0f / load(sums + v * W);
+            for (long j = 0; j < Dv / 2; j++) store(result + j * TOKENS + v * W, paired(row_of(from, 2 * j, v) * share, row_of(from, 2 * j + 1, v) * share));
+        }
+        from_panel(result, t.count, Dv / 2, [&](long i) { return (Bf16*)o.out + ((token + i) * o.heads + head) * Dv; });
+        for (long i = 0; i < t.count; i++) o.lse[(token + i) * o.heads + head] = maxima[i] * o.scaling + std::log(sums[i]);
+    }
+}
+#endif
+
+// The tasks of a step's attention; those of all layers with one window are the same.
+struct AttentionPlan {
+    std::vector<Task> tasks;
+    std::vector<std::pair<long, long>> split;  // tasks of one row and head: the first, and how many
+    std::vector<float> parts;                  // partial results
+    long work = 0;
+#if HAS_TILES
+    std::vector<Task> packing, tiled;  // keys of a row and head that are packed, from `first` on; and tasks over them
+    std::vector<PackedKeys> packed;    // [rows, Hk]
+#endif
+};
+
+// Whether `tiled_run` attends for rows of many tokens.
+template <class T> bool is_tiled(const Attention& o) {
+    return tiles_fit<T>(0) && o.dim % 32 == 0 && o.v_dim % 32 == 0 && !o.softcap && o.scaling > 0;
+}
+
+#if HAS_TILES
+void plan_tiled(const Attention& o, AttentionPlan& plan) {
+    long numbers = 0;
+    for (long row = 0; row < o.rows; row++)
+        if (o.starts[row + 1] - o.starts[row] >= LEAST_QUERIES) numbers += (o.lens[row] + TILED_KEYS) * o.kv_heads * (o.dim + o.v_dim);
+    plan.packed.resize(o.rows * o.kv_heads);
+    Bf16* next = scratch<Bf16>(between[2], numbers);
+    for (long row = o.rows - 1; row >= 0; row--) {
+        const long length = o.starts[row + 1] - o.starts[row], start = o.lens[row] - length, size = (o.lens[row] + TILED_KEYS - 1) / TILED_KEYS * TILED_KEYS;
+        if (length < LEAST_QUERIES) continue;
+        for (long head = 0; head < o.kv_heads; head++) {
+            plan.packed[row * o.kv_heads + head] = {next, next + size * o.dim};
+            next += size * (o.dim + o.v_dim);
+            for (long key = 0; key < size; key += TILED_KEYS) plan.packing.push_back({row, key, 0, head, 0, 0, -1});
+        }
+        for (long first = (length - 1) / TOKENS * TOKENS; first >= 0; first -= TOKENS) {
+            const long count = std::min<long>(TOKENS, length - first), high = o.causal ? start + first + count : o.lens[row];
+            const long low = o.window ? std::max(0l, start + first + 1 - o.window) : 0;
+            for (long head = 0; head < o.kv_heads; head++) plan.tiled.push_back({row, first, count, head, low, high, -1});
+        }
+    }
+}
+#endif
+
+template <class T> AttentionPlan plan_attention(const Attention& o) {
+    AttentionPlan plan;
     const long groups = o.heads / o.kv_heads, queries = tiles_fit<T>(0) ? TILED_QUERIES : QUERIES;
     const long size = std::max<long>(1, queries / groups);
     const long width = (o.v_dim + W - 1) / W * W;
-    std::vector<Task> tasks;
-    std::vector<std::pair<long, long>> split;  // tasks of one row and head: the first, and how many
     long num_parts = 0, all_keys = 0;
     for (long row = 0; row < o.rows; row++) all_keys += o.lens[row];
     const long run_keys = std::max<long>(KEYS, (all_keys * o.kv_heads / 8 + KEYS - 1) / KEYS * KEYS);
     for (long row = o.rows - 1; row >= 0; row--) {
         const long length = o.starts[row + 1] - o.starts[row], start = o.lens[row] - length;
+#if HAS_TILES
+        if (is_tiled<T>(o) && length >= LEAST_QUERIES) continue;
+#endif
         for (long first = (length - 1) / size * size; first >= 0; first -= size) {
             const long count = std::min(size, length - first), high = o.causal ? start + first + count : start + length;
             const long low = o.window ? std::max(0l, start + first + 1 - o.window) : 0;
             for (long head = 0; head < o.kv_heads; head++) {
                 if (length > 1 || high - low <= run_keys) {
-                    tasks.push_back({row, first, count, head, low, high, -1});
+                    plan.tasks.push_back({row, first, count, head, low, high, -1});
                     continue;
                 }
-                split.push_back({long(tasks.size()), 0});
-                for (long key = low; key < high; key += run_keys, split.back().second++)
-                    tasks.push_back({row, 0, 1, head, key, std::min(key + run_keys, high), num_parts++});
+                plan.split.push_back({long(plan.tasks.size()), 0});
+                for (long key = low; key < high; key += run_keys, plan.split.back().second++)
+                    plan.tasks.push_back({row, 0, 1, head, key, std::min(key + run_keys, high), num_parts++});
             }
         }
     }
-    std::vector<float> parts(num_parts * groups * (width + 2));
-    long work = 0;
-    for (const Task& t : tasks) work += t.count * groups * (t.high - t.low) * (o.dim + o.v_dim);
-#pragma omp parallel for schedule(dynamic, 1) if (work > SMALL)
-    for (size_t i = 0; i < tasks.size(); i++) run<T>(o, tasks[i], parts.data());
-    for (auto [first, count] : split) merge<T>(o, tasks[first], count, parts.data());
+    plan.parts.resize(num_parts * groups * (width + 2));
+#if HAS_TILES
+    if (is_tiled<T>(o)) plan_tiled(o, plan);
+    for (const Task& t : plan.tiled) plan.work += t.count * groups * (t.high - t.low) * (o.dim + o.v_dim);
+#endif
+    for (const Task& t : plan.tasks) plan.work += t.count * groups * (t.high - t.low) * (o.dim + o.v_dim);
+    return plan;
 }
 
 // What follows up to the operations is called by all threads, which share its loops.
+
+template <class T> void attend_rows(const Attention& o, AttentionPlan& plan) {
+#if HAS_TILES
+    auto packed = [&](const Task& t) { return plan.packed[t.row * o.kv_heads + t.kv_head]; };
+    if (!plan.tiled.empty()) {
+#pragma omp for schedule(dynamic, 1)
+        for (size_t i = 0; i < plan.packing.size(); i++) pack_keys(o, plan.packing[i].row, plan.packing[i].kv_head, plan.packing[i].first, packed(plan.packing[i]));
+#pragma omp for schedule(dynamic, 1) nowait
+        for (size_t i = 0; i < plan.tiled.size(); i++) tiled_run(o, plan.tiled[i], packed(plan.tiled[i]));
+    }
+#endif
+#pragma omp for schedule(dynamic, 1)
+    for (size_t i = 0; i < plan.tasks.size(); i++) run<T>(o, plan.tasks[i], plan.parts.data());
+    if (plan.split.empty()) return;
+#pragma omp for schedule(static)
+    for (size_t i = 0; i < plan.split.size(); i++)
+        merge<T>(o, plan.tasks[plan.split[i].first], plan.split[i].second, plan.parts.data());
+}
 
 // y [rows, N] of 8 rows at most: each row of the weight is read once, from where it is.
 template <class T, int M>
@@ -690,9 +1068,10 @@ void multiply_rows(const T* x, const T* weight, long w_row, const T* bias, T* y,
     }
 }
 
-template <class T> void norm_rows(const T* x, const T* weight, T* y, long M, long K, float epsilon) {
-#pragma omp parallel for schedule(static) if (M * K > SMALL)
-    for (long m = 0; m < M; m++) {
+// Loops over rows: each takes those from `first` to `last`.
+
+template <class T> void norm_rows(const T* x, const T* weight, T* y, long first, long last, long K, float epsilon) {
+    for (long m = first; m < last; m++) {
         const T* from = x + m * K;
         Vec squares[2] = {};
         long k = 0;
@@ -707,24 +1086,18 @@ template <class T> void norm_rows(const T* x, const T* weight, T* y, long M, lon
     }
 }
 
-template <class T> void add_rows(const T* x, const T* y, T* sum, long count) {
-#pragma omp parallel for schedule(static) if (count > SMALL)
-    for (long i = 0; i < count / W * W; i += W) put_vector(sum + i, get_vector(x + i) + get_vector(y + i));
-    for (long i = count / W * W; i < count; i++) put(sum + i, to_float(x[i]) + to_float(y[i]));
+template <class T> void add_rows(const T* x, const T* y, T* sum, long first, long last, long K) {
+    long i = first * K;
+    for (; i + W <= last * K; i += W) put_vector(sum + i, get_vector(x + i) + get_vector(y + i));
+    for (; i < last * K; i++) put(sum + i, to_float(x[i]) + to_float(y[i]));
 }
 
-template <class T> void gate_rows(const T* x, T* y, long M, long K) {
-#pragma omp parallel for schedule(static) if (M * K > SMALL)
-    for (long m = 0; m < M; m++) {
+template <class T> void gate_rows(const T* x, T* y, long first, long last, long K) {
+    for (long m = first; m < last; m++) {
         const T *gate = x + m * 2 * K, *up = gate + K;
-        // silu(g) = g / (1 + e^-g), by powers of e that are 1 at most
-        auto gated = [](Vec g, Vec u) {
-            Vec x = g < 0 ? g : -g, e = sizeof(T) == 2 ? power_of_2(x * LOG2_E) : exponential(x), share = (g < 0 ? e : all(1)) / (e + 1.0f);
-            return rounded<T>(g * share) * u;
-        };
         long k = 0;
-        for (; k + W <= K; k += W) put_vector(y + m * K + k, gated(get_vector(gate + k), get_vector(up + k)));
-        for (; k < K; k++) put(y + m * K + k, gated(all(to_float(gate[k])), all(to_float(up[k])))[0]);
+        for (; k + W <= K; k += W) put_vector(y + m * K + k, rounded<T>(silu<T>(get_vector(gate + k))) * get_vector(up + k));
+        for (; k < K; k++) put(y + m * K + k, rounded<T>(silu<T>(all(to_float(gate[k])))[0]) * to_float(up[k]));
     }
 }
 
@@ -742,17 +1115,89 @@ template <class T> inline void turn(const T* from, const T* cos, const T* sin, T
     }
 }
 
-template <class T>
-void rotate_rows(const T* qkv, const T* cos, const T* sin, T* q, T* entries, long M, long heads, long kv_heads, long D) {
-#pragma omp parallel for schedule(static) if (M * heads * D > SMALL)
-    for (long m = 0; m < M; m++) {
-        const T *from = qkv + m * (heads + 2 * kv_heads) * D, *c = cos + m * D, *s = sin + m * D;
-        for (long h = 0; h < heads; h++) turn(from + h * D, c, s, q + (m * heads + h) * D, D / 2);
-        T* entry = entries + m * kv_heads * 2 * D;
-        for (long h = 0; h < kv_heads; h++) {
-            turn(from + (heads + h) * D, c, s, entry + h * 2 * D, D / 2);
-            memcpy(entry + (h * 2 + 1) * D, from + (heads + kv_heads + h) * D, D * sizeof(T));
+// qkv [M, all heads side by side] -> queries q [M, H, D], and each token's KV entry, at `entry(m)`.
+template <class T, class Entry>
+void rotate_rows(const T* qkv, const T* cos, const T* sin, T* q, Entry entry, long first, long last, Heads heads) {
+    const long D = heads.dim;
+    for (long m = first; m < last; m++) {
+        const T *from = qkv + m * (heads.all + 2 * heads.of_keys) * D, *c = cos + m * D, *s = sin + m * D;
+        for (long h = 0; h < heads.all; h++) turn(from + h * D, c, s, q + (m * heads.all + h) * D, D / 2);
+        T* to = entry(m);
+        for (long h = 0; h < heads.of_keys; h++) {
+            turn(from + (heads.all + h) * D, c, s, to + h * 2 * D, D / 2);
+            memcpy(to + (h * 2 + 1) * D, from + (heads.all + heads.of_keys + h) * D, D * sizeof(T));
         }
+    }
+}
+
+// A layer's weights and its KV cache: their addresses, 0 for no bias. Linears are [N, K] and dense.
+struct Layer { const void *norm, *qkv[3], *biases[3], *o, *norm_after, *gate, *up, *down; void* entries; int64_t window; };
+
+// All layers of a step.
+struct Stack {
+    const Layer* layers;
+    long num_layers, tokens, width, inner;  // of hidden states, and between gate and down
+    Heads heads;
+    float epsilon;
+    const void *cos, *sin, *norm;  // of RoPE [tokens, D]; of the last hidden states
+    const int64_t* slots;          // token -> the place of its entry
+    Attention attention;           // without queries, keys and values
+};
+
+template <class T> Attention attention_of(const Stack& s, const Layer& layer, const T* query, T* out, float* lse) {
+    Attention o = s.attention;
+    o.query = (const char*)query, o.out = (char*)out, o.lse = lse, o.window = layer.window;
+    o.keys = (const char*)layer.entries, o.values = o.keys + s.heads.dim * sizeof(T);
+    return o;
+}
+
+// A layer's queries, keys and values side by side, of normed hidden states. Called by all threads.
+template <class T> void multiply_qkv(const Stack& s, const Layer& layer, const T* normed, T* qkv) {
+    const long D = s.heads.dim, width = (s.heads.all + 2 * s.heads.of_keys) * D, counts[] = {s.heads.all * D, s.heads.of_keys * D, s.heads.of_keys * D};
+    for (long i = 0, start = 0; i < 3; start += counts[i++])
+        multiply_rows((const T*)normed, (const T*)layer.qkv[i], s.width, (const T*)layer.biases[i], qkv + start, width, s.tokens, counts[i], s.width);
+}
+
+// x [tokens, width] -> the last hidden states, normed; one loop of all threads. Each has the hidden states of its own:
+// making them twice takes less time than waiting for others.
+template <class T> void layers_of_few(const Stack& s, const T* x, T* out) {
+    const long M = s.tokens, K = s.width, of_heads = s.heads.all * s.heads.dim, entry_width = 2 * s.heads.of_keys * s.heads.dim;
+    std::vector<T> qkv(M * (of_heads + entry_width)), queries(M * of_heads), attended(M * of_heads), sums(M * K), gates(M * 2 * s.inner), gated(M * s.inner);
+    std::vector<float> lse(M * s.heads.all);
+    std::vector<std::pair<int64_t, AttentionPlan>> plans;  // by window
+    auto plan_of = [&](const Layer& layer) -> AttentionPlan* {
+        for (auto& [window, plan] : plans) if (window == layer.window) return &plan;
+        return nullptr;
+    };
+    for (long l = 0; l < s.num_layers; l++)
+        if (!plan_of(s.layers[l])) plans.push_back({s.layers[l].window, plan_attention<T>(attention_of<T>(s, s.layers[l], nullptr, nullptr, nullptr))});
+#pragma omp parallel
+    {
+        T *mine = scratch<T>(between[0], M * K), *normed = scratch<T>(between[1], M * K);
+        memcpy(mine, x, M * K * sizeof(T));
+        for (const Layer* layer = s.layers; layer < s.layers + s.num_layers; layer++) {
+            norm_rows(mine, (const T*)layer->norm, normed, 0, M, K, s.epsilon);
+            multiply_qkv(s, *layer, normed, qkv.data());
+#pragma omp barrier
+            auto entry = [&](long m) { return (T*)layer->entries + s.slots[m] * entry_width; };
+#pragma omp for schedule(static)
+            for (long m = 0; m < M; m++) rotate_rows(qkv.data(), (const T*)s.cos, (const T*)s.sin, queries.data(), entry, m, m + 1, s.heads);
+            attend_rows<T>(attention_of<T>(s, *layer, queries.data(), attended.data(), lse.data()), *plan_of(*layer));
+            multiply_rows<T>(attended.data(), (const T*)layer->o, of_heads, nullptr, sums.data(), K, M, K, of_heads);
+#pragma omp barrier
+            add_rows<T>(mine, sums.data(), mine, 0, M, K);
+            norm_rows<T>(mine, (const T*)layer->norm_after, normed, 0, M, K, s.epsilon);
+            multiply_rows<T>(normed, (const T*)layer->gate, K, nullptr, gates.data(), 2 * s.inner, M, s.inner, K);
+            multiply_rows<T>(normed, (const T*)layer->up, K, nullptr, gates.data() + s.inner, 2 * s.inner, M, s.inner, K);
+#pragma omp barrier
+#pragma omp for schedule(static)
+            for (long m = 0; m < M; m++) gate_rows(gates.data(), gated.data(), m, m + 1, s.inner);
+            multiply_rows<T>(gated.data(), (const T*)layer->down, s.inner, nullptr, sums.data(), K, M, K, s.inner);
+#pragma omp barrier
+            add_rows<T>(mine, sums.data(), mine, 0, M, K);
+        }
+#pragma omp for schedule(static)
+        for (long m = 0; m < M; m++) norm_rows(mine, (const T*)s.norm, out, m, m + 1, K, s.epsilon);
     }
 }
 
@@ -812,11 +1257,19 @@ Tensor linear(Tensor x, std::vector<Tensor> weights, std::vector<Tensor> biases)
     return y;
 }
 
+// Calls f for ranges of M rows, by several threads if there are many numbers.
+template <class F> void share_rows(long M, long width, F f) {
+#pragma omp parallel for schedule(static) if (M * width > SMALL)
+    for (long m = 0; m < M; m++) f(m, m + 1);
+}
+
 // Llama's norm: x [..., K], contiguous; weight [K] -> weight * round(x / rms(x)).
 Tensor rms_norm(Tensor x, Tensor weight, double epsilon) {
     const long K = weight.size(0), M = x.numel() / K;
     Tensor y = like(x, K);
-    BY_TYPE(x, norm_rows((const T*)x.data_ptr(), (const T*)weight.data_ptr(), (T*)y.data_ptr(), M, K, float(epsilon)));
+    BY_TYPE(x, share_rows(M, K, [&](long first, long last) {
+        norm_rows((const T*)x.data_ptr(), (const T*)weight.data_ptr(), (T*)y.data_ptr(), first, last, K, float(epsilon));
+    }));
     return y;
 }
 
@@ -824,7 +1277,7 @@ Tensor rms_norm(Tensor x, Tensor weight, double epsilon) {
 Tensor silu_mul(Tensor x) {
     const long K = x.size(x.dim() - 1) / 2, M = x.numel() / (2 * K);
     Tensor y = like(x, K);
-    BY_TYPE(x, gate_rows((const T*)x.data_ptr(), (T*)y.data_ptr(), M, K));
+    BY_TYPE(x, share_rows(M, K, [&](long first, long last) { gate_rows((const T*)x.data_ptr(), (T*)y.data_ptr(), first, last, K); }));
     return y;
 }
 
@@ -833,14 +1286,41 @@ Tensor silu_mul(Tensor x) {
 std::tuple<Tensor, Tensor> rotate(Tensor qkv, Tensor cos, Tensor sin, int64_t heads, int64_t kv_heads) {
     const long M = qkv.size(0), D = qkv.size(1) / (heads + 2 * kv_heads);
     Tensor q = torch::stable::new_empty(qkv, {M, heads, D}), entries = torch::stable::new_empty(qkv, {M, kv_heads * 2 * D});
-    BY_TYPE(qkv, rotate_rows((const T*)qkv.data_ptr(), (const T*)cos.data_ptr(), (const T*)sin.data_ptr(), (T*)q.data_ptr(),
-                             (T*)entries.data_ptr(), M, heads, kv_heads, D));
+    BY_TYPE(qkv, share_rows(M, heads * D, [&](long first, long last) {
+        auto entry = [&](long m) { return (T*)entries.data_ptr() + m * kv_heads * 2 * D; };
+        rotate_rows((const T*)qkv.data_ptr(), (const T*)cos.data_ptr(), (const T*)sin.data_ptr(), (T*)q.data_ptr(), entry, first, last,
+                    Heads{heads, kv_heads, D});
+    }));
     return {q, entries};
+}
+
+// Whether layers of these sizes are multiplied by panels.
+template <class T> bool uses_panels(long M, std::initializer_list<long> sizes) {
+    return M >= LEAST_PANEL_TOKENS && tiles_fit<T>(0) && std::all_of(sizes.begin(), sizes.end(), [](long size) { return size % 32 == 0; });
+}
+inline bool are_dense(const std::vector<Tensor>& weights) {
+    return std::all_of(weights.begin(), weights.end(), [](const Tensor& weight) { return weight.stride(0) == weight.size(1); });
 }
 
 // A layer like Llama's before its attention: hidden states x [T, K] -> queries and KV entries, as `rotate` has them.
 std::tuple<Tensor, Tensor> before_attention(Tensor x, Tensor norm, double epsilon, std::vector<Tensor> qkv,
                                             std::vector<Tensor> biases, Tensor cos, Tensor sin, int64_t heads, int64_t kv_heads) {
+#if HAS_TILES
+    const long M = x.size(0), K = x.size(1), D = cos.size(1);
+    if (x.element_size() == 2 && uses_panels<Bf16>(M, {K, D}) && are_dense(qkv)) {
+        Tensor q = torch::stable::new_empty(x, {M, heads, D}), entries = torch::stable::new_empty(x, {M, kv_heads * 2 * D});
+        const Bf16 *weights[3], *added[3] = {};
+        for (int i = 0; i < 3; i++) weights[i] = (const Bf16*)qkv[i].data_ptr();
+        for (size_t i = 0; i < biases.size(); i++) added[i] = (const Bf16*)biases[i].data_ptr();
+        auto entry = [&](long m) { return (Bf16*)entries.data_ptr() + m * kv_heads * 2 * D; };
+        const long block = block_tokens(M);
+#pragma omp parallel for schedule(dynamic, 1)
+        for (long m = 0; m < M; m += block)
+            tiled_before((const Bf16*)x.data_ptr(), (const Bf16*)norm.data_ptr(), float(epsilon), weights, added, (const Bf16*)cos.data_ptr(),
+                         (const Bf16*)sin.data_ptr(), (Bf16*)q.data_ptr(), entry, m, std::min(block, M - m), K, Heads{heads, kv_heads, D});
+        return {q, entries};
+    }
+#endif
     return rotate(linear(rms_norm(x, norm, epsilon), qkv, biases), cos, sin, heads, kv_heads);
 }
 
@@ -853,21 +1333,61 @@ void finish_layer(const T* x, const T* attended, const T* norm, float epsilon, c
         T *sums = out + m * K, *gates = scratch<T>(between[0], count * 2 * inner), *gated = scratch<T>(between[1], count * inner);
         T* normed = scratch<T>(between[2], count * K);
         multiply_all(attended + m * width, {weights[0]}, {}, sums, count, width);
-        add_rows(x + m * K, sums, sums, count * K);
-        norm_rows(sums, norm, normed, count, K, epsilon);
+        share_rows(count, K, [&](long first, long last) {
+            add_rows(x + m * K, sums, sums, first, last, K);
+            norm_rows(sums, norm, normed, first, last, K, epsilon);
+        });
         multiply_all(normed, {weights[1], weights[2]}, {}, gates, count, K);
-        gate_rows(gates, gated, count, inner);
+        share_rows(count, inner, [&](long first, long last) { gate_rows(gates, gated, first, last, inner); });
         multiply_all(gated, {weights[3]}, {}, normed, count, inner);
-        add_rows(sums, normed, sums, count * K);
+        share_rows(count, K, [&](long first, long last) { add_rows(sums, normed, sums, first, last, K); });
     }
 }
 
 // The same layer after it: hidden states x [T, K] and what attention gave [T, H * D] -> hidden states [T, K].
 Tensor after_attention(Tensor x, Tensor attended, Tensor norm, double epsilon, std::vector<Tensor> weights) {
     Tensor out = like(x, x.size(1));
+#if HAS_TILES
+    const long M = x.size(0), K = x.size(1), width = weights[0].size(1), inner = weights[3].size(1);
+    if (x.element_size() == 2 && uses_panels<Bf16>(M, {K, width, inner}) && are_dense(weights)) {
+        const Bf16* all[4];
+        for (int i = 0; i < 4; i++) all[i] = (const Bf16*)weights[i].data_ptr();
+        const long block = block_tokens(M);
+#pragma omp parallel for schedule(dynamic, 1)
+        for (long m = 0; m < M; m += block)
+            tiled_after((const Bf16*)x.data_ptr(), (const Bf16*)attended.data_ptr(), (const Bf16*)norm.data_ptr(), float(epsilon), all,
+                        (Bf16*)out.data_ptr(), m, std::min(block, M - m), K, width, inner);
+        return out;
+    }
+#endif
     BY_TYPE(x, finish_layer((const T*)x.data_ptr(), (const T*)attended.data_ptr(), (const T*)norm.data_ptr(), float(epsilon),
                             weights, (T*)out.data_ptr(), x.size(0)));
     return out;
+}
+
+// All layers like Llama's, and the norm after them: hidden states x [T, K] -> [T, K]; new KV entries go to the cache.
+// layers [L, 14] int64 are `Layer`s; norm [K]; cos, sin [T, D]; slots [T] int64; starts, lens and tables as `attend` has
+// them. Few tokens only: each thread keeps the hidden states of all.
+Tensor layers(Tensor x, Tensor layers, Tensor norm, double epsilon, Tensor cos, Tensor sin, Tensor slots, Tensor starts, Tensor lens,
+              Tensor tables, int64_t rows, int64_t block_size, int64_t heads, int64_t kv_heads, int64_t inner, double scaling,
+              double softcap) {
+    static_assert(sizeof(Layer) == 14 * sizeof(int64_t));
+    const long D = cos.size(1), width = kv_heads * 2 * D;
+    Tensor out = like(x, x.size(1));
+    Attention attention{nullptr, nullptr, nullptr, nullptr, nullptr, (const int32_t*)tables.data_ptr(),
+                        (const int32_t*)starts.data_ptr(), (const int32_t*)lens.data_ptr(),
+                        {heads * D, D}, {block_size * width, width, 2 * D}, {block_size * width, width, 2 * D}, tables.stride(0),
+                        rows, block_size, heads, kv_heads, D, D, 0, true, float(scaling), float(softcap)};
+    Stack stack{(const Layer*)layers.data_ptr(), layers.size(0), x.size(0), x.size(1), inner, {heads, kv_heads, D}, float(epsilon),
+                cos.data_ptr(), sin.data_ptr(), norm.data_ptr(), (const int64_t*)slots.data_ptr(), attention};
+    BY_TYPE(x, layers_of_few<T>(stack, (const T*)x.data_ptr(), (T*)out.data_ptr()));
+    return out;
+}
+
+template <class T> void attend_alone(const Attention& o) {
+    AttentionPlan plan = plan_attention<T>(o);
+#pragma omp parallel if (plan.work > SMALL)
+    attend_rows<T>(o, plan);
 }
 
 // query [N, H, D], keys [blocks, block_size, Hk, D], values [blocks, block_size, Hk, Dv]; starts, tables and lens of
@@ -888,7 +1408,7 @@ std::tuple<Tensor, Tensor> attend(Tensor query, Tensor keys, Tensor values, Tens
     memset(o.out + end * width, 0, (N - end) * width);
     std::fill(o.lse, o.lse + first * H, NONE);
     std::fill(o.lse + end * H, o.lse + N * H, NONE);
-    query.element_size() == 2 ? attend_rows<Bf16>(o) : attend_rows<float>(o);
+    BY_TYPE(query, attend_alone<T>(o));
     return {out, lse};
 }
 
@@ -900,6 +1420,9 @@ STABLE_TORCH_LIBRARY(twofold_cpu, m) {
     m.def("before_attention(Tensor x, Tensor norm, float epsilon, Tensor[] qkv, Tensor[] biases, Tensor cos, Tensor sin, "
           "int heads, int kv_heads) -> (Tensor, Tensor)");
     m.def("after_attention(Tensor x, Tensor attended, Tensor norm, float epsilon, Tensor[] weights) -> Tensor");
+    m.def("layers(Tensor x, Tensor layers, Tensor norm, float epsilon, Tensor cos, Tensor sin, Tensor slots, Tensor starts, "
+          "Tensor lens, Tensor tables, int rows, int block_size, int heads, int kv_heads, int inner, float scaling, "
+          "float softcap) -> Tensor");
     m.def("attend(Tensor query, Tensor keys, Tensor values, Tensor starts, Tensor lens, Tensor tables, int rows, "
           "float scaling, int window, float softcap, bool causal) -> (Tensor, Tensor)");
 }
@@ -910,5 +1433,6 @@ STABLE_TORCH_LIBRARY_IMPL(twofold_cpu, CPU, m) {
     m.impl("rotate", TORCH_BOX(&rotate));
     m.impl("before_attention", TORCH_BOX(&before_attention));
     m.impl("after_attention", TORCH_BOX(&after_attention));
+    m.impl("layers", TORCH_BOX(&layers));
     m.impl("attend", TORCH_BOX(&attend));
 }

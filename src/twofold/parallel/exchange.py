@@ -59,6 +59,11 @@ class Exchange:
         self._is_deferred = plan.defer_exchange and self._num_ranks > 1
         self.transport.begin()
 
+    def own_slots(self) -> torch.Tensor | None:
+        """[n] where this rank's entries go, if none of them travels before the step ends, and they are whole."""
+        is_alone = self._num_ranks == 1 or (self._is_deferred and not self._by_heads)
+        return self._slots[self._mine] if is_alone else None
+
     def publish(self, entries: torch.Tensor, kv_slots: torch.Tensor) -> None:
         """Starts writing entries [N, entry_width] into a layer's cache [num_slots, entry_width]: those of all ranks, or
         only mine in a deferred exchange. By heads entries may be parts, narrower than `kv_slots`.
