@@ -45,7 +45,7 @@ class Stack(Transform):
         children: dict[str, Any] = dict(body.named_children())
         if set(children) != {"embed_tokens", "layers", "norm", "rotary_emb"} or not kernels:
             return "the model has other parts than Llama's"
-        layers = [layer.layer if isinstance(layer, LastLayer) else layer for layer in children["layers"]]
+        layers: list[Any] = [layer.layer if isinstance(layer, LastLayer) else layer for layer in children["layers"]]
         norms = [norm for layer in layers for norm in _norms(layer)] + [children["norm"]]
         if len(layers) != len(specs) or not all(Layers.fits(cast(Layers, self), layer) for layer in layers):
             return "its layers are not like Llama's"
@@ -97,8 +97,9 @@ class Stack(Transform):
         hidden = self._embed(input_ids)
         cos, sin = (x[0].contiguous() for x in self._rotary(hidden[None], position_ids[None]))
         out: torch.Tensor = torch.ops.twofold_cpu.layers(
-            hidden, self._layers, self._norm.weight, self._norm.variance_epsilon, cos, sin, context.exchange.own_slots(),
-            metadata.query_start, metadata.seq_lens, metadata.block_tables, len(metadata.seq_lens_np), cache.block_size,
+            hidden, self._layers, self._norm.weight, self._norm.variance_epsilon, cos, sin,
+            context.exchange.own_slots(), metadata.query_start, metadata.seq_lens, metadata.block_tables,
+            len(metadata.seq_lens_np), cache.block_size,
             spec.num_heads, spec.num_kv_heads, self._inner, spec.scaling, spec.softcap or 0.0,
         )  # fmt: skip
         return out
@@ -120,7 +121,7 @@ class Stack(Transform):
         ids = example_ids(model.body, 9)
         results = []
         for rows, tokens in (([(0, 5)], ids[:5]), ([(5, 1), (0, 3)], ids[5:])):
-            metadata, positions, slots = _rows(rows)
+            metadata, positions, slots = rows_in_blocks(rows)
             exchange = Exchange(SingleRank(), OneRank())
             exchange.begin(ExchangePlan(slots, defer_exchange=False, by_heads=False))
             context = ForwardContext(model.specs, cache, exchange, NativeBackend(), metadata)
@@ -148,7 +149,7 @@ def _weights(layer: Any) -> list[torch.Tensor | None]:
     ]
 
 
-def _rows(rows: list[tuple[int, int]]) -> tuple[AttentionMetadata, torch.Tensor, torch.Tensor]:
+def rows_in_blocks(rows: list[tuple[int, int]]) -> tuple[AttentionMetadata, torch.Tensor, torch.Tensor]:
     """Rows of (start, length), each in a block of its own → metadata, positions [T] and slots [T]."""
     lengths, ends = [length for _, length in rows], [start + length for start, length in rows]
     positions = torch.cat([torch.arange(start, start + length) for start, length in rows])
