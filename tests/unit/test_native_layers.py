@@ -76,10 +76,16 @@ def test_a_layer(num_tokens: int, heads: int, kv_heads: int, dim: int, dtype: to
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_all_layers_at_once(family: str, dtype: torch.dtype) -> None:
     """A prompt of 7 tokens and one token after it, beside a prompt of 4 of another request."""
-    model = tiny_model(tiny_config(family)).to(dtype)
+    model = tiny_model(tiny_config(family))
     ids = torch.arange(12) * 3 % model.config.vocab_size
-    with torch.inference_mode():
-        expected = [model.base_model(input_ids=part[None])[0][0] for part in (ids[:8], ids[8:])]
+
+    @torch.inference_mode()
+    def forward() -> torch.Tensor:
+        return torch.cat([model.base_model(input_ids=part[None])[0][0] for part in (ids[:8], ids[8:])])
+
+    exact = forward()
+    model.to(dtype)
+    expected = forward()
     model.set_attn_implementation("twofold")
     decoder = DecoderModel(model)
     decoder.optimize_for_cpu()
@@ -97,7 +103,7 @@ def test_all_layers_at_once(family: str, dtype: torch.dtype) -> None:
         assert not decoder.stack.serves(native_stack.MAX_TOKENS + 1, context)
         with torch.inference_mode():
             outputs.append(decoder.stack.run(tokens, positions, context))
-    assert error(torch.cat(outputs), torch.cat(expected)) < 2 * TOLERANCE[dtype]
+    assert error(torch.cat(outputs), exact) < 1.3 * error(expected, exact) + 1e-5
 
 
 def test_other_families_keep_their_layers() -> None:

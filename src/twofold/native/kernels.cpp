@@ -6,6 +6,8 @@
 //     attend   S = Q K^T   A: queries of a group's heads   B: a block of keys     C: logits, float32, in the caches
 //              O += P V    A: weights of the softmax       B: a block of values   C: outputs, float32
 //     linear   y = x W^T   A: rows of x                    B: rows of a weight    C: rows of y
+//
+// With tiles (AMX) weights, keys and values are A, and tokens are the columns of B: see "panels".
 
 #include <algorithm>
 #include <cmath>
@@ -142,17 +144,6 @@ inline Vec power_of_2(Vec x) {
     return p * (Vec)(__builtin_convertvector(n, Ints) + 127 << 23);
 #endif
 }
-
-#if defined(__AVX512F__)
-// 2^x for any x, off by 8e-5 of it; 0 from far below.
-inline Vec rough_power_of_2(Vec x) {
-    const Vec r = (Vec)_mm512_reduce_ps((__m512)x, 1 /* x - floor(x) */);
-    Vec p = r * 7.8024521e-2f + 2.2606716e-1f;
-    p = p * r + 6.9583354e-1f;
-    p = p * r + 9.9992522e-1f;
-    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
-}
-#endif
 
 // silu(g) = g / (1 + e^-g), by powers of e that are 1 at most; of T's precision
 template <class T> inline Vec silu(Vec g) {
@@ -556,6 +547,15 @@ inline Units paired(Vec low, Vec high) {  // rounds both
     Halves places;
     for (int i = 0; i < W; i++) places[2 * i] = i, places[2 * i + 1] = W + i;
     return (Units)_mm512_permutexvar_epi16((__m512i)places, (__m512i)_mm512_cvtne2ps_pbh((__m512)high, (__m512)low));
+}
+
+// 2^x for any x, off by 8e-5 of it; 0 from far below.
+inline Vec rough_power_of_2(Vec x) {
+    const Vec r = (Vec)_mm512_reduce_ps((__m512)x, 1 /* x - floor(x) */);
+    Vec p = r * 7.8024521e-2f + 2.2606716e-1f;
+    p = p * r + 6.9583354e-1f;
+    p = p * r + 9.9992522e-1f;
+    return (Vec)_mm512_scalef_ps((__m512)p, (__m512)x);
 }
 
 // Rows of `steps` units, found by `row(token)`, become a panel; tokens from `count` on are zeros.
