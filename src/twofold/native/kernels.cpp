@@ -809,7 +809,7 @@ void tiled_run(const Attention& o, const Task& t, PackedKeys packed) {
                     totals[0] += a, totals[1] += b;
                     store(P + k / 2 * TOKENS + v * W, paired(a, b));
                 }
-                const Vec scale = rough_power_of_2((before - now) * factor);
+                const Vec scale = exponential((before - now) * o.scaling);  // exact, as errors would add up over blocks
                 const bool is_same = !_mm512_cmp_ps_mask((__m512)before, (__m512)now, _CMP_NEQ_OQ);
                 store(maxima + v * W, now);
                 store(sums + v * W, load(sums + v * W) * (is_same ? all(1) : scale) + totals[0] + totals[1]);
