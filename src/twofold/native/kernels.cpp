@@ -10,13 +10,14 @@
 // With tiles (AMX) weights, keys and values are A, and tokens are the columns of B: see "panels".
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
 #include <initializer_list>
 #include <limits>
-#include <optional>
+#include <thread>
 #include <tuple>
 #include <utility>
 #include <vector>
@@ -845,6 +846,29 @@ struct AttentionPlan {
 #endif
 };
 
+// Where all threads of a loop wait for each other. It takes less time than OpenMP's barrier, and a thread that waits long
+// gives its core to another program: on a busy machine the one that it waits for may have none.
+class Meeting {
+    std::atomic<int> arrived{0};
+    std::atomic<long> round{0};
+
+public:
+    void wait() {
+        const long now = round.load(std::memory_order_acquire);
+        if (arrived.fetch_add(1, std::memory_order_acq_rel) == omp_get_num_threads() - 1) {
+            arrived.store(0, std::memory_order_relaxed);
+            round.store(now + 1, std::memory_order_release);
+            return;
+        }
+        for (int spins = 0; round.load(std::memory_order_acquire) == now; spins++) {
+            if (spins > 2000) std::this_thread::yield();
+#if defined(__x86_64__)
+            else __builtin_ia32_pause();
+#endif
+        }
+    }
+};
+
 // Whether `tiled_run` attends for rows of many tokens.
 template <class T> bool is_tiled(const Attention& o) {
     return tiles_fit<T>(0) && o.dim % 32 == 0 && o.v_dim % 32 == 0 && !o.softcap && o.scaling > 0;
@@ -912,22 +936,25 @@ template <class T> AttentionPlan plan_attention(const Attention& o) {
 
 // What follows up to the operations is called by all threads, which share its loops.
 
-template <class T> void attend_rows(const Attention& o, AttentionPlan& plan) {
+template <class T> void attend_rows(const Attention& o, AttentionPlan& plan, Meeting& meeting) {
 #if HAS_TILES
     auto packed = [&](const Task& t) { return plan.packed[t.row * o.kv_heads + t.kv_head]; };
     if (!plan.tiled.empty()) {
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
         for (size_t i = 0; i < plan.packing.size(); i++) pack_keys(o, plan.packing[i].row, plan.packing[i].kv_head, plan.packing[i].first, packed(plan.packing[i]));
+        meeting.wait();
 #pragma omp for schedule(dynamic, 1) nowait
         for (size_t i = 0; i < plan.tiled.size(); i++) tiled_run(o, plan.tiled[i], packed(plan.tiled[i]));
     }
 #endif
-#pragma omp for schedule(dynamic, 1)
+#pragma omp for schedule(dynamic, 1) nowait
     for (size_t i = 0; i < plan.tasks.size(); i++) run<T>(o, plan.tasks[i], plan.parts.data());
+    meeting.wait();
     if (plan.split.empty()) return;
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
     for (size_t i = 0; i < plan.split.size(); i++)
         merge<T>(o, plan.tasks[plan.split[i].first], plan.split[i].second, plan.parts.data());
+    meeting.wait();
 }
 
 // y [rows, N] of 8 rows at most: each row of the weight is read once, from where it is.
@@ -1171,6 +1198,7 @@ template <class T> void layers_of_few(const Stack& s, const T* x, T* out) {
     };
     for (long l = 0; l < s.num_layers; l++)
         if (!plan_of(s.layers[l])) plans.push_back({s.layers[l].window, plan_attention<T>(attention_of<T>(s, s.layers[l], nullptr, nullptr, nullptr))});
+    Meeting meeting;
 #pragma omp parallel
     {
         T *mine = scratch<T>(between[0], M * K), *normed = scratch<T>(between[1], M * K);
@@ -1178,22 +1206,24 @@ template <class T> void layers_of_few(const Stack& s, const T* x, T* out) {
         for (const Layer* layer = s.layers; layer < s.layers + s.num_layers; layer++) {
             norm_rows(mine, (const T*)layer->norm, normed, 0, M, K, s.epsilon);
             multiply_qkv(s, *layer, normed, qkv.data());
-#pragma omp barrier
+            meeting.wait();
             auto entry = [&](long m) { return (T*)layer->entries + s.slots[m] * entry_width; };
-#pragma omp for schedule(static)
+#pragma omp for schedule(static) nowait
             for (long m = 0; m < M; m++) rotate_rows(qkv.data(), (const T*)s.cos, (const T*)s.sin, queries.data(), entry, m, m + 1, s.heads);
-            attend_rows<T>(attention_of<T>(s, *layer, queries.data(), attended.data(), lse.data()), *plan_of(*layer));
+            meeting.wait();
+            attend_rows<T>(attention_of<T>(s, *layer, queries.data(), attended.data(), lse.data()), *plan_of(*layer), meeting);
             multiply_rows<T>(attended.data(), (const T*)layer->o, of_heads, nullptr, sums.data(), K, M, K, of_heads);
-#pragma omp barrier
+            meeting.wait();
             add_rows<T>(mine, sums.data(), mine, 0, M, K);
             norm_rows<T>(mine, (const T*)layer->norm_after, normed, 0, M, K, s.epsilon);
             multiply_rows<T>(normed, (const T*)layer->gate, K, nullptr, gates.data(), 2 * s.inner, M, s.inner, K);
             multiply_rows<T>(normed, (const T*)layer->up, K, nullptr, gates.data() + s.inner, 2 * s.inner, M, s.inner, K);
-#pragma omp barrier
-#pragma omp for schedule(static)
+            meeting.wait();
+#pragma omp for schedule(static) nowait
             for (long m = 0; m < M; m++) gate_rows(gates.data(), gated.data(), m, m + 1, s.inner);
+            meeting.wait();
             multiply_rows<T>(gated.data(), (const T*)layer->down, s.inner, nullptr, sums.data(), K, M, K, s.inner);
-#pragma omp barrier
+            meeting.wait();
             add_rows<T>(mine, sums.data(), mine, 0, M, K);
         }
 #pragma omp for schedule(static)
@@ -1386,8 +1416,9 @@ Tensor layers(Tensor x, Tensor layers, Tensor norm, double epsilon, Tensor cos, 
 
 template <class T> void attend_alone(const Attention& o) {
     AttentionPlan plan = plan_attention<T>(o);
+    Meeting meeting;
 #pragma omp parallel if (plan.work > SMALL)
-    attend_rows<T>(o, plan);
+    attend_rows<T>(o, plan, meeting);
 }
 
 // query [N, H, D], keys [blocks, block_size, Hk, D], values [blocks, block_size, Hk, Dv]; starts, tables and lens of

@@ -9,6 +9,7 @@ slower or larger.
     experts        a kernel of ours for few tokens (GPU)          same output of each module of experts
     packing        one product for projections of one input       same output of each projection
     native         kernels of ours for modules like Llama's (CPU)  same output of one module of each kind
+    native stack   all layers like Llama's by one kernel (CPU)     same hidden states and KV entries, in two steps
     compile        decoder layers under torch.compile             its rewriting of graphs is compared in tests
 """
 
