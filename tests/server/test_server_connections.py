@@ -152,8 +152,8 @@ async def _no_app(scope: Any, receive: Any, send: Any) -> None:
 
 def test_listening_is_said_when_clients_can_connect(monkeypatch: pytest.MonkeyPatch) -> None:
     """The server said "listening" before its socket listened: who waited for it could be refused."""
-    engine: Any = SimpleNamespace(on_death=None)
-    server = run._Server(uvicorn.Config(_no_app, lifespan="off", log_config=None), engine, 1.0)
+    service: Any = SimpleNamespace(engine=SimpleNamespace(on_death=None))
+    server = run._Server(uvicorn.Config(_no_app, lifespan="off", log_config=None), service, 1.0)
 
     def connect_at_once(message: str) -> None:
         host, port = message.removeprefix("listening on http://").split(":")
@@ -234,8 +234,8 @@ def test_connections_beyond_the_limit_wait(tiny_model: Path, tmp_path: Path) -> 
 def test_a_client_that_sends_nothing_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
     """Connections without a complete request stayed forever, each with a file descriptor."""
     config = uvicorn.Config(_no_app, lifespan="off", log_config=None, http=run._Connection, timeout_keep_alive=1)
-    engine: Any = SimpleNamespace(on_death=None)
-    server = run._Server(config, engine, 1.0)
+    service: Any = SimpleNamespace(engine=SimpleNamespace(on_death=None))
+    server = run._Server(config, service, 1.0)
     ended = []
 
     async def silent_clients(port: int) -> None:

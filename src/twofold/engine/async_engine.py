@@ -309,6 +309,24 @@ class AsyncEngine:
                 f"{self.num_waiting_tokens} prompt tokens wait; with {num_tokens} more it would be more than {limit}"
             )
 
+    async def reset_prefix_cache(self) -> bool:
+        """Forgets all cached prefixes → False, and nothing changes, while a request is under way.
+
+        Raises:
+            UnavailableError: as `submit`.
+        """
+        done: asyncio.Future[bool] = self._loop.create_future()
+
+        def tell(is_reset: bool) -> None:
+            if not done.done():  # nobody waits any more
+                done.set_result(is_reset)
+
+        self._inbox.put(lambda: self._in_loop(tell, self.engine.reset_prefix_cache()))
+        while not done.done():
+            self.check()
+            await asyncio.wait([done], timeout=CHECK_SECONDS)
+        return done.result()
+
     async def in_tokenizer_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs a function that uses `tokenizer`, one at a time."""
         return await asyncio.get_running_loop().run_in_executor(self._tokenizer_thread, partial(function, *args))

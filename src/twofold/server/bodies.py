@@ -33,7 +33,7 @@ def read_json(body: bytes, model: type[Body]) -> Body:
     Raises:
         APIError: it is too large, no JSON, has a key twice, or a field is wrong.
     """
-    _check_counts(body, model.max_values)
+    check_counts(body, model.max_values)
     try:
         value = json.loads(body.decode("utf-8-sig"), object_pairs_hook=_object)
     except json.JSONDecodeError as error:
@@ -58,7 +58,7 @@ def _check_characters(body: bytes, value: Any) -> None:
             raise APIError(400, message, param=shown)
 
 
-def _check_counts(body: bytes, max_values: int) -> None:
+def check_counts(body: bytes, max_values: int) -> None:
     """Counts in what is outside of strings. It takes a few passes over the bytes, each by one function of Python's."""
     plain = body.replace(b"\\\\", b"").replace(b'\\"', b"")  # the quotes that are left begin and end strings
     _check_count("strings and keys", plain.count(b'"') // 2, MAX_STRINGS)

@@ -8,7 +8,7 @@ import signal
 import socket
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from concurrent.futures import Future
 from contextlib import suppress
 from types import FrameType
@@ -19,15 +19,12 @@ import uvicorn
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 from twofold.config import EngineConfig
-from twofold.engine.async_engine import AsyncEngine, State
+from twofold.engine.async_engine import State
 from twofold.engine.engine import LLMEngine
 from twofold.launch import start_engine
-from twofold.server.app import make_app
-from twofold.server.bodies import BodyReader
-from twofold.server.chat import ChatTemplate
-from twofold.server.config import ServerConfig, public_name, read_chat_template
+from twofold.server.config import ServerConfig
 from twofold.server.errors import APIError
-from twofold.server.metrics import Metrics
+from twofold.server.service import Service, make_service
 
 # Clients and proxies drop idle connections after 60 s (nginx, load balancers) or 90 s (Go). A server that is quicker
 # resets connections just when they are used again.
@@ -63,34 +60,10 @@ def _say(message: str) -> None:
 
 def serve(config: ServerConfig, engine: LLMEngine, listener: socket.socket) -> int:
     """Serves until a signal → the exit code: 1 if the engine has failed, else 0."""
-    runtime = engine.runtime
-    names = config.served_model_name or [public_name(runtime.engine.model)]
-    metrics = Metrics(names[0])
-    async_engine = AsyncEngine(
-        engine,
-        max_waiting_requests=config.max_waiting_requests,
-        max_waiting_tokens=config.max_waiting_tokens or max(1_000_000, 4 * runtime.max_model_len),
-        observe=metrics.observe,
-    )
-    metrics.watch(async_engine)
-    bodies = BodyReader()
-    template = None
-    if engine.tokenizer is not None:
-        own = read_chat_template(config)
-        parsers = (config.tool_call_parser, config.reasoning_parser)
-        template = ChatTemplate(engine.tokenizer, async_engine.max_chars, own, *parsers)
-    app = make_app(
-        async_engine,
-        metrics,
-        bodies,
-        template,
-        model_names=names,
-        api_keys=config.api_key or [],
-        max_body_bytes=config.max_body_bytes,
-    )
+    service = make_service(config, engine)
     logging.basicConfig(stream=sys.stderr, level=logging.WARNING, format="%(asctime)s %(levelname)s %(message)s")
     settings = uvicorn.Config(
-        app,
+        service.app,
         http=_Connection,
         ws="none",
         log_config=None,  # all goes to stderr
@@ -103,7 +76,7 @@ def serve(config: ServerConfig, engine: LLMEngine, listener: socket.socket) -> i
     )
     if config.access_log:
         logging.getLogger("uvicorn.access").setLevel(logging.INFO)
-    server = _Server(settings, async_engine, config.drain_timeout, [helper for helper in (bodies, template) if helper])
+    server = _Server(settings, service, config.drain_timeout)
     return asyncio.run(server.run_until_drained(listener))
 
 
@@ -157,16 +130,10 @@ class _Server(uvicorn.Server):
     A second signal ends it at once.
     """
 
-    def __init__(
-        self,
-        settings: uvicorn.Config,
-        engine: AsyncEngine,
-        drain_timeout: float,
-        helpers: Sequence[BodyReader | ChatTemplate] = (),
-    ) -> None:
+    def __init__(self, settings: uvicorn.Config, service: Service, drain_timeout: float) -> None:
         super().__init__(settings)
-        self._engine, self._drain_timeout, self._helpers = engine, drain_timeout, helpers
-        engine.on_death = self._give_up
+        self._service, self._engine, self._drain_timeout = service, service.engine, drain_timeout
+        self._engine.on_death = self._give_up
         self._draining: Future[None] | None = None
         self._last_warning = -WARN_SECONDS
 
@@ -178,7 +145,7 @@ class _Server(uvicorn.Server):
             await self.serve(sockets=[listener])
         finally:
             dead = self._engine.state is State.DEAD
-            self._close_helpers()
+            self._service.close_helpers()
             await self._engine.stop()
         return 1 if dead else 0
 
@@ -205,13 +172,9 @@ class _Server(uvicorn.Server):
 
     async def _drain(self, sig: int) -> None:
         _say(f"{signal.Signals(sig).name}: no new requests; answering those under way")
-        self._close_helpers()  # what they read are new requests
+        self._service.close_helpers()  # what they read are new requests
         await self._engine.drain(self._drain_timeout)
         self.should_exit = True
-
-    def _close_helpers(self) -> None:
-        for helper in self._helpers:
-            helper.close()
 
     def _give_up(self) -> None:
         """Ends the server, since the engine has failed. A supervisor can start another."""
