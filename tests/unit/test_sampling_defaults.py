@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 
-from twofold import ConfigError
+from twofold import ConfigError, ModelError
 from twofold.config import EngineConfig, RuntimeConfig
 from twofold.runtime import settle
 from twofold.server.protocol import ChatRequest, CompletionRequest
@@ -73,3 +73,32 @@ def test_overrides_change_the_configuration(folder: Path) -> None:
         settled(folder, hf_overrides={"rope_parameters": yarn}, max_model_len=32769)
     with pytest.raises(ConfigError, match="hf_overrides has 'rope', which"):
         settled(folder, hf_overrides={"rope": 1})
+
+
+def test_a_revision_of_the_hub_is_read_where_it_was_downloaded(
+    folder: Path, tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Guards `revision`, `tokenizer_revision` and `download_dir`: a folder as the hub's library leaves it has two."""
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    hub = tmp_path_factory.mktemp("hub")
+    model = hub / "models--owner--name"
+    for number, (name, positions) in enumerate({"main": 8192, "long": 16384}.items()):
+        commit = str(number) * 40
+        snapshot = model / "snapshots" / commit
+        snapshot.mkdir(parents=True)
+        for file in folder.iterdir():
+            if file.name != "config.json":
+                (snapshot / file.name).symlink_to(file.resolve())
+        values = json.loads((folder / "config.json").read_text())
+        (snapshot / "config.json").write_text(json.dumps(values | {"max_position_embeddings": positions}))
+        (model / "refs").mkdir(exist_ok=True)
+        (model / "refs" / name).write_text(commit)
+    given = {"model": "owner/name", "download_dir": str(hub)}
+    runtime, tokenizer = settle(EngineConfig(**given))
+    assert runtime.max_model_len == 8192
+    assert tokenizer is not None
+    runtime, tokenizer = settle(EngineConfig(**given, revision="long", tokenizer_revision="main"))
+    assert runtime.max_model_len == 16384
+    assert runtime.sampling_defaults["top_k"] == 40
+    with pytest.raises(ModelError, match="cannot read the configuration of model 'owner/name'"):
+        settle(EngineConfig(**given, revision="other"))
