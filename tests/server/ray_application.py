@@ -1,4 +1,4 @@
-"""Runs a Ray Serve application on a cluster of its own until stdin closes; says on stdout when it serves."""
+"""Runs a Ray Serve application on a cluster of its own until it is killed; says on stdout when it serves."""
 
 import json
 import sys
@@ -18,7 +18,6 @@ def main() -> None:
     serve.run(build_openai_app(config))
     print("serving", flush=True)
     sys.stdin.read()
-    ray.shutdown()
 
 
 if __name__ == "__main__":

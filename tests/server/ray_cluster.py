@@ -75,10 +75,8 @@ def run_application(config: dict[str, Any]) -> Iterator[Application]:
         with application.http, application.client:
             yield application
     finally:
-        children = psutil.Process(process.pid).children(recursive=True)
-        with suppress(subprocess.TimeoutExpired):
-            process.communicate(timeout=20)
-        for one in [*children, process]:
+        for one in [*psutil.Process(process.pid).children(recursive=True), process]:  # Ray's own way takes 5 s
             with suppress(psutil.Error):
                 one.kill()
+        process.communicate()
         shutil.rmtree(folder, ignore_errors=True)

@@ -1,7 +1,9 @@
 """Two replicas under Ray Serve LLM, and OpenAI's and Anthropic's clients."""
 
 import asyncio
+import itertools
 import json
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -147,3 +149,24 @@ def test_a_killed_replica_ends_its_streams_only_and_comes_back(application: Appl
     wait_until(lambda: len(application.ranks()) == 2)
     for number in range(4):
         complete(application, f"{number} foxes")
+
+
+def seconds_of_ranks(application: Application) -> float:
+    """Processor time that the ranks have had, once they are idle."""
+    ranks, before = application.ranks(), -1.0
+    while (now := sum(sum(rank.cpu_times()[:2]) for rank in ranks)) > before + 0.02:
+        before = now
+        time.sleep(0.5)
+    return now
+
+
+def test_a_client_that_goes_away_ends_its_request(application: Application) -> None:
+    body = {"prompt": "x", "max_tokens": 600, "stream": True, "ignore_eos": True}
+    spent = [seconds_of_ranks(application)]
+    for num_lines in (10_000, 1):
+        with application.http.stream("POST", "/v1/completions", json=body) as response:
+            for _ in itertools.islice(response.iter_lines(), num_lines):
+                pass
+        spent.append(seconds_of_ranks(application))
+    whole, begun = (after - before for before, after in itertools.pairwise(spent))
+    assert begun < whole / 2
