@@ -77,6 +77,8 @@ class RankPlace:
                 pass_fds=[channel.fileno(), *files, *([] if listener is None else [listener])],
                 stdin=subprocess.DEVNULL,
             )
+        with contextlib.suppress(OSError):  # Ray's workers have a niceness of 15, which is not for what they serve
+            os.setpriority(os.PRIO_PROCESS, process.pid, os.getpriority(os.PRIO_PROCESS, os.getppid()))
         threading.Thread(target=_watch, args=(process, lifeline, link), daemon=True).start()
         return SharedFiles(*files), listener
 
