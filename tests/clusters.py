@@ -1,6 +1,7 @@
 """Two machines for tests of Ray: network namespaces of this one with a link between them, and a Ray node in each.
 
-Where namespaces cannot be made, they are two Ray nodes on loopback, and there is no link that could be cut.
+Where namespaces cannot be made, they are two Ray nodes on loopback, and there is no link that could be cut. (Not at
+127.0.0.1, for which Ray takes another address of the machine.)
 """
 
 import ctypes
@@ -40,7 +41,7 @@ class Machines:
     def __init__(self, name: str = "twofold", *, with_namespaces: bool | None = None, mtu: int = 9000) -> None:
         self.name, self.mtu = name, mtu
         self.has_link = can_make_namespaces() if with_namespaces is None else with_namespaces
-        self.addresses = ["10.91.0.1", "10.91.0.2"] if self.has_link else ["127.0.0.1", "127.0.0.1"]
+        self.addresses = ["10.91.0.1", "10.91.0.2"] if self.has_link else ["127.0.0.2", "127.0.0.3"]
         self.folder = Path(tempfile.mkdtemp(prefix="tfray", dir="/tmp"))  # Ray's sockets need a short path
 
     @cached_property
@@ -120,8 +121,9 @@ class Machines:
 
     def move(self, machine: int, address: str) -> None:
         """Gives a machine another address."""
-        self.ip(machine, "addr", "flush", "dev", self.device(machine))
-        self.ip(machine, "addr", "add", f"{address}/24", "dev", self.device(machine))
+        if self.has_link:
+            self.ip(machine, "addr", "flush", "dev", self.device(machine))
+            self.ip(machine, "addr", "add", f"{address}/24", "dev", self.device(machine))
         self.addresses[machine] = address
 
     def num_link_bytes(self) -> int:

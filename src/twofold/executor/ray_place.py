@@ -97,6 +97,8 @@ def _watch(process: "subprocess.Popen[bytes]", lifeline: int, link: socket.socke
 
 def _interface(host: str) -> str:
     """The network interface that has an IPv4 address; empty if none has."""
+    if host.startswith("127."):  # loopback has all of these
+        return "lo"
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for _, name in socket.if_nameindex():
             with contextlib.suppress(OSError):
