@@ -15,6 +15,7 @@ import argparse
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -42,6 +43,7 @@ from twofold.planning.times import Setup, TimeModel
 
 LINK_DOWN_SECONDS = 5.0
 NUM_TOKENS = 32  # of each stream
+NUM_TOKENS_HEAD = 200  # Ray's nodes outlive their head by some seconds
 
 
 def start(args: argparse.Namespace, num_ranks: int = 2, backend: str = "ray") -> LLM:
@@ -182,11 +184,12 @@ def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
     each = record.get(args.fault, {}).get("each", [])
     num_trials = len(each) + args.trials
     with start(args) as llm:
-        expected, seconds = stream(llm, 0, lambda: None)
+        num_tokens = NUM_TOKENS_HEAD if args.fault == "head" else NUM_TOKENS
+        expected, seconds = stream(llm, num_tokens, 0, lambda: None)
         while len(each) < num_trials:
             rng, restarts = random.Random(f"{args.fault} {len(each)}"), llm.engine.stats.num_restarts
             due = rng.randrange(NUM_TOKENS * len(expected) * 3 // 4)
-            found, took = stream(llm, due, partial(FAULTS[args.fault], machines, rng))
+            found, took = stream(llm, num_tokens, due, partial(FAULTS[args.fault], machines, rng))
             num_restarts = llm.engine.stats.num_restarts - restarts
             one = {
                 "unchanged": sum(map(list.__eq__, found, expected)),
@@ -209,12 +212,12 @@ def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
     return record
 
 
-def stream(llm: LLM, due: int, cause: Callable[[], object]) -> tuple[list[list[int]], float]:
+def stream(llm: LLM, num_tokens: int, due: int, cause: Callable[[], object]) -> tuple[list[list[int]], float]:
     """Answers to four prompts → their tokens, and seconds. The fault comes while a step runs, after `due` tokens."""
     begin, found = time.monotonic(), dict[str, list[int]]()
     fault = threading.Thread(target=cause)
     for number, prompt in enumerate([*prompts(2, 40), *prompts(2, 600)]):
-        llm.engine.add_request(f"{number}", prompt, greedy(NUM_TOKENS))
+        llm.engine.add_request(f"{number}", prompt, greedy(num_tokens))
     while llm.engine.has_work:
         if not fault.ident and sum(map(len, found.values())) >= due:
             fault.start()
@@ -285,6 +288,7 @@ def main() -> None:
     parser.add_argument("--output-json", type=Path)
     args = parser.parse_args()
     measure = {"answers": compare_answers, "traffic": traffic, "ttft": ttft, "faults": faults}[args.what]
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(1))  # leaves no namespaces
     with two_machines(f"tf{os.getpid() % 10000}n", mtu=args.mtu, with_namespaces=True) as machines:
         os.environ.update(machines.environment | {"RAY_ADDRESS": machines.ray_address})
         with machines.inside():
