@@ -207,6 +207,7 @@ def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
                 "seconds more, most": max(one["seconds"] for one in each),
                 "new ranks, in all": sum(one["new ranks"] for one in each),
                 "each": each,
+                "environment": environment(),
             }
             write(args, record)  # what comes later may be cut off
     return record
@@ -293,13 +294,15 @@ def main() -> None:
         os.environ.update(machines.environment | {"RAY_ADDRESS": machines.ray_address})
         with machines.inside():
             result = measure(args, machines)
-            write(args, result)
+    if args.what != "faults":
+        result |= {"environment": environment()}
+    write(args, result)
     print(json.dumps(short(result), indent=1))
 
 
 def write(args: argparse.Namespace, result: dict[str, Any]) -> None:
     if args.output_json:
-        args.output_json.write_text(json.dumps(result | {"environment": environment()}, indent=1) + "\n")
+        args.output_json.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def short(result: dict[str, Any]) -> dict[str, Any]:
