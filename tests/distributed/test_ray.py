@@ -116,8 +116,6 @@ def check_ranks(llm: LLM, machines: Machines, family: str) -> None:
     executor, params = llm.engine.executor, SamplingParams(temperature=0, max_tokens=10, ignore_eos=True)
     assert isinstance(executor, RayExecutor)
     assert executor.runtime.num_nodes == 2
-    if machines.has_link:  # so this user may do anything; Ray would have ranks wait for all others that want a core
-        assert {rank.nice() for machine in range(2) for rank in machines.ranks(machine)} == {psutil.Process().nice()}
     assert num_ranks(machines) == [1, 1]
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
     check_answers([output.outputs[0].token_ids for output in outputs], family)
@@ -259,6 +257,7 @@ def test_an_engine_goes_on_with_the_ranks_that_are_left(
     assert with_fault(llm, fault) == expected
     assert num_ranks(machines) == [1, 0]
     assert llm.engine.runtime.num_ranks == 1
+    machines.start_node(1)
 
 
 def test_a_lost_head_is_waited_for(llm: LLM, machines: Machines, expected: list[list[int]]) -> None:
