@@ -1,7 +1,10 @@
-"""Real clients, `openai` and `anthropic`, ask for tools and hold conversations. More of them: benchmarks/clients.py."""
+"""Real clients ask for tools and forms, and hold conversations: `openai` and `anthropic` here, others by themselves."""
 
 import json
+import subprocess
+import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import anthropic
@@ -188,3 +191,11 @@ def test_tools_of_messages(claude: anthropic.Anthropic) -> None:
     assert error["error"]["type"] == "invalid_request_error"  # type: ignore[index]
     with pytest.raises(anthropic.NotFoundError):
         claude.messages.create(model="claude", max_tokens=4, messages=ASK)
+
+
+@pytest.mark.parametrize("name", ["openai", "langchain", "pydantic_ai", "openai_agents"])
+def test_other_clients(server: Server, name: str) -> None:
+    """Guards what clients make of the API: classes of pydantic's, tools, streams and loops of agents."""
+    command = [sys.executable, str(Path(__file__).with_name("other_clients.py")), name, server.url, "tiny"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
