@@ -33,7 +33,7 @@ def normed(x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
 
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize(("heads", "kv_heads", "dim"), [(4, 2, 32), (6, 2, 64), (3, 3, 20)])
-@pytest.mark.parametrize("num_tokens", [1, 20, 33, 300])
+@pytest.mark.parametrize("num_tokens", [1, 20, 33, 320])
 def test_a_layer(num_tokens: int, heads: int, kv_heads: int, dim: int, dtype: torch.dtype) -> None:
     """Before and after its attention, of few tokens and of many; sizes that fill tiles and others."""
     generator = torch.Generator().manual_seed(num_tokens)
@@ -48,7 +48,7 @@ def test_a_layer(num_tokens: int, heads: int, kv_heads: int, dim: int, dtype: to
     angles = numbers(num_tokens, dim) * 9
     cos, sin = angles.cos(), angles.sin()
     query, entries = torch.ops.twofold_cpu.before_attention(
-        x, norm, EPSILON, list(weights.values()), biases, cos, sin, heads, kv_heads
+        x, norm, EPSILON, list(weights.values()), biases, cos[None], sin[None], heads, kv_heads
     )
     products = [
         (normed(x, norm) @ weight.double().T + bias.double()).unflatten(1, (-1, dim))

@@ -1336,7 +1336,7 @@ inline bool are_dense(const std::vector<Tensor>& weights) {
 std::tuple<Tensor, Tensor> before_attention(Tensor x, Tensor norm, double epsilon, std::vector<Tensor> qkv,
                                             std::vector<Tensor> biases, Tensor cos, Tensor sin, int64_t heads, int64_t kv_heads) {
 #if HAS_TILES
-    const long M = x.size(0), K = x.size(1), D = cos.size(1);
+    const long M = x.size(0), K = x.size(1), D = qkv[0].size(0) / heads;
     if (x.element_size() == 2 && uses_panels<Bf16>(M, {K, D}) && are_dense(qkv)) {
         Tensor q = torch::stable::new_empty(x, {M, heads, D}), entries = torch::stable::new_empty(x, {M, kv_heads * 2 * D});
         const Bf16 *weights[3], *added[3] = {};
