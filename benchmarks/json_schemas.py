@@ -1,12 +1,12 @@
 """Answer random JSON schemas, and check every whole answer with jsonschema; then time steps with and without a form.
 
     python benchmarks/json_schemas.py --model demo -pcp 2 --part alone --output-json F     one request at a time
-    python benchmarks/json_schemas.py --model demo -pcp 2 --part together --output-json F  32 at once; a rank is killed
+    python benchmarks/json_schemas.py --model demo -pcp 2 --part together --output-json F  32 at once; ranks are killed
     python benchmarks/json_schemas.py --model demo --part steps --output-json F            cost a step at batch 32
 
 Parts of one file are kept beside each other, so each can be run by itself (`--first`, `--count`: some of the schemas).
-The temperature is 1. An answer that ends by its length is not whole, and is counted apart: a random model may write
-digits or members for very long.
+The temperature is 1. Every string, array, object and number that a schema allows has an end, since a model may write
+digits or members for ever where it may. An answer that --max-tokens cuts is no valid one, and is counted apart.
 """
 
 import argparse
@@ -20,7 +20,7 @@ import statistics
 import time
 import uuid
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -37,7 +37,7 @@ from twofold.sampling_params import RequestOutputKind, SamplingParams, Structure
 
 CLOCK = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"  # of RFC 3339
 CHECKER = jsonschema.FormatChecker(formats=())
-AT_ONCE = 32
+AT_ONCE, KILL_EVERY = 32, 200
 NAMES = ("name", "id", "title", "price", "tags", "Straße", "is_open", "address", "a b", "x")
 PATTERNS = ("^[a-z]{2,6}$", "^[A-Z][a-z]+(-[0-9]{1,3})?$", "^(red|green|blue)$", "^\\d{4}-\\d{2}$")
 FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "email")
@@ -79,12 +79,12 @@ def main() -> None:
 
 
 def make_schema(rng: random.Random) -> dict[str, Any]:
-    """An object whose properties are of all kinds; some refer to a definition that may contain itself."""
+    """An object whose properties are of all kinds, some of them by reference. No answer can go on for ever."""
     schema = _object(rng, depth=0)
     if rng.random() < 0.3:
         schema["properties"]["next"] = {"$ref": "#/$defs/node"}
-        node = {"type": "object", "properties": {"value": _any(rng, 2), "next": {"$ref": "#/$defs/node"}}}
-        schema["$defs"] = {"node": node | {"required": ["value"], "additionalProperties": False}}
+        node = {"type": "object", "properties": {"value": _any(rng, 2), "last": {"$ref": "#/$defs/leaf"}}}
+        schema["$defs"] = {"node": node | {"required": ["value"], "additionalProperties": False}, "leaf": _any(rng, 3)}
     return schema
 
 
@@ -99,8 +99,11 @@ def _object(rng: random.Random, depth: int) -> dict[str, Any]:
     names = rng.sample(NAMES, rng.randint(1, 4))
     schema: dict[str, Any] = {"type": "object", "properties": {name: _any(rng, depth + 1) for name in names}}
     schema["required"] = [name for name in names if rng.random() < 0.7]
-    if rng.random() < 0.8:
-        schema["additionalProperties"] = False
+    schema["additionalProperties"] = False
+    if depth and rng.random() < 0.3:
+        # A model may write a name twice, so they are counted. For that, llguidance wants all others required.
+        counted = {"required": names, "maxProperties": len(names) + 2}
+        schema |= {"patternProperties": {"^k[0-9]$": _string(rng, 3)}} | counted
     return schema
 
 
@@ -117,8 +120,8 @@ def _string(rng: random.Random, depth: int) -> dict[str, Any]:
     limits: list[dict[str, Any]] = [
         {"maxLength": rng.randint(4, 30)},
         {"minLength": 3, "maxLength": 12},
-        {"pattern": rng.choice(PATTERNS)},
-        {"format": rng.choice(FORMATS)},
+        {"pattern": rng.choice(PATTERNS), "maxLength": 20},
+        {"format": rng.choice(FORMATS), "maxLength": 40},
     ]
     return {"type": "string"} | rng.choice(limits)
 
@@ -126,12 +129,12 @@ def _string(rng: random.Random, depth: int) -> dict[str, Any]:
 def _number(rng: random.Random, depth: int) -> dict[str, Any]:
     low = rng.randint(-1000, 1000)
     limits: list[dict[str, Any]] = [
-        {"minimum": low, "maximum": low + rng.randint(0, 500)},
-        {"exclusiveMinimum": low, "maximum": low + 1 + rng.randint(0, 9)},
+        {"type": "integer", "minimum": low, "maximum": low + rng.randint(0, 500)},
+        {"type": "integer", "exclusiveMinimum": low, "maximum": low + 1 + rng.randint(0, 9)},
+        {"type": "integer", "minimum": 0, "maximum": 1000, "multipleOf": rng.choice([5, 7])},
+        {"type": "number", "minimum": 0, "maximum": 1000, "multipleOf": rng.choice([0.5, 0.25])},
     ]
-    if rng.random() < 0.3:
-        return {"type": "integer", "multipleOf": rng.choice([5, 7]), "minimum": 0, "maximum": 1000}
-    return {"type": rng.choice(["integer", "number"])} | rng.choice(limits)
+    return rng.choice(limits)
 
 
 def _choice(rng: random.Random, depth: int) -> dict[str, Any]:
@@ -146,21 +149,22 @@ def _choice(rng: random.Random, depth: int) -> dict[str, Any]:
 
 
 def check_answers(llm: LLM, schemas: list[dict[str, Any]], at_once: int, max_tokens: int) -> dict[str, Any]:
-    """Answers to every schema, so many at once; a rank is killed in the middle of each batch of several."""
+    """Answers to every schema, so many at once. Where there are several, a rank is killed every KILL_EVERY steps."""
     seen: Counter[str] = Counter()
     wrong: list[dict[str, Any]] = []
     lengths, start = [], time.perf_counter()
-    for first in range(0, len(schemas), at_once):
-        batch = schemas[first : first + at_once]
-        for schema, output in zip(batch, answer(llm, batch, max_tokens, kill=at_once > 1), strict=True):
-            [completion] = output.outputs
-            lengths.append(len(completion.token_ids))
-            reason = str(completion.finish_reason)
-            if reason == "stop" and (fault := fault_of(completion.text, schema)) is not None:
-                reason = "invalid"
-                wrong.append({"schema": schema, "text": completion.text, "fault": fault})
-            seen[reason] += 1
-        print(f"{first + len(batch)} of {len(schemas)}: {dict(seen)}", flush=True)
+    numbered = list(enumerate(schemas))
+    batches = [numbered] if at_once > 1 else [[one] for one in numbered]
+    for number, output in (pair for batch in batches for pair in answers(llm, batch, max_tokens, kill=at_once > 1)):
+        [completion] = output.outputs
+        lengths.append(len(completion.token_ids))
+        reason = str(completion.finish_reason)
+        if reason == "stop" and (fault := fault_of(completion.text, schemas[number])) is not None:
+            reason = "invalid"
+            wrong.append({"schema": schemas[number], "text": completion.text, "fault": fault})
+        seen[reason] += 1
+        if len(lengths) % 20 == 0:
+            print(f"{len(lengths)} of {len(schemas)}: {dict(seen)}", flush=True)
     return {
         "num_schemas": len(schemas),
         "at_once": at_once,
@@ -201,19 +205,20 @@ for name, is_valid in {
     )
 
 
-def answer(llm: LLM, schemas: list[dict[str, Any]], max_tokens: int, kill: bool) -> list[RequestOutput]:
-    finished: dict[str, RequestOutput] = {}
+def answers(
+    llm: LLM, numbered: list[tuple[int, dict[str, Any]]], max_tokens: int, kill: bool
+) -> Iterator[tuple[int, RequestOutput]]:
+    """Each schema's number and its answer, as they end. The engine runs `max_num_seqs` of them at once."""
     with Drive(llm.engine) as drive:
-        for number, schema in enumerate(schemas):
+        for number, schema in numbered:
             params = SamplingParams(
                 max_tokens=max_tokens, seed=number, structured_outputs=StructuredOutputsParams(json=schema)
             )
             drive.add(f"{number}", f"Here is an example of JSON, number {number}:\n", params)
         for num_steps, outputs in enumerate(drive):
-            finished |= {output.request_id: output for output in outputs}
-            if kill and num_steps == 15:
+            yield from ((int(output.request_id), output) for output in outputs if output.finished)
+            if kill and num_steps % KILL_EVERY == 15:
                 os.kill(llm.engine.executor.pids[-1], signal.SIGKILL)  # type: ignore[attr-defined]
-    return [finished[f"{number}"] for number in range(len(schemas))]
 
 
 def fault_of(text: str, schema: dict[str, Any]) -> str | None:
