@@ -22,8 +22,8 @@ from transformers import AutoModelForCausalLM
 
 from twofold import LLM, SamplingParams
 from twofold.bench.report import environment, print_table
+from twofold.machine import usable_cores
 from twofold.models.source import demo_directory
-from twofold.runtime import usable_cores
 
 
 def main() -> None:

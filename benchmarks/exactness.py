@@ -28,8 +28,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from twofold import LLM, RequestOutput, SamplingParams
 from twofold.bench.report import environment, print_table
+from twofold.machine import usable_cores
 from twofold.models.source import demo_directory
-from twofold.runtime import usable_cores
 
 TEXT = Path(__file__).parents[1] / "examples" / "alice.txt"
 BLOCK_SIZE = 16

@@ -108,7 +108,7 @@ class Machines:
         return [one for one in found.values() if name in " ".join(command_of(one)[:3])]
 
     def ranks(self, machine: int) -> list[psutil.Process]:
-        return self.processes(machine, "twofold.worker.worker")
+        return self.processes(machine, "twofold.worker")
 
     def kill(self, machine: int, name: str = "") -> None:
         """Ends processes of a machine at once; without a name all of them, as a loss of power does."""

@@ -1,7 +1,6 @@
 """Decides every `None` and `auto` of the engine arguments, once, by the model's files and the machine."""
 
 import logging
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -11,6 +10,7 @@ from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
 from twofold.config import EngineConfig, ModelSource, RuntimeConfig
 from twofold.errors import ConfigError, ModelError, RequestError
+from twofold.machine import threads_of_rank, usable_cores
 from twofold.models.mistral_chat import check_installed
 from twofold.models.sizes import model_shape
 from twofold.models.source import check_weights, load_config, load_generation_config, load_tokenizer, resolve
@@ -75,18 +75,10 @@ def settle(config: EngineConfig) -> tuple[RuntimeConfig, PreTrainedTokenizerBase
         attention_backend=_attention_backend(config, device),
         weights=_weights(config, model_config, device, dtype, max_model_len),
         eos_token_ids=_eos_token_ids(generation, model_config, tokenizer),
-        num_threads=int(os.environ.get("OMP_NUM_THREADS") or 0)
-        or max(1, usable_cores() // config.prefill_context_parallel_size),
+        num_threads=threads_of_rank(config.prefill_context_parallel_size),
         sampling_defaults=_sampling_defaults(config, generation),
     )
     return runtime, tokenizer
-
-
-def usable_cores() -> int:
-    """The number of cores that this process may use; on systems that do not tell (macOS), of the whole machine."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1
 
 
 def device_of_machine() -> str:

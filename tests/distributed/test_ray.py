@@ -286,7 +286,7 @@ def test_a_cluster_of_ones_own_is_bound_to_loopback_and_ends_with_its_engine(fol
     environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
     engine, _ = start_engine(folders["llama"], environment, PROMPTS[:1])
     family = psutil.Process(engine.pid).children(recursive=True)
-    assert sum("twofold.worker.worker" in process.cmdline() for process in family) == 2
+    assert sum("twofold.worker" in process.cmdline() for process in family) == 2
     listening = {
         (process.name(), connection.laddr.ip)
         for process in family

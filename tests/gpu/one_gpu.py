@@ -1,7 +1,7 @@
 """Several ranks on the only GPU there is: they take turns and are slow, but the code is that of several GPUs.
 
 NCCL refuses two ranks of one host on one GPU, so each rank claims to be another host. Symmetric memory has a switch to
-allow it. Run in place of `twofold.worker.worker`.
+allow it. Run in place of `twofold.worker`.
 """
 
 import os

@@ -1,4 +1,4 @@
-"""A rank that fails when a test wants it to: run in place of `twofold.worker.worker`.
+"""A rank that fails when a test wants it to: run in place of `twofold.worker`.
 
 Before each step it looks for files in $TWOFOLD_FAULTS. `oom-RANK` makes it raise as CUDA does when memory runs out and
 `hang-RANK` never return, once. As long as they are there, `poison` holds a token id, and a new request with a

@@ -10,7 +10,8 @@ from tiny_models import tiny_config
 from twofold import ConfigError
 from twofold.bench.report import environment
 from twofold.config import EngineConfig
-from twofold.runtime import RANKS_PER_CORE, settle, usable_cores
+from twofold.machine import usable_cores
+from twofold.runtime import RANKS_PER_CORE, settle
 
 
 @pytest.fixture

@@ -11,9 +11,9 @@ import torch
 
 from twofold.bench.latency import time_batch
 from twofold.bench.report import machine
+from twofold.machine import usable_cores
 from twofold.planning.answer import Table
 from twofold.planning.processors import KNOWN, Processor, Reach
-from twofold.runtime import usable_cores
 
 NUM_TIMES = 3  # of each thing that is timed
 NUM_TOKENS = 12  # of an answer whose steps are timed

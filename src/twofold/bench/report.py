@@ -18,7 +18,7 @@ def environment() -> dict[str, Any]:
     """The commit, command, versions and hardware that figures belong to."""
     import torch
 
-    from twofold.runtime import usable_cores
+    from twofold.machine import usable_cores
 
     versions = {"python": platform.python_version()}
     for package in ("torch", "transformers", "triton", "flash-attn-4"):

@@ -9,7 +9,7 @@ import socket
 import subprocess
 import sys
 import weakref
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import astuple
 
 from twofold import processes, streams
@@ -36,45 +36,30 @@ class LocalExecutor(ChannelExecutor):
     The ranks end with `shutdown`, with the object, or with this process.
     """
 
-    command = (sys.executable, "-m", "twofold.worker.worker")
+    command = (sys.executable, "-m", "twofold.worker")
 
-    def __init__(self, runtime: RuntimeConfig, start_timeout: float | None = None) -> None:
+    def __init__(
+        self, runtime: RuntimeConfig, start_timeout: float | None = None, started: "RankProcesses | None" = None
+    ) -> None:
+        """`started`: the processes, if they were started before the runtime was settled."""
         super().__init__(runtime, start_timeout)
-        streams.reserve_numbers()
+        self._looks_stopped = [0] * runtime.num_ranks
+        try:
+            self._ranks = started or RankProcesses(
+                self.command, runtime.num_ranks, runtime.num_threads, runtime.num_nodes
+            )
+        except OSError as error:
+            raise RankDiedError(f"cannot start {runtime.num_ranks} ranks: {error}") from error
+        self._channels, self._processes = self._ranks.channels, self._ranks.processes
         if runtime.attention_backend == "native":
             start_build()
-        self._processes: list[subprocess.Popen[bytes]] = []
-        self._lifelines: list[int] = []
-        self._looks_stopped = [0] * runtime.num_ranks
-        self._end = weakref.finalize(self, _end_ranks, os.getpid(), self._processes, self._channels, self._lifelines)
         try:
-            with _shared_files(runtime.num_nodes) as of_nodes:
-                files = [of_nodes[rank // runtime.ranks_per_node] for rank in range(runtime.num_ranks)]
-                for mine in files:
-                    self._start(runtime, mine)
-            for rank, mine in enumerate(files):
+            for rank, mine in enumerate(self._ranks.files):
                 self._post(rank, pack(RankStart(rank, runtime, mine)))
             self.reports = self._answers(RankReport, start_timeout)
-        except OSError as error:
-            self.shutdown()
-            raise RankDiedError(f"cannot start {runtime.num_ranks} ranks: {error}") from error
         except BaseException:
             self.shutdown()
             raise
-
-    def _start(self, runtime: RuntimeConfig, files: SharedFiles) -> None:
-        with no_interrupts(), contextlib.ExitStack() as stack:  # a rank that is started is known, and ended
-            ours, theirs = socket.socketpair()
-            self._channels.append(Channel(ours))
-            stack.enter_context(theirs)
-            process, lifeline = processes.start(
-                [*self.command, str(theirs.fileno())],
-                environment={"OMP_NUM_THREADS": str(runtime.num_threads)} | KEPT_MEMORY,
-                pass_fds=[theirs.fileno(), *astuple(files)],
-                stdin=subprocess.DEVNULL,
-            )
-            self._processes.append(process)
-            self._lifelines.append(lifeline)
 
     @property
     def pids(self) -> list[int]:
@@ -101,7 +86,47 @@ class LocalExecutor(ChannelExecutor):
             process.kill()
 
     def shutdown(self) -> None:
-        self._end()
+        self._ranks.end()
+
+
+class RankProcesses:
+    """The processes of ranks. Each imports what it needs, and then waits for its `RankStart`.
+
+    They end with `end`, with the object, or with this process.
+
+    Raises:
+        OSError: one cannot be started. None is left then.
+    """
+
+    def __init__(self, command: Sequence[str], num_ranks: int, num_threads: int, num_nodes: int = 1) -> None:
+        streams.reserve_numbers()
+        self.channels: list[Channel] = []  # in the order of ranks
+        self.processes: list[subprocess.Popen[bytes]] = []
+        self._lifelines: list[int] = []
+        self.end = weakref.finalize(self, _end_ranks, os.getpid(), self.processes, self.channels, self._lifelines)
+        environment = {"OMP_NUM_THREADS": str(num_threads)} | KEPT_MEMORY
+        try:
+            with _shared_files(num_nodes) as of_nodes:
+                self.files = [of_nodes[rank * num_nodes // num_ranks] for rank in range(num_ranks)]
+                for mine in self.files:
+                    self._start(command, environment, mine)
+        except BaseException:
+            self.end()
+            raise
+
+    def _start(self, command: Sequence[str], environment: dict[str, str], files: SharedFiles) -> None:
+        with no_interrupts(), contextlib.ExitStack() as stack:  # a rank that is started is known, and ended
+            ours, theirs = socket.socketpair()
+            self.channels.append(Channel(ours))
+            stack.enter_context(theirs)
+            process, lifeline = processes.start(
+                [*command, str(theirs.fileno())],
+                environment=environment,
+                pass_fds=[theirs.fileno(), *astuple(files)],
+                stdin=subprocess.DEVNULL,
+            )
+            self.processes.append(process)
+            self._lifelines.append(lifeline)
 
 
 def _end_ranks(

@@ -33,7 +33,7 @@ OWN = ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME", "TORCH_CPP_LOG_LEVEL")  # var
 class RankPlace:
     """Not for several threads at once."""
 
-    command = (sys.executable, "-m", "twofold.worker.worker")
+    command = (sys.executable, "-m", "twofold.worker")
 
     def __init__(self) -> None:
         self._files: SharedFiles | None = None

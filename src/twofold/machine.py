@@ -1,0 +1,15 @@
+"""What of this machine processes may use. No PyTorch needed."""
+
+import os
+
+
+def usable_cores() -> int:
+    """The number of cores that this process may use; on systems that do not tell (macOS), of the whole machine."""
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def threads_of_rank(num_ranks: int) -> int:
+    """CPU threads of each of so many ranks: OMP_NUM_THREADS, or an equal part of the cores."""
+    return int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, usable_cores() // num_ranks)
