@@ -1,5 +1,6 @@
-"""What all tests share: one thread, no chatter from Transformers, and the demo model, loaded once."""
+"""What all tests share: float32, one thread, no chatter from Transformers, and the demo model, loaded once."""
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -9,6 +10,8 @@ import transformers
 from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from twofold.models.source import demo_directory
+
+os.environ["TWOFOLD_CPU_DTYPE"] = "float32"  # also for what tests start: most compare with Transformers, token by token
 
 
 @pytest.fixture(scope="session", autouse=True)

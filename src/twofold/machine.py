@@ -1,6 +1,10 @@
 """What of this machine processes may use. No PyTorch needed."""
 
 import os
+from contextlib import suppress
+from pathlib import Path
+
+BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # what Linux calls such instructions of x86 and of ARM
 
 
 def usable_cores() -> int:
@@ -13,3 +17,11 @@ def usable_cores() -> int:
 def threads_of_rank(num_ranks: int) -> int:
     """CPU threads of each of so many ranks: OMP_NUM_THREADS, or an equal part of the cores."""
     return int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, usable_cores() // num_ranks)
+
+
+def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
+    """Whether this processor has instructions that multiply bfloat16."""
+    with suppress(OSError):
+        lines = cpuinfo.read_text().splitlines()
+        return any(BFLOAT16 & set(line.split()) for line in lines if line.startswith(("flags", "Features")))
+    return False

@@ -1,6 +1,7 @@
 """Decides every `None` and `auto` of the engine arguments, once, by the model's files and the machine."""
 
 import logging
+import os
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
@@ -8,9 +9,9 @@ from typing import Any
 import torch
 from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-from twofold.config import EngineConfig, ModelSource, RuntimeConfig
+from twofold.config import DTYPES, EngineConfig, ModelSource, RuntimeConfig
 from twofold.errors import ConfigError, ModelError, RequestError
-from twofold.machine import threads_of_rank, usable_cores
+from twofold.machine import computes_bfloat16, threads_of_rank, usable_cores
 from twofold.models.mistral_chat import check_installed
 from twofold.models.sizes import model_shape
 from twofold.models.source import check_weights, load_config, load_generation_config, load_tokenizer, resolve
@@ -107,7 +108,7 @@ def _device(config: EngineConfig) -> str:
 def _attention_backend(config: EngineConfig, device: str) -> str:
     backend = config.attention_backend
     if backend == "auto":
-        return "flash_attn" if device == "cuda" else "sdpa"
+        return "flash_attn" if device == "cuda" else "native"
     if backend == "flash_attn" and device != "cuda":
         raise ConfigError(
             f"attention_backend 'flash_attn' runs on CUDA only, and the device is {device}; use 'auto' or 'sdpa'",
@@ -193,15 +194,23 @@ def _no_room(config: EngineConfig, shape: ModelShape, usable: int, wish: Wish) -
 
 
 def choose_dtype(config: EngineConfig, model_config: PretrainedConfig, device: str) -> torch.dtype:
-    """Of weights and KV entries."""
-    if config.dtype != "auto":
-        dtype: torch.dtype = getattr(torch, config.dtype)
+    """Of weights and KV entries. As in vLLM, "auto" rounds weights that are stored in float32 to bfloat16.
+
+    On a CPU it is what the processor computes fast, whatever is stored, or what TWOFOLD_CPU_DTYPE says.
+    """
+    name = config.dtype
+    if name == "auto" and device == "cpu":
+        name = os.environ.get("TWOFOLD_CPU_DTYPE") or ("bfloat16" if computes_bfloat16() else "float32")
+        if name not in DTYPES[1:]:
+            raise ConfigError(f"TWOFOLD_CPU_DTYPE must be one of {', '.join(DTYPES[1:])}, got {name!r}", field="dtype")
+    if name != "auto":
+        dtype: torch.dtype = getattr(torch, name)
         return dtype
     stored = model_config.get_text_config().dtype
     if isinstance(stored, str):
         stored = getattr(torch, stored)
     stored = stored or torch.float32
-    return torch.bfloat16 if device == "cuda" and stored == torch.float32 else stored
+    return torch.bfloat16 if stored == torch.float32 else stored
 
 
 def choose_max_model_len(config: EngineConfig, model_config: PretrainedConfig) -> int:

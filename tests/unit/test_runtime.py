@@ -5,12 +5,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from tiny_models import tiny_config
 
 from twofold import ConfigError
 from twofold.bench.report import environment
 from twofold.config import EngineConfig
-from twofold.machine import usable_cores
+from twofold.machine import computes_bfloat16, usable_cores
 from twofold.runtime import RANKS_PER_CORE, settle
 
 
@@ -32,7 +33,7 @@ def test_flash_attention_needs_cuda(folder: Path) -> None:
     ) as caught:
         settled(folder, device="cpu", attention_backend="flash_attn")
     assert caught.value.field == "attention_backend"
-    assert settled(folder, device="cpu").attention_backend == "sdpa"
+    assert settled(folder, device="cpu").attention_backend == "native"
 
 
 @pytest.mark.parametrize(
@@ -58,3 +59,37 @@ def test_a_machine_without_affinities_has_cores(folder: Path, monkeypatch: pytes
     assert environment()["hardware"]["cores"] == 6
     with pytest.raises(ConfigError, match=rf"at most {6 * RANKS_PER_CORE} on this machine \(6 cores\), got 25"):
         settled(folder, device="cpu", prefill_context_parallel_size=25)
+
+
+@pytest.mark.parametrize("stored", ["float32", "bfloat16", "float16"])
+@pytest.mark.parametrize("is_fast", [True, False])
+def test_the_type_on_a_cpu_is_what_it_computes_fast(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, stored: str, is_fast: bool
+) -> None:
+    monkeypatch.delenv("TWOFOLD_CPU_DTYPE")
+    monkeypatch.setattr("twofold.runtime.computes_bfloat16", lambda: is_fast)
+    config = tiny_config("llama")
+    config.dtype = getattr(torch, stored)
+    config.save_pretrained(folder)
+    assert settled(folder, device="cpu").dtype == (torch.bfloat16 if is_fast else torch.float32)
+    assert settled(folder, device="cpu", dtype="float16").dtype == torch.float16
+
+
+def test_the_environment_says_the_type_on_a_cpu(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert settled(folder, device="cpu").dtype == torch.float32  # as for all tests
+    monkeypatch.setenv("TWOFOLD_CPU_DTYPE", "int8")
+    with pytest.raises(ConfigError, match="TWOFOLD_CPU_DTYPE must be one of float32, bfloat16, float16, got 'int8'"):
+        settled(folder, device="cpu")
+
+
+def test_processors_that_multiply_bfloat16(tmp_path: Path) -> None:
+    cpuinfo = tmp_path / "cpuinfo"
+    assert not computes_bfloat16(cpuinfo)
+    for line, is_fast in (
+        ("flags\t\t: fpu avx512f avx512_bf16 amx_tile", True),
+        ("Features\t: fp asimd bf16", True),
+        ("flags\t\t: fpu avx2 avx512f", False),
+        ("model name\t: bf16", False),
+    ):
+        cpuinfo.write_text(f"processor\t: 0\n{line}\n")
+        assert computes_bfloat16(cpuinfo) == is_fast

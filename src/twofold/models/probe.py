@@ -6,7 +6,8 @@ and with other neighbours. The same runs show what each layer's attention comput
 """
 
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -226,6 +227,30 @@ def run(
     finally:
         _use_attention(body, ATTENTION_NAME)
     return hidden_states
+
+
+@contextmanager
+def in_float32(body: torch.nn.Module) -> Iterator[None]:
+    """Modules compute in float32 meanwhile. No more than one module's own weights are there in float32 at a time."""
+    kept: dict[torch.nn.Module, dict[str, torch.nn.Parameter | None]] = {}
+
+    def widen(module: torch.nn.Module, _: Any) -> None:
+        kept[module] = dict(module._parameters)
+        for name, parameter in kept[module].items():
+            if parameter is not None:
+                module._parameters[name] = torch.nn.Parameter(parameter.float(), requires_grad=False)
+
+    def narrow(module: torch.nn.Module, *_: Any) -> None:
+        module._parameters.update(kept.pop(module))
+
+    owners = [module for module in body.modules() if any(True for _ in module.parameters(recurse=False))]
+    hooks = [module.register_forward_pre_hook(widen) for module in owners]
+    hooks += [module.register_forward_hook(narrow, always_call=True) for module in owners]
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()
 
 
 _stand_ins = threading.local()  # of the run in this thread

@@ -54,6 +54,12 @@ def start_build() -> None:
     """Starts to compile the kernels, if they are not there."""
     if library().exists():
         return
+    if compiler() is None:
+        logger.warning(
+            "no C++ compiler was found (g++, c++ or CXX), so PyTorch's operations serve; with one, kernels "
+            "for this CPU are compiled once, and answers come sooner"
+        )
+        return
     try:
         library().parent.mkdir(parents=True, exist_ok=True)
         quiet = subprocess.DEVNULL
@@ -63,16 +69,19 @@ def start_build() -> None:
         logger.info("kernels for this CPU are not compiled: %s", error)
 
 
+def compiler() -> str | None:
+    return shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
+
+
 def build() -> bool:
     """Compiles the kernels → whether they are there. Others who compile them at the same time do no harm."""
-    compiler = shutil.which(os.environ.get("CXX") or "g++") or shutil.which("c++")
-    torch = find_spec("torch")
-    if compiler is None or torch is None or not torch.submodule_search_locations:
+    cxx, torch = compiler(), find_spec("torch")
+    if cxx is None or torch is None or not torch.submodule_search_locations:
         return False
     folder = Path(torch.submodule_search_locations[0])
     include, unfinished = folder / "include", library().with_suffix(f".{os.getpid()}")
     # Linked to PyTorch's libraries, so that its threads run our loops: two teams would wait for each other's cores.
-    command = [compiler, *FLAGS, f"-I{include}", f"-I{include}/torch/csrc/api/include", str(SOURCE)]
+    command = [cxx, *FLAGS, f"-I{include}", f"-I{include}/torch/csrc/api/include", str(SOURCE)]
     command += [f"-L{folder / 'lib'}", "-ltorch_cpu", "-o", str(unfinished)]
     try:
         done = subprocess.run(command, capture_output=True, stdin=subprocess.DEVNULL)
