@@ -192,6 +192,7 @@ class RankReport:
     sharded: ShardedRoom | None = None  # None where ranks cannot read each other's memory
     only_by_tokens: str | None = None  # why no step can run by heads; None if steps can
     seconds: dict[str, float] = field(default_factory=dict)  # start-up phase -> its time
+    memory_bytes: int | None = None  # of the machine, once it takes steps; of what processes share, its part
 
 
 @dataclass(frozen=True, slots=True)
@@ -209,6 +210,7 @@ class Allocated:
 
     seconds: dict[str, float]  # start-up phase -> its time
     step_costs: str | None = None  # JSON of `StepCosts`, the same from every rank, if they were wanted
+    memory_bytes: int | None = None  # as in `RankReport`; None where the system does not tell
 
 
 @dataclass(frozen=True, slots=True)

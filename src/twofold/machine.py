@@ -19,6 +19,15 @@ def threads_of_rank(num_ranks: int) -> int:
     return int(os.environ.get("OMP_NUM_THREADS") or 0) or max(1, usable_cores() // num_ranks)
 
 
+def memory_of_process() -> int | None:
+    """Bytes that this process takes; of pages that it shares, its part (PSS). None if the system does not tell."""
+    with suppress(OSError):
+        for line in Path("/proc/self/smaps_rollup").read_text().splitlines():
+            if line.startswith("Pss:"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
 def computes_bfloat16(cpuinfo: Path = Path("/proc/cpuinfo")) -> bool:
     """Whether this processor has instructions that multiply bfloat16."""
     with suppress(OSError):

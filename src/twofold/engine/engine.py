@@ -91,6 +91,9 @@ class LLMEngine:
             self.holdings = _holdings(self.runtime, executor.reports, self.is_sharded, num_blocks)  # for people
             logger.info("%s", self.holdings)
             self._choose_layouts(num_blocks)
+            sizes = [report.memory_bytes for report in executor.reports if report.memory_bytes is not None]
+            if sizes:
+                logger.info("ranks take %.2f GB of this machine's memory now, caches are empty", sum(sizes) / 1e9)
         except BaseException:
             executor.shutdown()
             raise

@@ -59,7 +59,8 @@ class ChannelExecutor(ABC):
         self._send(Allocate(num_blocks, is_sharded, times_layouts))
         answers = self._answers(Allocated, self._start_timeout)
         self.reports = [
-            replace(report, seconds=answer.seconds) for report, answer in zip(self.reports, answers, strict=True)
+            replace(report, seconds=answer.seconds, memory_bytes=answer.memory_bytes)
+            for report, answer in zip(self.reports, answers, strict=True)
         ]
         return answers[0].step_costs
 

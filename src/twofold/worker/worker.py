@@ -44,6 +44,7 @@ from twofold.errors import ModelError
 from twofold.kv import sharded
 from twofold.kv.cache import KVCache, bytes_per_block
 from twofold.kv.sharded import LayerShare, ShardedKVCache
+from twofold.machine import memory_of_process
 from twofold.models.decoder import DecoderModel
 from twofold.models.heads import divide, verify
 from twofold.models.holding import Holding, Take
@@ -256,7 +257,7 @@ class Rank:
         if message.times_layouts:
             with self.phase("costs"):
                 step_costs = self._trial.measure_costs().to_json()
-        return Allocated(self.seconds, step_costs)
+        return Allocated(self.seconds, step_costs, memory_of_process())
 
     def serve(self, channel: RankChannel) -> None:
         """Steps until the engine goes away (EOFError); the next is launched while one is in flight."""
