@@ -35,7 +35,7 @@ class Application:
         return [one for one in self._all() if "ServeReplica:default:TwofoldServer:" in _name(one)]
 
     def ranks(self) -> list[psutil.Process]:
-        return [one for one in self._all() if "twofold.worker.worker" in _name(one)]
+        return [one for one in self._all() if "twofold.worker" in _name(one)]
 
     def _all(self) -> list[psutil.Process]:
         return psutil.Process(self.process.pid).children(recursive=True)
