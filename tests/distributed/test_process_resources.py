@@ -17,7 +17,7 @@ from tiny_models import tiny_config, tiny_model
 
 from twofold import LLM, ModelError, SamplingParams
 from twofold.engine import engine as engine_module
-from twofold.executor.local import LocalExecutor
+from twofold.executor.local import KEPT_MEMORY, LocalExecutor
 
 ARGUMENTS: dict[str, Any] = {
     "dtype": "float32",
@@ -183,7 +183,7 @@ def test_recovery_goes_on_without_descriptors_and_processes(
 LOADING = """
 import sys
 from twofold import LLM
-from twofold.executor.local import LocalExecutor
+from twofold.executor.local import KEPT_MEMORY, LocalExecutor
 
 LocalExecutor.command = (sys.executable, "-c", "import re; re.match('(a*)*b', 'a' * 100)")
 LLM(sys.argv[1], prefill_context_parallel_size=2, skip_tokenizer_init=True)
@@ -255,3 +255,26 @@ def test_an_exit_without_shutdown_leaves_nothing(folder: Path, tmp_path: Path) -
     assert (done.returncode, done.stderr) == (0, "")
     assert not any(psutil.pid_exists(int(pid)) for pid in done.stdout.split())
     assert not list(tmp_path.glob("twofold*"))
+
+
+CACHE = """
+import psutil, torch
+from twofold.kv.cache import KVCache
+
+freed = [torch.empty(8 << 20, dtype=torch.uint8) for _ in range(20)]
+last = torch.empty(8 << 20, dtype=torch.uint8)
+del freed
+before = psutil.Process().memory_info().rss
+cache = KVCache([1 << 10], 1 << 10, 64, torch.bfloat16, torch.device("cpu"))
+print(psutil.Process().memory_info().rss - before, cache.stacks[0].nbytes, cache.stacks[0].any().item())
+"""
+
+
+def test_a_cache_takes_no_memory_before_it_is_written() -> None:
+    """Not even where a rank has freed as much before, and keeps it."""
+    done = subprocess.run(
+        [sys.executable, "-c", CACHE], env=os.environ | KEPT_MEMORY, capture_output=True, text=True, check=True
+    )
+    taken, size, has_numbers = done.stdout.split()
+    assert int(taken) < int(size) / 10
+    assert has_numbers == "False"

@@ -4,11 +4,12 @@ A *slot* is a token's place: slot s lies in block s // block_size. The cache doe
 """
 
 import copy
+import mmap
 from collections.abc import Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Self
 
-import numpy as np
 import torch
 
 
@@ -93,5 +94,8 @@ def copy_blocks(kv_cache: torch.Tensor, sources: torch.Tensor, out: torch.Tensor
 def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
     if device.type != "cpu":
         return torch.zeros(size, dtype=dtype, device=device)
-    # The system's own zeros: memory is taken when it is first written.
-    return torch.from_numpy(np.zeros(size * dtype.itemsize, np.uint8)).view(dtype)
+    # The system's own zeros: memory is taken when it is first written. An allocator would clear what was freed before.
+    memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE)
+    with suppress(OSError):  # a system without them
+        memory.madvise(mmap.MADV_HUGEPAGE)
+    return torch.frombuffer(memory, dtype=dtype)
