@@ -25,6 +25,7 @@ def test_a_script_finds_what_it_imports(path: Path, monkeypatch: pytest.MonkeyPa
     if path.name in NEEDS_TRITON:
         pytest.importorskip("triton")
     monkeypatch.setattr(sys, "path", [str(path.parent), *sys.path])
+    monkeypatch.delitem(sys.modules, "server_common", raising=False)  # it adds to the path, as in a process of its own
     spec = importlib.util.spec_from_file_location(f"script_{path.stem}", path)
     assert spec is not None
     assert spec.loader is not None
