@@ -96,6 +96,6 @@ def _zeros(size: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
         return torch.zeros(size, dtype=dtype, device=device)
     # The system's own zeros: memory is taken when it is first written. An allocator would clear what was freed before.
     memory = mmap.mmap(-1, size * dtype.itemsize, flags=mmap.MAP_PRIVATE)
-    with suppress(OSError):  # a system without them
+    with suppress(AttributeError, OSError):  # a system without them, or Python's build for one
         memory.madvise(mmap.MADV_HUGEPAGE)
     return torch.frombuffer(memory, dtype=dtype)
