@@ -11,10 +11,11 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 import psutil
 
@@ -38,8 +39,17 @@ SETTINGS = {
 class Machines:
     """Machine 0 has Ray's head, and tests run there (`inside`). `addresses` are those of the machines now."""
 
-    def __init__(self, name: str = "twofold", *, with_namespaces: bool | None = None, mtu: int = 9000) -> None:
-        self.name, self.mtu = name, mtu
+    def __init__(
+        self,
+        name: str = "twofold",
+        *,
+        with_namespaces: bool | None = None,
+        mtu: int = 9000,
+        flags: Sequence[str] = ("--num-cpus=1",),
+        own: Sequence[Mapping[str, str]] = ({}, {}),
+    ) -> None:
+        """`flags` of `ray start` say how many ranks there is a place for; `own` is each machine's own environment."""
+        self.name, self.mtu, self.flags, self.own = name, mtu, flags, own
         self.has_link = can_make_namespaces() if with_namespaces is None else with_namespaces
         self.addresses = ["10.91.0.1", "10.91.0.2"] if self.has_link else ["127.0.0.2", "127.0.0.3"]
         self.folder = Path(tempfile.mkdtemp(prefix="tfray", dir="/tmp"))  # Ray's sockets need a short path
@@ -67,16 +77,17 @@ class Machines:
             self.start_node(i)
 
     def start_node(self, machine: int) -> None:
-        """Starts Ray there, with a place for one rank."""
+        """Starts Ray there."""
         flags = ["--head", f"--port={PORT}", "--include-dashboard=false", f"--temp-dir={self.folder}"]
         flags = [f"--address={self.ray_address}"] if machine else flags
         # Else Ray takes a head at this address for the one before, though that is in another namespace.
         (self.folder / "ray_current_cluster").unlink(missing_ok=True)
-        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *flags, "--num-cpus=1"]
+        ray = [sys.executable, "-m", "ray.scripts.scripts", "start", *flags, *self.flags]
         ray += [f"--node-ip-address={self.addresses[machine]}", "--object-store-memory=80000000"]
+        environment = {**self.environment, **self.own[machine], MARK: self._mark(machine)}
         for tries_left in reversed(range(3)):  # Ray gives a node up that takes long to start
             try:
-                run(*self.enter(machine), *ray, environment=self.environment | {MARK: self._mark(machine)})
+                run(*self.enter(machine), *ray, environment=environment)
                 return
             except AssertionError:
                 if not tries_left:
@@ -163,8 +174,8 @@ class Machines:
 
 
 @contextmanager
-def two_machines(name: str = "twofold", **options: bool | int) -> Iterator[Machines]:
-    machines = Machines(name, **options)  # type: ignore[arg-type]
+def two_machines(name: str = "twofold", **options: Any) -> Iterator[Machines]:
+    machines = Machines(name, **options)
     try:
         machines.start()
         yield machines
