@@ -42,8 +42,7 @@ from twofold.planning.shape import ModelShape
 from twofold.planning.times import Setup, TimeModel
 
 LINK_DOWN_SECONDS = 5.0
-NUM_TOKENS = 32  # of each stream
-NUM_TOKENS_HEAD = 200  # Ray's nodes outlive their head by some seconds
+NUM_TOKENS = {"raylet": 100, "head": 200}  # of each stream, else 32: these faults end ranks some seconds later
 
 
 def start(args: argparse.Namespace, num_ranks: int = 2, backend: str = "ray") -> LLM:
@@ -182,13 +181,13 @@ def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
     if args.output_json and args.output_json.exists():
         record = json.loads(args.output_json.read_text())
     each = record.get(args.fault, {}).get("each", [])
-    num_trials = len(each) + args.trials
+    num_trials, end = len(each) + args.trials, time.monotonic() + args.seconds
     with start(args) as llm:
-        num_tokens = NUM_TOKENS_HEAD if args.fault == "head" else NUM_TOKENS
+        num_tokens = NUM_TOKENS.get(args.fault, 32)
         expected, seconds = stream(llm, num_tokens, 0, lambda: None)
-        while len(each) < num_trials:
+        while len(each) < num_trials and time.monotonic() < end:
             rng, restarts = random.Random(f"{args.fault} {len(each)}"), llm.engine.stats.num_restarts
-            due = rng.randrange(NUM_TOKENS * len(expected) * 3 // 4)
+            due = rng.randrange(32 * len(expected) * 3 // 4)
             found, took = stream(llm, num_tokens, due, partial(FAULTS[args.fault], machines, rng))
             num_restarts = llm.engine.stats.num_restarts - restarts
             one = {
@@ -196,6 +195,7 @@ def faults(args: argparse.Namespace, machines: Machines) -> dict[str, Any]:
                 "tokens before": due,
                 "seconds": round(took - seconds, 1),
                 "new ranks": num_restarts,
+                "commit": environment()["commit"],
             }
             print(len(each), one, file=sys.stderr, flush=True)
             each.append(one)
@@ -286,6 +286,7 @@ def main() -> None:
     parser.add_argument("--mtu", type=int, default=9000)
     parser.add_argument("--fault", choices=FAULTS, default="rank")
     parser.add_argument("--trials", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=1e6, help="after which no trial begins")
     parser.add_argument("--output-json", type=Path)
     args = parser.parse_args()
     measure = {"answers": compare_answers, "traffic": traffic, "ttft": ttft, "faults": faults}[args.what]
