@@ -1,8 +1,7 @@
-"""Answer random JSON schemas, and check every whole answer with jsonschema; then time steps with and without a form.
+"""Answer random JSON schemas, and check every whole answer with jsonschema.
 
     python benchmarks/json_schemas.py --model demo -pcp 2 --part alone --output-json F     one request at a time
     python benchmarks/json_schemas.py --model demo -pcp 2 --part together --output-json F  32 at once; ranks are killed
-    python benchmarks/json_schemas.py --model demo --part steps --output-json F            cost a step at batch 32
 
 Parts of one file are kept beside each other, so each can be run by itself (`--first`, `--count`: some of the schemas).
 The temperature is 1. Every string, array, object and number that a schema allows has an end, since a model may write
@@ -16,7 +15,6 @@ import os
 import random
 import re
 import signal
-import statistics
 import time
 import uuid
 from collections import Counter
@@ -33,7 +31,7 @@ from twofold.config import EngineConfig
 from twofold.engine.drive import Drive
 from twofold.flags import add_engine_arguments, chosen
 from twofold.outputs import RequestOutput
-from twofold.sampling_params import RequestOutputKind, SamplingParams, StructuredOutputsParams
+from twofold.sampling_params import SamplingParams, StructuredOutputsParams
 
 CLOCK = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"  # of RFC 3339
 CHECKER = jsonschema.FormatChecker(formats=())
@@ -41,36 +39,24 @@ AT_ONCE, KILL_EVERY = 32, 200
 NAMES = ("name", "id", "title", "price", "tags", "Straße", "is_open", "address", "a b", "x")
 PATTERNS = ("^[a-z]{2,6}$", "^[A-Z][a-z]+(-[0-9]{1,3})?$", "^(red|green|blue)$", "^\\d{4}-\\d{2}$")
 FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "email")
-FOREVER = {"type": "array", "minItems": 100_000, "items": {"type": "object", "properties": {"a": {"type": "string"}}}}
-STEP_FORMS: dict[str, dict[str, Any]] = {  # what requests of a timed step ask for
-    "free": {},
-    "json": {"structured_outputs": StructuredOutputsParams(json=FOREVER)},
-    "regex": {"structured_outputs": StructuredOutputsParams(regex="([A-Za-z]+[ ,])+!")},
-    "bad_words": {"bad_words": ["the", "New York"]},
-    "logit_bias": {"logit_bias": dict.fromkeys(range(100), -5.0)},
-}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_engine_arguments(parser)
-    parser.add_argument("--part", choices=("alone", "together", "steps"), required=True)
+    parser.add_argument("--part", choices=("alone", "together"), required=True)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=200)
     parser.add_argument("--max-tokens", type=int, default=2000, help="of an answer")
-    parser.add_argument("--num-steps", type=int, default=64, help="of which the median is taken")
     parser.add_argument("--output-json", type=Path)
     args = parser.parse_args()
     arguments = chosen(args, EngineConfig)
     arguments.setdefault("max_model_len", args.max_tokens + 128)
     arguments.setdefault("max_num_seqs", AT_ONCE)
     with LLM(**arguments) as llm:
-        if args.part == "steps":
-            result = time_steps(llm, args.num_steps)
-        else:
-            schemas = [make_schema(random.Random(seed)) for seed in range(args.first, args.first + args.count)]
-            result = check_answers(llm, schemas, AT_ONCE if args.part == "together" else 1, args.max_tokens)
-        name = args.part if args.part == "steps" else f"{args.part} {args.first}-{args.first + args.count - 1}"
+        schemas = [make_schema(random.Random(seed)) for seed in range(args.first, args.first + args.count)]
+        result = check_answers(llm, schemas, AT_ONCE if args.part == "together" else 1, args.max_tokens)
+        name = f"{args.part} {args.first}-{args.first + args.count - 1}"
         result |= {"settings": describe(llm.engine), "environment": environment()}
     print(json.dumps({name: result}, indent=1))
     if args.output_json:
@@ -228,42 +214,6 @@ def fault_of(text: str, schema: dict[str, Any]) -> str | None:
     except (jsonschema.ValidationError, json.JSONDecodeError) as error:
         return str(error).splitlines()[0]
     return None
-
-
-def time_steps(llm: LLM, num_steps: int) -> dict[str, Any]:
-    """Milliseconds of a decode step at batch 32, by what its requests ask for; and of making its masks."""
-    engine = llm.engine
-    masks_ms: list[float] = []
-    make = engine.masks.make
-
-    def timed(*args: Any) -> Any:
-        begin = time.perf_counter()
-        masks = make(*args)
-        masks_ms.append((time.perf_counter() - begin) * 1e3)
-        return masks
-
-    engine.masks.make = timed  # type: ignore[method-assign]
-    result: dict[str, Any] = {"batch": AT_ONCE, "vocab_size": engine.vocab_size}
-    for name in [*STEP_FORMS, "free again"]:
-        masks_ms.clear()
-        times = []
-        with Drive(engine, output_kind=RequestOutputKind.DELTA, recover=False) as drive:
-            for number in range(AT_ONCE):
-                params = SamplingParams(
-                    max_tokens=num_steps + 8, seed=number, ignore_eos=True, **STEP_FORMS.get(name, {})
-                )
-                drive.add(f"{number}", f"The city number {number} is", params)
-            end = time.perf_counter()
-            for outputs in drive:
-                begin, end = end, time.perf_counter()
-                if len(outputs) == AT_ONCE:
-                    times.append((end - begin) * 1e3)
-        result[name] = {"ms_per_step": round(statistics.median(times[2:-2]), 3)}
-        if masks_ms:
-            ordered = sorted(masks_ms[2:])
-            result[name]["masks_ms"] = {"median": round(statistics.median(ordered), 3), "most": round(ordered[-1], 3)}
-        print(name, result[name], flush=True)
-    return result
 
 
 if __name__ == "__main__":
