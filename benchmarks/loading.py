@@ -6,7 +6,7 @@
 Without a model it writes one of random numbers, as several safetensors files and as a GGUF file (Q8_0). Of each rank,
 looked at every few milliseconds: host memory of its own (anonymous), and shared with the other ranks. Pages of files
 that are read are the kernel's to drop, so they are told apart. On GPUs also the most memory of each GPU that was in
-use, of all programs.
+use, of all programs; ranks share the only GPU of a machine that has one.
 """
 
 import argparse
@@ -22,6 +22,7 @@ import gguf
 import numpy as np
 import psutil
 import torch
+from shared_gpu import enough_gpus, in_use
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from twofold import LLM
@@ -52,9 +53,8 @@ class Watch(threading.Thread):
                     if name in KINDS:
                         kinds = self.most[child.pid]
                         kinds[KINDS[name]] = max(kinds[KINDS[name]], int(value.split()[0]) << 10)
-            for device in range(torch.cuda.device_count()):
-                free, total = torch.cuda.mem_get_info(device)
-                self.device[device] = max(self.device[device], total - free)
+            for device, num_bytes in enumerate(in_use()):
+                self.device[device] = max(self.device[device], num_bytes)
 
     def end(self) -> None:
         self._ends.set()
@@ -117,10 +117,14 @@ def measure(model: str, weights: str, num_ranks: int, arguments: dict[str, Any])
     watch = Watch()
     watch.start()
     start = time.perf_counter()
-    with LLM(
-        model, weights=weights, prefill_context_parallel_size=num_ranks, skip_tokenizer_init=True, max_model_len=1024,
-        step_layout="heads", kv_cache_memory_bytes=1 << 28, **arguments,
-    ) as llm:  # fmt: skip
+    with (
+        enough_gpus(num_ranks) as more,
+        LLM(
+            model, weights=weights, prefill_context_parallel_size=num_ranks, skip_tokenizer_init=True,
+            max_model_len=1024, step_layout="heads", kv_cache_memory_bytes=1 << 28, max_num_batched_tokens=2048,
+            enforce_eager=True, **arguments, **more,
+        ) as llm,
+    ):  # fmt: skip
         seconds = time.perf_counter() - start
         executor: Any = llm.engine.executor
         pids, reports = executor.pids, llm.engine.reports

@@ -17,7 +17,7 @@ from twofold.launch import start_engine
 
 ROOT = Path(__file__).parents[2]
 SCRIPTS = sorted([*(ROOT / "examples").glob("*.py"), *(ROOT / "benchmarks").glob("*.py")])
-NEEDS_TRITON = {"gpu_kernels.py", "few_row_linear.py"}
+NEEDS_TRITON = {"gpu_kernels.py", "few_row_linear.py", "expert_linear.py"}
 
 
 @pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
