@@ -19,6 +19,7 @@ from harness import reference_continuation
 from tiny_models import VOCAB_SIZE, tiny_config, tiny_model
 
 from twofold import LLM, SamplingParams
+from twofold.executor.local import KEPT_MEMORY
 from twofold.executor.ray import RayExecutor
 
 ARGUMENTS: dict[str, Any] = {
@@ -117,6 +118,7 @@ def check_ranks(llm: LLM, machines: Machines, family: str) -> None:
     assert isinstance(executor, RayExecutor)
     assert executor.runtime.num_nodes == 2
     assert num_ranks(machines) == [1, 1]
+    assert machines.ranks(1)[0].environ().items() >= KEPT_MEMORY.items()
     outputs = llm.generate([{"prompt_token_ids": prompt} for prompt in PROMPTS], params, use_tqdm=False)
     check_answers([output.outputs[0].token_ids for output in outputs], family)
     assert llm.engine.is_idle

@@ -22,7 +22,7 @@ from twofold import processes
 from twofold.contract import SharedFiles
 from twofold.executor.channels import LOOK_SECONDS
 from twofold.executor.links import CHANNEL, LINK, connect, has_gone, send_exit_code
-from twofold.executor.local import LOOKS_STOPPED
+from twofold.executor.local import KEPT_MEMORY, LOOKS_STOPPED
 from twofold.executor.places import Place, StartRanks
 from twofold.native.build import start_build
 
@@ -73,7 +73,7 @@ class RankPlace:
             own = {name: os.environ[name] for name in OWN if name in os.environ}
             process, lifeline = processes.start(
                 [*self.command, str(channel.fileno())],
-                environment=order.environment[rank] | own,
+                environment=order.environment[rank] | KEPT_MEMORY | own,
                 pass_fds=[channel.fileno(), *files, *([] if listener is None else [listener])],
                 stdin=subprocess.DEVNULL,
             )
