@@ -61,7 +61,7 @@ async def read(application: Application, number: int, begun: asyncio.Event) -> s
 
 
 def lose_a_replica(application: Application) -> tuple[list[str], float]:
-    """→ how each of six streams ended, and seconds until there were two replicas again."""
+    """→ how each of six streams ended, and seconds until two replicas answered again."""
     victim = application.replicas()[0]
 
     async def run() -> list[str]:
@@ -73,8 +73,21 @@ def lose_a_replica(application: Application) -> tuple[list[str], float]:
         return await asyncio.gather(*tasks)
 
     ends, start = asyncio.run(run()), time.monotonic()
-    wait_until(lambda: len(application.ranks()) == 2, 120)
+    wait_until(lambda: both_answer(application), 120)
     return ends, time.monotonic() - start
+
+
+def both_answer(application: Application) -> bool:
+    """Whether two replicas' ranks compute when eight requests come at once."""
+
+    async def ask() -> None:
+        async with application.async_client() as client:
+            asked: Any = {"model": "tiny", "prompt": "one", "max_tokens": 100, "extra_body": {"ignore_eos": True}}
+            await asyncio.gather(*(client.completions.create(**asked) for _ in range(8)))
+
+    before = {rank: sum(rank.cpu_times()[:2]) for rank in application.ranks()}
+    asyncio.run(ask())
+    return sum(sum(rank.cpu_times()[:2]) > seconds + 0.03 for rank, seconds in before.items()) == 2
 
 
 def answer(application: Application) -> str:
@@ -85,6 +98,7 @@ def answer(application: Application) -> str:
 
 def kills(model: Path, trials: int) -> dict[str, Any]:
     with run_application(config(model, {"num_replicas": 2})) as application:
+        wait_until(lambda: both_answer(application))
         expected, rows, limit = answer(application), [], time.monotonic() + MOST_SECONDS
         for _ in range(trials):
             if time.monotonic() > limit:
