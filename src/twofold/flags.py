@@ -63,7 +63,7 @@ ENGINE_HELP = {
     "gpu_memory_utilization": "share of a GPU's memory that may be used",
     "enable_prefix_caching": "reuse the KV entries of earlier prompts that begin with the same tokens",
     "tokenizer": "directory or hub name of another tokenizer than the model's",
-    "tokenizer_mode": "who makes prompts of conversations offline: the chat template (auto, hf), or mistral-common: "
+    "tokenizer_mode": "who makes prompts of conversations: the chat template (auto, hf), or mistral-common: "
     + _one_of(TOKENIZER_MODES),
     "revision": "branch, tag or commit of a model on the hub",
     "tokenizer_revision": "the same for the tokenizer (default: that of --revision)",

@@ -20,6 +20,7 @@ from twofold.launch import start_engine
 from twofold.llm_engine import LLMEngine
 from twofold.metrics import Metric
 from twofold.models.mistral_chat import MistralChat
+from twofold.models.source import tokenizer_place
 from twofold.outputs import BeamSearchOutput, RequestOutput
 from twofold.sampling_params import BeamSearchParams, SamplingParams
 
@@ -166,7 +167,7 @@ class LLM:
                 raise RequestError(message, field="chat_template")
             with self._lock:
                 token_ids = self._mistral_chat.encode(
-                    given,
+                    for_template(given, "", "string"),
                     tools,
                     add_generation_prompt=add_generation_prompt,
                     continue_final_message=continue_final_message,
@@ -220,7 +221,8 @@ class LLM:
 
     @cached_property
     def _mistral_chat(self) -> MistralChat:
-        return MistralChat(self.engine.runtime.engine, self.engine.runtime.source)
+        config = self.engine.runtime.engine
+        return MistralChat(tokenizer_place(config.tokenizer, self.engine.runtime.source, config.tokenizer_revision))
 
     @property
     def llm_engine(self) -> LLMEngine:
@@ -245,10 +247,7 @@ class LLM:
             return self.engine.reset_prefix_cache()
 
     def start_profile(self, profile_prefix: str | None = None) -> None:
-        """Starts timing the kernels of every rank's GPU. Nothing is timed on a CPU.
-
-        profile_prefix: vLLM's, for the names of trace files. There are none.
-        """
+        """As `LLMEngine.start_profile`."""
         with self._lock:
             self.llm_engine.start_profile()
 

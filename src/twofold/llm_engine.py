@@ -67,9 +67,13 @@ class LLMEngine:
     def get_num_unfinished_requests(self) -> int:
         return len(self.engine.outputs.user_requests)
 
-    def get_tokenizer(self) -> "PreTrainedTokenizerBase | None":
+    @property
+    def tokenizer(self) -> "PreTrainedTokenizerBase | None":
         """None with `skip_tokenizer_init`."""
         return self.engine.tokenizer
+
+    def get_tokenizer(self) -> "PreTrainedTokenizerBase | None":
+        return self.tokenizer
 
     def get_metrics(self) -> list[Metric]:
         return read_metrics(self.engine.snapshot(), self.engine.runtime.engine.model)
@@ -89,8 +93,11 @@ class LLMEngine:
             )
         return self.engine.reset_prefix_cache()
 
-    def start_profile(self) -> None:
-        """Starts timing the kernels of every rank's GPU. Nothing is timed on a CPU."""
+    def start_profile(self, profile_prefix: str | None = None) -> None:
+        """Starts timing the kernels of every rank's GPU. Nothing is timed on a CPU.
+
+        profile_prefix: vLLM's, for the names of trace files. There are none.
+        """
         self.engine.profile(True)
 
     def stop_profile(self) -> list[Breakdown | None]:

@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import re
+import signal
 from argparse import ArgumentParser
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 from transformers import AutoConfig, PreTrainedModel
 
 from twofold import LLM, AsyncEngineArgs, AsyncLLM, EngineArgs, LLMEngine, RequestError, SamplingParams
+from twofold.errors import EngineError
 from twofold.metrics import Counter, Gauge, Histogram, Vector
 from twofold.sampling_params import RequestOutputKind, StructuredOutputsParams
 
@@ -228,12 +231,41 @@ def test_async_llm(tiny: dict[str, Any]) -> None:
         answers = engine.generate(PROMPTS[0], SamplingParams(max_tokens=200, ignore_eos=True), "left")
         async for _ in answers:
             break
+        assert not await engine.reset_prefix_cache()
+        with pytest.raises(RequestError, match="reset_running_requests=True is not supported while requests run"):
+            await engine.reset_prefix_cache(reset_running_requests=True)
+        assert engine.get_num_unfinished_requests() == 1
         await answers.aclose()  # type: ignore[attr-defined]
+        await engine.wait_for_requests_to_drain(drain_timeout=10)
+        while not await engine.reset_prefix_cache():  # blocks are free after the step under way
+            await asyncio.sleep(0.01)
+        await engine.start_profile()
+        assert await engine.stop_profile() == [None]
+        assert engine.tokenizer is engine.get_tokenizer()
         wrong = SamplingParams()
         wrong.temperature = -1
         with pytest.raises(RequestError, match="temperature"):
             await anext(engine.generate("Hi", wrong, "wrong"))
+        assert not engine.errored
         engine.shutdown()
+        assert engine.errored
         assert not engine.is_running
+        assert "make a new one" in str(engine.dead_error)
+
+    asyncio.run(run())
+
+
+def test_async_llm_before_its_first_request(tiny: dict[str, Any]) -> None:
+    """A cache is reset before anything was asked, and a rank that ends during a profile is replaced."""
+
+    async def run() -> None:
+        engine = AsyncLLM.from_engine_args(AsyncEngineArgs(**tiny))
+        assert await engine.reset_prefix_cache()
+        os.kill(engine._sync.engine.executor.pids[0], signal.SIGKILL)  # type: ignore[attr-defined]
+        with pytest.raises(EngineError, match="rank 0"):
+            await engine.stop_profile()
+        answers = [one async for one in engine.generate("Hi", SamplingParams(max_tokens=2, ignore_eos=True), "0")]
+        assert len(answers[-1].outputs[0].token_ids) == 2
+        engine.shutdown()
 
     asyncio.run(run())

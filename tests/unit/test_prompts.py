@@ -235,7 +235,7 @@ def test_mistrals_own_library_makes_prompts_if_it_is_asked(monkeypatch: pytest.M
     chat = [{"role": "user", "content": [{"type": "text", "text": "Hi"}]}]
     tools = [{"type": "function", "function": {"name": "f"}}]
     assert llm.chat_prompt(chat, tools=tools) == {"prompt": "text of [3, 4]", "prompt_token_ids": [3, 4]}
-    assert seen[0][0] == chat
+    assert seen[0][0] == [{"role": "user", "content": "Hi"}]
     assert seen[0][1]["tools"] == tools
     with pytest.raises(RequestError, match="mistral-common has no chat templates"):
         llm.chat_prompt(chat, chat_template="{{ messages }}")

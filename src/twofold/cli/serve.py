@@ -12,7 +12,6 @@ from argparse import ArgumentParser, Namespace
 from twofold.chat.answers import CHOICES, REASONING
 from twofold.chat.tool_formats import FORMATS
 from twofold.engine_args import EngineArgs
-from twofold.errors import ConfigError
 from twofold.flags import add_engine_arguments, add_fields, chosen
 from twofold.server.config import ServerConfig, bind, read_chat_template
 
@@ -49,13 +48,7 @@ def run(args: Namespace) -> int:
     if key := os.environ.get("TWOFOLD_API_KEY"):
         given.setdefault("api_key", [key])
     server, config = ServerConfig(**given), EngineArgs.from_cli_args(args)
-    if config.tokenizer_mode == "mistral":
-        raise ConfigError(
-            "tokenizer_mode='mistral' is for LLM.chat; the server makes prompts by a chat template: leave it out, and "
-            "give --chat-template FILE if the model has none",
-            field="tokenizer_mode",
-        )
-    read_chat_template(server)
+    read_chat_template(server, config)
     if not server.api_key and server.host not in ("127.0.0.1", "::1", "localhost"):
         print(f"warning: no --api-key: everyone who reaches {server.host}:{server.port} can use it", file=sys.stderr)
     with bind(server) as listener:

@@ -18,12 +18,12 @@ import queue
 import threading
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from functools import partial
 from itertools import count
-from typing import Any
+from typing import Any, TypeVar
 
 from twofold.engine.detokenizer import token_bytes
 from twofold.engine.engine import LLMEngine
@@ -37,6 +37,7 @@ CHECK_SECONDS = 1.0  # between looks at idle ranks
 STOP_SECONDS = 2.0  # wait for a thread that is starting new ranks; they end with this process anyway
 
 logger = logging.getLogger(__name__)
+Result = TypeVar("Result")
 
 
 class State(StrEnum):
@@ -309,23 +310,28 @@ class AsyncEngine:
                 f"{self.num_waiting_tokens} prompt tokens wait; with {num_tokens} more it would be more than {limit}"
             )
 
-    async def reset_prefix_cache(self) -> bool:
-        """Forgets all cached prefixes → False, and nothing changes, while a request is under way.
+    async def in_engine_thread(self, function: Callable[[], Result]) -> Result:
+        """Runs a function that uses the engine, between two steps.
 
         Raises:
+            EngineError: ranks were lost meanwhile; new ones are started.
             UnavailableError: as `submit`.
         """
-        done: asyncio.Future[bool] = self._loop.create_future()
+        done: Future[Result] = Future()
 
-        def tell(is_reset: bool) -> None:
-            if not done.done():  # nobody waits any more
-                done.set_result(is_reset)
+        def run() -> None:
+            if done.set_running_or_notify_cancel():
+                try:
+                    done.set_result(function())
+                except Exception as error:
+                    done.set_exception(error)
 
-        self._inbox.put(lambda: self._in_loop(tell, self.engine.reset_prefix_cache()))
-        while not done.done():
+        self._inbox.put(run)
+        waited = asyncio.wrap_future(done)
+        while not waited.done():
             self.check()
-            await asyncio.wait([done], timeout=CHECK_SECONDS)
-        return done.result()
+            await asyncio.wait([waited], timeout=CHECK_SECONDS)
+        return waited.result()
 
     async def in_tokenizer_thread(self, function: Callable[..., Any], *args: Any) -> Any:
         """Runs a function that uses `tokenizer`, one at a time."""

@@ -4,9 +4,8 @@ import importlib.util
 from collections.abc import Sequence
 from typing import Any
 
-from twofold.config import EngineConfig, ModelSource
+from twofold.config import ModelSource
 from twofold.errors import ConfigError, ModelError, RequestError
-from twofold.models.source import tokenizer_place
 
 
 def check_installed() -> None:
@@ -26,16 +25,20 @@ class MistralChat:
         ModelError: the model has none.
     """
 
-    def __init__(self, config: EngineConfig, source: ModelSource) -> None:
+    def __init__(self, place: ModelSource) -> None:
         from transformers.tokenization_mistral_common import MistralCommonBackend
 
-        place = tokenizer_place(config.tokenizer, source, config.tokenizer_revision)
         try:
             self._backend = MistralCommonBackend.from_pretrained(place.path, **place.place)
         except Exception as error:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
             message = f"mistral-common cannot read a tokenizer from {place.path!r}: {reason}"
             raise ModelError(message, field="tokenizer_mode") from error
+
+    @property
+    def _knows_effort(self) -> bool:
+        inner = getattr(getattr(self._backend, "tokenizer", None), "instruct_tokenizer", None)
+        return bool(getattr(getattr(getattr(inner, "tokenizer", None), "version", None), "supports_model_settings", 0))
 
     def encode(
         self,
@@ -44,9 +47,15 @@ class MistralChat:
         *,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        reasoning_effort: str | None = None,
         **variables: Any,
     ) -> list[int]:
-        """→ the token ids of a conversation; raises RequestError where mistral-common refuses it."""
+        """→ the token ids of a conversation; raises RequestError where mistral-common refuses it.
+
+        reasoning_effort: left out where the model's tokenizer is too old to know it.
+        """
+        if reasoning_effort is not None and self._knows_effort:
+            variables["reasoning_effort"] = reasoning_effort
         try:
             token_ids: list[int] = self._backend.apply_chat_template(
                 list(messages),

@@ -65,7 +65,8 @@ class TwofoldServer:
 
     async def reset_prefix_cache(self) -> None:
         if self._service is not None:
-            await self._service.engine.reset_prefix_cache()
+            engine = self._service.engine
+            await engine.in_engine_thread(engine.engine.reset_prefix_cache)
 
     # Requests
 

@@ -21,7 +21,7 @@ from twofold.server import errors
 from twofold.server.answers import ChatWriter, CompletionWriter, Pieces, Writer
 from twofold.server.anthropic import CountRequest, MessagesRequest, MessagesWriter
 from twofold.server.bodies import BodyReader, BodyRoute
-from twofold.server.chat import ChatTemplate
+from twofold.server.chat import Template
 from twofold.server.errors import APIError
 from twofold.server.metrics import Metrics
 from twofold.server.middleware import ApiKey, BodyLimit, RequestId
@@ -37,7 +37,7 @@ def make_app(
     engine: AsyncEngine,
     metrics: Metrics,
     bodies: BodyReader,
-    template: ChatTemplate | None,
+    template: Template | None,
     *,
     model_names: Sequence[str],
     api_keys: Sequence[str],
@@ -74,7 +74,7 @@ class Routes:
     """One method for each route. `model_names` are all names of the one model; answers have the first by default."""
 
     def __init__(
-        self, engine: AsyncEngine, metrics: Metrics, template: ChatTemplate | None, model_names: Sequence[str]
+        self, engine: AsyncEngine, metrics: Metrics, template: Template | None, model_names: Sequence[str]
     ) -> None:
         self._engine, self._metrics, self._template, self._model_names = engine, metrics, template, model_names
         self._created = int(time.time())
@@ -233,10 +233,12 @@ class Routes:
         """→ token ids and text of the prompt."""
         self._tokenizer()
         assert self._template is not None
-        text = await self._template.render(chat, is_constrained=is_constrained)
-        if isinstance(text, int):
-            raise self._engine.too_long(text)
-        return await self._encode(text, add_special_tokens=False), text
+        prompt = await self._template.render(chat, is_constrained=is_constrained)
+        if isinstance(prompt, int):
+            raise self._engine.too_long(prompt)
+        if isinstance(prompt, str):
+            return await self._encode(prompt, add_special_tokens=False), prompt
+        return prompt, await self._engine.in_tokenizer_thread(self._tokenizer().decode, prompt)
 
     async def _encode(self, text: str, add_special_tokens: bool) -> list[int]:
         encode = partial(self._engine.encode, add_special_tokens=add_special_tokens)

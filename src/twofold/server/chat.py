@@ -5,7 +5,8 @@ A template is a program that came with the model, so a helper process renders it
 
 import inspect
 import re
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Protocol
 
 from transformers.utils.chat_template_utils import render_jinja_template
 
@@ -19,6 +20,16 @@ if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
 
 MAX_SECONDS = 5.0
+
+
+class Template(Protocol):
+    """What makes prompts of chats, and says how the model writes its answers."""
+
+    answers: AnswerFormat
+    close: Callable[[], None]
+
+    async def render(self, chat: Conversation, *, is_constrained: bool) -> str | list[int] | int:
+        """→ the text of the prompt, or its token ids; or its number of characters, if there are too many."""
 
 
 class ChatTemplate:

@@ -5,6 +5,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from twofold.chat.answers import check_parsers
+from twofold.config import EngineConfig
 from twofold.errors import ConfigError
 
 
@@ -46,7 +47,7 @@ class ServerConfig:
                 )
 
 
-def read_chat_template(config: ServerConfig) -> str | None:
+def read_chat_template(config: ServerConfig, engine: EngineConfig) -> str | None:
     """The text of the file that takes the place of the model's chat template.
 
     Raises:
@@ -54,6 +55,9 @@ def read_chat_template(config: ServerConfig) -> str | None:
     """
     if config.chat_template is None:
         return None
+    if engine.tokenizer_mode == "mistral":
+        message = "mistral-common has no chat templates; leave out chat_template, or tokenizer_mode='mistral'"
+        raise ConfigError(message, field="chat_template")
     try:
         return Path(config.chat_template).read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:

@@ -7,9 +7,10 @@ from fastapi import FastAPI
 
 from twofold.engine.async_engine import AsyncEngine
 from twofold.engine.engine import LLMEngine
+from twofold.models.source import tokenizer_place
 from twofold.server.app import make_app
 from twofold.server.bodies import BodyReader
-from twofold.server.chat import ChatTemplate
+from twofold.server.chat import ChatTemplate, Template
 from twofold.server.config import ServerConfig, public_name, read_chat_template
 from twofold.server.metrics import Metrics
 
@@ -20,7 +21,7 @@ class Service:
 
     app: FastAPI
     engine: AsyncEngine
-    helpers: Sequence[BodyReader | ChatTemplate]  # processes that read requests, until they are closed
+    helpers: Sequence[BodyReader | Template]  # processes that read requests, until they are closed
 
     def close_helpers(self) -> None:
         for helper in self.helpers:
@@ -40,10 +41,15 @@ def make_service(config: ServerConfig, engine: LLMEngine) -> Service:
     )
     metrics.watch(async_engine)
     bodies = BodyReader()
-    template = None
-    if engine.tokenizer is not None:
-        own = read_chat_template(config)
-        parsers = (config.tool_call_parser, config.reasoning_parser)
+    template: Template | None = None
+    own = read_chat_template(config, runtime.engine)
+    parsers = (config.tool_call_parser, config.reasoning_parser)
+    if engine.tokenizer is not None and runtime.engine.tokenizer_mode == "mistral":
+        from twofold.server.mistral import MistralPrompts
+
+        place = tokenizer_place(runtime.engine.tokenizer, runtime.source, runtime.engine.tokenizer_revision)
+        template = MistralPrompts(engine.tokenizer, async_engine.max_chars, place, *parsers)
+    elif engine.tokenizer is not None:
         template = ChatTemplate(engine.tokenizer, async_engine.max_chars, own, *parsers)
     app = make_app(
         async_engine,
