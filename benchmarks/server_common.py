@@ -31,6 +31,7 @@ __all__ = [
     "memory_mib",
     "percentile",
     "requests",
+    "save_tiny_model",
     "serve",
     "start",
     "stream",
