@@ -2,8 +2,8 @@
 
     python benchmarks/clients.py --model tiny -pcp 2 --python /path/to/python --output-json F
 
-The tests have those that are light, in the environment of Twofold. Two are only here: instructor, which needs an older
-jiter than today's openai, and litellm, which brings 200 MB with boto3. The Python of the environment is given:
+The tests have the same clients in the environment of Twofold. There instructor runs without the older jiter and rich
+that it asks for; here it has them, and so an older openai. The Python of the environment is given:
 
     python -m venv E
     E/bin/pip install openai langchain-openai instructor litellm "pydantic-ai-slim[openai]" openai-agents

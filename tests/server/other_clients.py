@@ -6,6 +6,7 @@ Each runs in a process of its own: here as a test, and in an environment of its 
 """
 
 import asyncio
+import os
 import sys
 from typing import Annotated, Any
 
@@ -72,6 +73,7 @@ def try_instructor(url: str, name: str) -> None:
 
 
 def try_litellm(url: str, name: str) -> None:
+    os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # it would fetch prices
     import litellm
 
     schema = {"name": "get_weather", "parameters": Weather.model_json_schema()}

