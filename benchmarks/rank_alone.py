@@ -24,6 +24,7 @@ from unittest.mock import patch
 import numpy as np
 import torch
 from layouts import NUM_STEPS, add_arguments, read_arguments, title
+from shared_gpu import pretend
 
 from twofold.bench.report import environment, print_table
 from twofold.config import EngineConfig, RuntimeConfig
@@ -123,7 +124,7 @@ class AloneRank:
     def __init__(self, arguments: dict[str, Any], number: int) -> None:
         config = EngineConfig(**arguments, skip_tokenizer_init=True)
         size = config.prefill_context_parallel_size
-        with patch("torch.cuda.device_count", return_value=size * torch.cuda.is_available()):
+        with pretend(size):
             runtime, _ = settle(config)
         device = CUDA(0) if runtime.device == "cuda" else CPU()
         self.mesh, self.torch_device = AloneMesh(number, size), device.torch_device

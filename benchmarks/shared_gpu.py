@@ -2,8 +2,10 @@
 
 import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
+from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -17,11 +19,22 @@ def enough_gpus(num_ranks: int) -> Iterator[dict[str, str]]:
     if not NUM_GPUS:
         yield {}
         return
-    sys.path.insert(0, str(TESTS))
-    import one_gpu
-
-    with one_gpu.enough_gpus(num_ranks) as more:
+    with _one_gpu().enough_gpus(num_ranks) as more:
         yield more
+
+
+@contextmanager
+def pretend(num_gpus: int) -> Iterator[None]:
+    """Makes this process take its GPU for several, and leaves a CPU as it is."""
+    with _one_gpu().pretend(num_gpus) if NUM_GPUS else nullcontext():
+        yield
+
+
+def _one_gpu() -> Any:
+    """What tests do for ranks on one GPU."""
+    if str(TESTS) not in sys.path:
+        sys.path.insert(0, str(TESTS))
+    return import_module("one_gpu")
 
 
 def in_use() -> list[int]:

@@ -16,6 +16,8 @@ from twofold.executor.local import LocalExecutor
 from twofold.worker import worker
 from twofold.worker.device import CUDA
 
+MAX_NUM_BATCHED_TOKENS = 8192  # of engines that share it with other tests: the largest step takes memory of all
+
 
 def share_gpu() -> None:
     """To be called by a rank before it joins the others."""
@@ -33,8 +35,19 @@ def enough_gpus(num_ranks: int) -> Iterator[dict[str, str]]:
         yield {}
         return
     command = (sys.executable, __file__)
-    with patch.object(LocalExecutor, "command", command), patch("torch.cuda.device_count", return_value=num_ranks):
+    with patch.object(LocalExecutor, "command", command), pretend(num_ranks):
         yield {"exchange": "push"}
+
+
+@contextmanager
+def pretend(num_gpus: int) -> Iterator[None]:
+    """Makes this process take its GPU for several like it."""
+    like = torch.cuda.get_device_properties(0)
+    with (
+        patch("torch.cuda.device_count", return_value=num_gpus),
+        patch("torch.cuda.get_device_properties", return_value=like),
+    ):
+        yield
 
 
 if __name__ == "__main__":

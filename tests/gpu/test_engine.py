@@ -9,7 +9,7 @@ import torch
 from transformers import AutoModelForCausalLM, DeepseekV2Config, LlamaConfig, PreTrainedModel
 
 sys.path.insert(0, str(Path(__file__).parent))
-from one_gpu import enough_gpus
+from one_gpu import MAX_NUM_BATCHED_TOKENS, enough_gpus
 
 from twofold import LLM, SamplingParams
 
@@ -86,7 +86,7 @@ def engine(folder: Path, num_ranks: int, **arguments: object) -> LLM:
             skip_tokenizer_init=True,
             kv_cache_memory_bytes=1 << 30,  # others use the GPU at the same time
             max_num_seqs=32,
-            **arguments,
+            **{"max_num_batched_tokens": MAX_NUM_BATCHED_TOKENS} | arguments,
             **more,
         )
 

@@ -5,7 +5,7 @@ import torch
 
 pytestmark = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
 
-from twofold.models.transforms.few_row_linear import TUNINGS  # noqa: E402
+from twofold.models.transforms.few_row_linear import TUNINGS, Tuning  # noqa: E402
 
 SHAPES = [([2048], 4096), ([256, 128], 512), ([33], 192), ([48, 20, 7], 200), ([1000, 17], 7168)]  # outputs, inputs
 CLOSE = {"atol": 2e-2, "rtol": 2e-2}
@@ -32,13 +32,13 @@ def test_few_rows(outputs: list[int], inputs: int, dtype: torch.dtype) -> None:
             torch.testing.assert_close(ours, torch.nn.functional.linear(x, weight), **CLOSE)
 
 
-@pytest.mark.parametrize("tuning", [tuning for *_, tuning in TUNINGS])
-def test_every_tuning_gives_the_same_bits_again(tuning: object) -> None:
+@pytest.mark.parametrize("tuning", [tuning for *_, tuning in TUNINGS if tuning is not None])
+def test_every_tuning_gives_the_same_bits_again(tuning: Tuning) -> None:
     from twofold.models.transforms.few_row_kernels import launch
 
     for outputs, inputs in SHAPES:
-        x, weights = example(outputs, inputs, 3 if tuning.by_dot else 1, torch.bfloat16)  # type: ignore[attr-defined]
-        first, second = (launch(x, weights, tuning) for _ in range(2))  # type: ignore[arg-type]
+        x, weights = example(outputs, inputs, 3 if tuning.by_dot else 1, torch.bfloat16)
+        first, second = (launch(x, weights, tuning) for _ in range(2))
         for ours, again, weight in zip(first, second, weights, strict=True):
             assert torch.equal(ours, again)
             torch.testing.assert_close(ours, torch.nn.functional.linear(x, weight), **CLOSE)

@@ -12,8 +12,46 @@ import triton
 import triton.language as tl
 
 BLOCK_N, BLOCK_K = 64, 64  # of an expert's weight, that a program holds at once
-BLOCK_PAIRS = 16  # of an expert at once; for the next ones its weight is read again, from the cache
-NUM_WARPS, NUM_STAGES = 4, 4
+BLOCK_PAIRS = 16  # of an expert at once, or twice as many if it has more; for the next ones its weight is read again
+NUM_WARPS, NUM_STAGES, FEW_STAGES = 4, 6, 4
+FEW_FEATURES = 1024  # in fewer than these a program is done before more stages help
+
+
+@triton.jit  # type: ignore[untyped-decorator]
+def _multiply(
+    x: tl.tensor,
+    columns: tl.tensor,
+    out: tl.tensor,
+    every: tl.tensor,
+    mine: tl.tensor,
+    order: tl.tensor,
+    count: tl.tensor,
+    first: tl.tensor,
+    n: tl.tensor,
+    in_n: tl.tensor,
+    x_stride: tl.tensor,
+    in_stride: tl.tensor,
+    in_features: tl.constexpr,
+    out_features: tl.constexpr,
+    pairs_per_row: tl.constexpr,
+    block_pairs: tl.constexpr,
+    block_n: tl.constexpr,
+    block_k: tl.constexpr,
+) -> None:
+    """Of the expert's `count` pairs those from `first` on."""
+    wanted = first + tl.arange(0, block_pairs)
+    chosen = mine[None, :] & (order[None, :] == wanted[:, None])
+    pair = tl.sum(tl.where(chosen, every[None, :], 0), 1)
+    there = (wanted < count)[:, None]
+    rows = x + (pair // pairs_per_row)[:, None] * x_stride
+    total = tl.zeros([block_pairs, block_n], tl.float32)
+    for start in range(0, in_features, block_k):
+        k = start + tl.arange(0, block_k)
+        a = tl.load(rows + k[None, :], mask=there & (k < in_features)[None, :], other=0.0)
+        b = tl.load(columns + k[:, None] * in_stride, mask=(k < in_features)[:, None] & in_n[None, :], other=0.0)
+        total = tl.dot(a, b, total, input_precision="ieee")
+    stored = there & in_n[None, :]
+    tl.store(out + pair[:, None] * out_features + n[None, :], total.to(out.dtype.element_ty), mask=stored)
 
 
 @triton.jit(do_not_specialize=["num_pairs"])  # type: ignore[untyped-decorator]
@@ -55,21 +93,19 @@ def _linear_kernel(
     else:
         rows_of_weight = n // part_features * part_stride + n % part_features * out_stride
     columns = weight + expert * expert_stride + rows_of_weight[None, :]
-    for first in range(0, count, block_pairs):
-        wanted = first + tl.arange(0, block_pairs)
-        chosen = mine[None, :] & (order[None, :] == wanted[:, None])
-        pair = tl.sum(tl.where(chosen, every[None, :], 0), 1)
-        there = (wanted < count)[:, None]
-        rows = x + (pair // pairs_per_row)[:, None] * x_stride
-        total = tl.zeros([block_pairs, block_n], tl.float32)
-        for start in range(0, in_features, block_k):
-            k = start + tl.arange(0, block_k)
-            a = tl.load(rows + k[None, :], mask=there & (k < in_features)[None, :], other=0.0)
-            inside = (k < in_features)[:, None] & (n < out_features)[None, :]
-            b = tl.load(columns + k[:, None] * in_stride, mask=inside, other=0.0)
-            total = tl.dot(a, b, total, input_precision="ieee")
-        stored = there & (n < out_features)[None, :]
-        tl.store(out + pair[:, None] * out_features + n[None, :], total.to(out.dtype.element_ty), mask=stored)
+    in_n = n < out_features
+    if count <= block_pairs:
+        for first in range(0, count, block_pairs):  # once, or never
+            _multiply(
+                x, columns, out, every, mine, order, count, first, n, in_n, x_stride, in_stride, in_features,
+                out_features, pairs_per_row, block_pairs, block_n, block_k,
+            )  # fmt: skip
+    else:
+        for first in range(0, count, 2 * block_pairs):
+            _multiply(
+                x, columns, out, every, mine, order, count, first, n, in_n, x_stride, in_stride, in_features,
+                out_features, pairs_per_row, 2 * block_pairs, block_n, block_k,
+            )  # fmt: skip
 
 
 def _expert_linear(
@@ -96,7 +132,8 @@ def _expert_linear(
         in_features=in_features, out_features=out_features, part_features=part_features,
         pairs_per_row=pairs_per_row, by_pair=by_pair,
         pairs_pad=max(16, triton.next_power_of_2(num_pairs)), block_pairs=BLOCK_PAIRS,
-        block_n=BLOCK_N, block_k=BLOCK_K, num_warps=NUM_WARPS, num_stages=NUM_STAGES,
+        block_n=BLOCK_N, block_k=BLOCK_K, num_warps=NUM_WARPS,
+        num_stages=NUM_STAGES if in_features >= FEW_FEATURES else FEW_STAGES,
     )  # fmt: skip
     return out
 
