@@ -1,11 +1,12 @@
 """Answer random JSON schemas, and check every whole answer with jsonschema.
 
     python benchmarks/json_schemas.py --model demo -pcp 2 --part alone --output-json F     one request at a time
-    python benchmarks/json_schemas.py --model demo -pcp 2 --part together --output-json F  32 at once; ranks are killed
+    python benchmarks/json_schemas.py --model demo -pcp 2 --part together --output-json F  32 at once
 
 Parts of one file are kept beside each other, so each can be run by itself (`--first`, `--count`: some of the schemas).
-The temperature is 1. Every string, array, object and number that a schema allows has an end, since a model may write
-digits or members for ever where it may. An answer that --max-tokens cuts is no valid one, and is counted apart.
+The temperature is 1. A rank is killed every --kill-every steps. Every string, array, object and number that a schema
+allows has an end, since a model may write digits or members for ever where it may. An answer that --max-tokens cuts is
+no valid one, and is counted apart.
 """
 
 import argparse
@@ -35,7 +36,8 @@ from twofold.sampling_params import SamplingParams, StructuredOutputsParams
 
 CLOCK = r"([01]\d|2[0-3]):[0-5]\d:([0-5]\d|60)(\.\d+)?(Z|[+-]([01]\d|2[0-3]):[0-5]\d)"  # of RFC 3339
 CHECKER = jsonschema.FormatChecker(formats=())
-AT_ONCE, KILL_EVERY = 32, 200
+AT_ONCE = 32
+KILL_EVERY = {"alone": 2000, "together": 200}  # steps
 NAMES = ("name", "id", "title", "price", "tags", "Straße", "is_open", "address", "a b", "x")
 PATTERNS = ("^[a-z]{2,6}$", "^[A-Z][a-z]+(-[0-9]{1,3})?$", "^(red|green|blue)$", "^\\d{4}-\\d{2}$")
 FORMATS = ("date", "time", "date-time", "uuid", "ipv4", "email")
@@ -47,6 +49,7 @@ def main() -> None:
     parser.add_argument("--part", choices=("alone", "together"), required=True)
     parser.add_argument("--first", type=int, default=0)
     parser.add_argument("--count", type=int, default=200)
+    parser.add_argument("--kill-every", type=int, help=f"steps; 0 kills none (default: {KILL_EVERY})")
     parser.add_argument("--max-tokens", type=int, default=2000, help="of an answer")
     parser.add_argument("--output-json", type=Path)
     args = parser.parse_args()
@@ -55,7 +58,8 @@ def main() -> None:
     arguments.setdefault("max_num_seqs", AT_ONCE)
     with LLM(**arguments) as llm:
         schemas = [make_schema(random.Random(seed)) for seed in range(args.first, args.first + args.count)]
-        result = check_answers(llm, schemas, AT_ONCE if args.part == "together" else 1, args.max_tokens)
+        every = KILL_EVERY[args.part] if args.kill_every is None else args.kill_every
+        result = check_answers(llm, schemas, AT_ONCE if args.part == "together" else 1, args.max_tokens, every)
         name = f"{args.part} {args.first}-{args.first + args.count - 1}"
         result |= {"settings": describe(llm.engine), "environment": environment()}
     print(json.dumps({name: result}, indent=1))
@@ -134,14 +138,17 @@ def _choice(rng: random.Random, depth: int) -> dict[str, Any]:
     return rng.choice(choices)
 
 
-def check_answers(llm: LLM, schemas: list[dict[str, Any]], at_once: int, max_tokens: int) -> dict[str, Any]:
-    """Answers to every schema, so many at once. Where there are several, a rank is killed every KILL_EVERY steps."""
+def check_answers(
+    llm: LLM, schemas: list[dict[str, Any]], at_once: int, max_tokens: int, kill_every: int
+) -> dict[str, Any]:
+    """Answers to every schema, so many at once. A rank is killed every `kill_every` steps, if that is not 0."""
     seen: Counter[str] = Counter()
     wrong: list[dict[str, Any]] = []
     lengths, start = [], time.perf_counter()
     numbered = list(enumerate(schemas))
     batches = [numbered] if at_once > 1 else [[one] for one in numbered]
-    for number, output in (pair for batch in batches for pair in answers(llm, batch, max_tokens, kill=at_once > 1)):
+    kill = killer(llm, kill_every)
+    for number, output in (pair for batch in batches for pair in answers(llm, batch, max_tokens, kill)):
         [completion] = output.outputs
         lengths.append(len(completion.token_ids))
         reason = str(completion.finish_reason)
@@ -192,7 +199,7 @@ for name, is_valid in {
 
 
 def answers(
-    llm: LLM, numbered: list[tuple[int, dict[str, Any]]], max_tokens: int, kill: bool
+    llm: LLM, numbered: list[tuple[int, dict[str, Any]]], max_tokens: int, kill: Callable[[], None]
 ) -> Iterator[tuple[int, RequestOutput]]:
     """Each schema's number and its answer, as they end. The engine runs `max_num_seqs` of them at once."""
     with Drive(llm.engine) as drive:
@@ -201,10 +208,22 @@ def answers(
                 max_tokens=max_tokens, seed=number, structured_outputs=StructuredOutputsParams(json=schema)
             )
             drive.add(f"{number}", f"Here is an example of JSON, number {number}:\n", params)
-        for num_steps, outputs in enumerate(drive):
+        for outputs in drive:
             yield from ((int(output.request_id), output) for output in outputs if output.finished)
-            if kill and num_steps % KILL_EVERY == 15:
-                os.kill(llm.engine.executor.pids[-1], signal.SIGKILL)  # type: ignore[attr-defined]
+            kill()
+
+
+def killer(llm: LLM, every: int) -> Callable[[], None]:
+    """Kills a rank after 15 steps of the engine, and then every so many."""
+    due = 15
+
+    def kill() -> None:
+        nonlocal due
+        if every and llm.engine.stats.num_steps >= due:
+            due += every
+            os.kill(llm.engine.executor.pids[-1], signal.SIGKILL)  # type: ignore[attr-defined]
+
+    return kill
 
 
 def fault_of(text: str, schema: dict[str, Any]) -> str | None:
