@@ -15,6 +15,7 @@ top_k=2 they are 4; the 2 best of all 6 tokens are among them. Either way the to
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 from typing import Self
 
 import numpy as np
@@ -340,8 +341,11 @@ def _adjust(logits: torch.Tensor, batch: SamplingBatch, first_id: int = 0) -> to
     if masked.size:
         assert batch.masks is not None
         idx = _to(masked, logits)
-        allowed = _unpack(batch.masks[_to(batch.mask_idx[masked], logits)], part)
-        scores[idx] = scores[idx].masked_fill_(~allowed, -torch.inf)
+        limits = _limits(batch.masks[_to(batch.mask_idx[masked], logits)], part)
+        if len(masked) == len(batch):
+            scores.clamp_(max=limits)
+        else:
+            scores[idx] = scores[idx].clamp_(max=limits)
     if forbidden:
         rows, ids = _to(np.array(forbidden, np.int64).T, logits)
         scores[rows, ids] = -torch.inf
@@ -357,14 +361,24 @@ def _add_bias(scores: torch.Tensor, logit_bias: Sequence[Mapping[int, float]], f
     scores[_to(rows[inside], scores), _to(columns[inside], scores)] += _to(values[inside], scores)
 
 
-def _unpack(masks: torch.Tensor, part: range) -> torch.Tensor:
-    """bool [M, V]: what `masks` [M, W] say of a part of the vocabulary. Beyond their last word no token may come."""
+def _limits(masks: torch.Tensor, part: range) -> torch.Tensor:
+    """float32 [M, V]: the most that a part's scores may be: inf, or -inf for tokens that may not come.
+
+    `masks` is [M, W]; beyond their last word no token may come. On a CPU a `masked_fill` takes three times as long.
+    """
     first_word, end_word = part.start // 32, -(-part.stop // 32)
-    words = masks[:, first_word:end_word].contiguous()
-    bits = words.view(torch.uint8)[..., None] >> torch.arange(8, dtype=torch.uint8, device=masks.device) & 1
-    allowed = bits.flatten(1)[:, part.start - 32 * first_word :][:, : len(part)].bool()
-    missing = len(part) - allowed.shape[1]
-    return F.pad(allowed, (0, missing)) if missing else allowed
+    in_bytes = masks[:, first_word:end_word].contiguous().view(torch.uint8)
+    limits = _limits_of_byte(masks.device).index_select(0, in_bytes.flatten().int()).view(len(masks), -1)
+    limits = limits[:, part.start - 32 * first_word :][:, : len(part)]
+    missing = len(part) - limits.shape[1]
+    return F.pad(limits, (0, missing), value=-torch.inf) if missing else limits
+
+
+@cache
+def _limits_of_byte(device: torch.device) -> torch.Tensor:
+    """float32 [256, 8]: for each byte of a mask, the limits of its bits."""
+    bits = torch.arange(256)[:, None] >> torch.arange(8) & 1
+    return torch.where(bits.bool(), torch.inf, -torch.inf).to(device)
 
 
 def _flatten(
