@@ -15,6 +15,7 @@ import torch
 from twofold.executor.local import LocalExecutor
 from twofold.worker import worker
 from twofold.worker.device import CUDA
+from twofold.worker.trial import TrialSteps
 
 MAX_NUM_BATCHED_TOKENS = 8192  # of engines that share it with other tests: the largest step takes memory of all
 
@@ -53,4 +54,6 @@ def pretend(num_gpus: int) -> Iterator[None]:
 if __name__ == "__main__":
     share_gpu()
     worker.make_device = lambda rank, runtime: CUDA(0)
+    # Read off the GPU, it counts what other programs take meanwhile, once for each graph.
+    TrialSteps._measure_graphs = lambda self: 0
     worker.main()
