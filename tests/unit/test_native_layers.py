@@ -1,5 +1,7 @@
 """Layers like Llama's by our kernels for CPUs, against the same written out, and against Transformers' own forward."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -10,7 +12,7 @@ from twofold.attention.backends.native import NativeBackend
 from twofold.attention.op import ForwardContext
 from twofold.kv.cache import KVCache
 from twofold.models.decoder import DecoderModel
-from twofold.models.transforms import native_stack
+from twofold.models.transforms import native, native_stack
 from twofold.native import build, load
 from twofold.parallel.exchange import Exchange, ExchangePlan
 from twofold.parallel.mesh import SingleRank
@@ -104,6 +106,35 @@ def test_all_layers_at_once(family: str, dtype: torch.dtype) -> None:
         with torch.inference_mode():
             outputs.append(decoder.stack.run(tokens, positions, context))
     assert error(torch.cat(outputs), exact) < 1.3 * error(expected, exact) + 1e-5
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
+@pytest.mark.parametrize("family", ["llama", "qwen2"])
+def test_a_prompt_of_many_tokens(family: str, dtype: torch.dtype) -> None:
+    """In float32 its products are PyTorch's."""
+    model = tiny_model(tiny_config(family))
+    ids = torch.arange(native.MANY_ROWS + 20) * 3 % model.config.vocab_size
+
+    @torch.inference_mode()
+    def forward() -> torch.Tensor:
+        hidden: torch.Tensor = model.base_model(input_ids=ids[None])[0][0]
+        return hidden
+
+    exact = forward()
+    model.to(dtype)
+    expected = forward()
+    model.set_attn_implementation("twofold")
+    decoder = DecoderModel(model)
+    decoder.optimize_for_cpu()
+    cache = KVCache([spec.entry_width for spec in decoder.specs], 12, 16, dtype, torch.device("cpu"))
+    metadata, positions, slots = native_stack.rows_in_blocks([(0, len(ids))])
+    metadata = replace(metadata, block_tables=torch.arange(1, 11, dtype=torch.int32)[None])
+    exchange = Exchange(SingleRank(), OneRank())
+    exchange.begin(ExchangePlan(slots, defer_exchange=False, by_heads=False))
+    context = ForwardContext(decoder.specs, cache, exchange, NativeBackend(), metadata)
+    with torch.inference_mode():
+        out = decoder.hidden_states(ids, positions, context, needs_all=True)
+    assert error(out, exact) < 1.3 * error(expected, exact) + 1e-5
 
 
 def test_other_families_keep_their_layers() -> None:

@@ -49,7 +49,8 @@ constexpr int W = 4, COLUMNS = 3, ROWS = 4;
 #endif
 constexpr int PANEL = W * COLUMNS;
 constexpr int KEYS = 256 / PANEL * PANEL;  // of a block: its keys, values and logits stay in a core's caches
-constexpr int QUERIES = 96;                // rows of a task: queries of all heads of a group
+constexpr long PART = 96;                  // steps of a product by vectors: that part of B stays in the first cache
+constexpr int QUERIES = 192;               // rows of a task: queries of all heads of a group
 constexpr int TILED_QUERIES = 288;         // the same where tiles multiply: packing keys takes longer than products
 constexpr long LEAST_PANEL_TOKENS = 33;    // of a step whose products are by panels
 constexpr long LAYER_ROWS = 1024;           // of hidden states that go through a part of a layer together
@@ -217,9 +218,8 @@ struct Tiles {
     ~Tiles() { if (may_use_tiles()) _tile_release(); }
 };
 
-// C [16 M, 16 N] = A [16 M, steps] B, or += ; `a`, `b` and `c` are strides of rows, in units. M and N are 1 or 2.
-template <int M, int N, bool ADDS>
-inline void tile_product(const uint32_t* A, long a, const uint32_t* B, long b, long steps, float* C, long c) {
+// A product is 4 tiles at most, C [16 M, 16 N] = A [16 M, steps] B, or += ; M and N are 1 or 2. Strides are in units.
+template <int M, int N, bool ADDS> inline void begin_tiles(const float* C, long c) {
     if constexpr (ADDS) {
         _tile_loadd(0, C, c * 4);
         if constexpr (N > 1) _tile_loadd(1, C + 16, c * 4);
@@ -231,20 +231,32 @@ inline void tile_product(const uint32_t* A, long a, const uint32_t* B, long b, l
         _tile_zero(2);
         _tile_zero(3);
     }
-    for (long s = 0; s < steps; s += 16) {
-        _tile_loadd(4, A + s, a * 4);
-        _tile_loadd(6, B + s * b, b * 4);
-        _tile_dpbf16ps(0, 4, 6);
-        if constexpr (N > 1) _tile_loadd(7, B + s * b + 16, b * 4);
-        if constexpr (N > 1) _tile_dpbf16ps(1, 4, 7);
-        if constexpr (M > 1) _tile_loadd(5, A + 16 * a + s, a * 4);
-        if constexpr (M > 1) _tile_dpbf16ps(2, 5, 6);
-        if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
-    }
+}
+
+// 16 steps.
+template <int M, int N> inline void multiply_tiles(const uint32_t* A, long a, const uint32_t* B, long b) {
+    _tile_loadd(4, A, a * 4);
+    _tile_loadd(6, B, b * 4);
+    _tile_dpbf16ps(0, 4, 6);
+    if constexpr (N > 1) _tile_loadd(7, B + 16, b * 4);
+    if constexpr (N > 1) _tile_dpbf16ps(1, 4, 7);
+    if constexpr (M > 1) _tile_loadd(5, A + 16 * a, a * 4);
+    if constexpr (M > 1) _tile_dpbf16ps(2, 5, 6);
+    if constexpr (M > 1 && N > 1) _tile_dpbf16ps(3, 5, 7);
+}
+
+template <int M, int N> inline void end_tiles(float* C, long c) {
     _tile_stored(0, C, c * 4);
     if constexpr (N > 1) _tile_stored(1, C + 16, c * 4);
     if constexpr (M > 1) _tile_stored(2, C + 16 * c, c * 4);
     if constexpr (M > 1 && N > 1) _tile_stored(3, C + 16 * c + 16, c * 4);
+}
+
+template <int M, int N, bool ADDS>
+inline void tile_product(const uint32_t* A, long a, const uint32_t* B, long b, long steps, float* C, long c) {
+    begin_tiles<M, N, ADDS>(C, c);
+    for (long s = 0; s < steps; s += 16) multiply_tiles<M, N>(A + s, a, B + s * b, b);
+    end_tiles<M, N>(C, c);
 }
 
 template <int N, bool ADDS>
@@ -268,16 +280,25 @@ struct Tiles { Tiles() {} };
 
 template <class T> inline bool tiles_fit(long steps) { return sizeof(T) == 2 && steps % 16 == 0 && may_use_tiles(); }
 
+template <class T, int N, bool ADDS>
+void rows_times_part(const uint32_t* A, long a, const uint32_t* B, long steps, float* C, long c, long rows) {
+    long i = 0;
+    for (; i + ROWS <= rows; i += ROWS) micro<T, ROWS, N, ADDS>(A + i * a, a, B, steps, C + i * c, c);
+    for (; i + 2 <= rows; i += 2) micro<T, 2, N, ADDS>(A + i * a, a, B, steps, C + i * c, c);
+    for (; i < rows; i++) micro<T, 1, N, ADDS>(A + i * a, a, B, steps, C + i * c, c);
+}
+
 // Where tiles fit, A and C have memory for `rows` rounded up to 16, and the calling thread has `Tiles`.
 template <class T, int N, bool ADDS>
 void rows_times_panel(const uint32_t* A, long a, const uint32_t* B, long steps, float* C, long c, long rows) {
 #if HAS_TILES
     if (tiles_fit<T>(steps)) return tiled_panel<N, ADDS>(A, a, B, steps, C, c, rows);
 #endif
-    long i = 0;
-    for (; i + ROWS <= rows; i += ROWS) micro<T, ROWS, N, ADDS>(A + i * a, a, B, steps, C + i * c, c);
-    for (; i + 2 <= rows; i += 2) micro<T, 2, N, ADDS>(A + i * a, a, B, steps, C + i * c, c);
-    for (; i < rows; i++) micro<T, 1, N, ADDS>(A + i * a, a, B, steps, C + i * c, c);
+    for (long s = 0; s < steps; s += PART) {
+        const long count = std::min(PART, steps - s);
+        if (s) rows_times_part<T, N, true>(A + s, a, B + s * N * W, count, C, c, rows);
+        else rows_times_part<T, N, ADDS>(A, a, B, count, C, c, rows);
+    }
 }
 
 // C [rows, columns] (+)= A [rows, steps] B; B in panels of PANEL columns, the last with as many vectors as it needs.
@@ -678,18 +699,18 @@ void tiled_before(const Bf16* x, const Bf16* norm, float epsilon, const Bf16* co
                 return paired(x, y);
             };
             const uint32_t *c = angles + p * 2 * head, *s = c + head;
-            for (long j = 0; j < D / 2; j++)
-                for (int v = 0; v < V; v++) {
-                    Units u = unit_of(j, v);
-                    if (kind < 2) {  // the other half of the head, with its sign
-                        const bool is_first = j < D / 4;
-                        const Units other = unit_of(is_first ? j + D / 4 : j - D / 4, v);
-                        const Units a = load(c + j * TOKENS + v * W), b = load(s + j * TOKENS + v * W);
-                        u = is_first ? paired(low(u) * low(a) - low(other) * low(b), high(u) * high(a) - high(other) * high(b))
-                                     : paired(low(u) * low(a) + low(other) * low(b), high(u) * high(a) + high(other) * high(b));
+            if (kind == 2)
+                for (long j = 0; j < D / 2; j++)
+                    for (int v = 0; v < V; v++) store(result + j * TOKENS + v * W, unit_of(j, v));
+            else  // halves of the head turn together
+                for (long j = 0; j < D / 4; j++)
+                    for (int v = 0; v < V; v++) {
+                        const long at = j * TOKENS + v * W, other = at + D / 4 * TOKENS;
+                        const Units x = unit_of(j, v), y = unit_of(j + D / 4, v);
+                        const Units a = load(c + at), b = load(s + at), e = load(c + other), f = load(s + other);
+                        store(result + at, paired(low(x) * low(a) - low(y) * low(b), high(x) * high(a) - high(y) * high(b)));
+                        store(result + other, paired(low(y) * low(e) + low(x) * low(f), high(y) * high(e) + high(x) * high(f)));
                     }
-                    store(result + j * TOKENS + v * W, u);
-                }
             const long m = first + p * TOKENS;
             from_panel(result, of_panel(p), D / 2, [&](long i) {
                 return kind == 0 ? q + ((m + i) * heads.all + number) * D : entry(m + i) + (number * 2 + kind - 1) * D;
@@ -732,9 +753,10 @@ void tiled_after(const Bf16* x, const Bf16* attended, const Bf16* norm, float ep
 }
 
 // Attention of 32 queries of each head of a group, in the same form: S = K Q is [keys, queries], O = V^T P is [Dv, queries].
-// Keys and values of a row are packed once for all of its tasks: keys [len, D], values [len / 256][Dv, 256].
-constexpr long TILED_KEYS = 256;
+// Keys and values of a row are packed once for all of its tasks: keys [len, D], values [len / 512][Dv, 512].
+constexpr long TILED_KEYS = 512;
 constexpr long LEAST_QUERIES = 16;  // of a row that is worth packing for
+constexpr float MOST = 8;           // of a weight: its logarithm to base 2
 constexpr float FAR = -1e30f;       // in the place of masked logits: its power is 0, and differences are finite
 
 struct PackedKeys { Bf16 *keys, *values; };  // of a row and head
@@ -765,16 +787,18 @@ void pack_keys(const Attention& o, long row, long head, long first, PackedKeys t
     }
 }
 
+// Tiles multiply the next 32 keys while vectors compute the softmax of these. Weights may be as large as 2^MOST, so what
+// was computed before seldom changes when a larger logit comes.
 void tiled_run(const Attention& o, const Task& t, PackedKeys packed) {
     const Tiles tiles;
     const long groups = o.heads / o.kv_heads, D = o.dim, Dv = o.v_dim, token = o.starts[t.row] + t.first, len = o.lens[t.row];
     const long position = len - (o.starts[t.row + 1] - o.starts[t.row]) + t.first;  // of the first query
-    const float factor = o.scaling * LOG2_E;
+    const float factor = o.scaling * LOG2_E, most_logit = MOST / factor;
     uint32_t* Q = scratch<uint32_t>(memory[0], groups * D / 2 * TOKENS);
-    float* S = scratch<float>(memory[1], TILED_KEYS * TOKENS);
+    float* logits = scratch<float>(memory[1], 2 * 32 * TOKENS);
     uint32_t* P = scratch<uint32_t>(memory[2], TILED_KEYS / 2 * TOKENS);
     float* O = scratch<float>(memory[3], groups * Dv * TOKENS);
-    float* state = scratch<float>(memory[4], groups * 2 * TOKENS);  // the largest logits, and the sums of weights
+    float* state = scratch<float>(memory[4], groups * 2 * TOKENS);  // a logit close to the largest, and the sums of weights
     uint32_t* result = scratch<uint32_t>(memory[5], Dv / 2 * TOKENS);
     for (long g = 0; g < groups; g++) {
         const Bf16* from = (const Bf16*)o.query + token * o.query_strides[0] + (t.kv_head * groups + g) * o.query_strides[1];
@@ -782,43 +806,63 @@ void tiled_run(const Attention& o, const Task& t, PackedKeys packed) {
     }
     memset(O, 0, groups * Dv * TOKENS * sizeof(float));
     for (long i = 0; i < groups * 2 * TOKENS; i++) state[i] = i / TOKENS % 2 ? 0 : FAR;
-    for (long key = t.low / TILED_KEYS * TILED_KEYS; key < t.high; key += TILED_KEYS) {
-        const long first = std::max(key, t.low / 32 * 32), keys = (std::min(TILED_KEYS, t.high - key) + 31) / 32 * 32 - (first - key);
-        const bool is_masked = (o.causal ? first + keys - 1 > position : first + keys > len) || (o.window && first <= position + TOKENS - 1 - o.window);
+    auto multiply_keys = [&](long key, long g, float* to) {
+        tile_product<2, 2, false>((const uint32_t*)(packed.keys + key * D), D / 2, Q + g * D / 2 * TOKENS, TOKENS, D / 2, to, TOKENS);
+    };
+    float *S = logits, *next_S = logits + 32 * TOKENS;
+    const long begin = t.low / 32 * 32;
+    multiply_keys(begin, 0, S);
+    for (long block = t.low / TILED_KEYS * TILED_KEYS; block < t.high; block += TILED_KEYS) {
+        const long first = std::max(block, begin), end = std::min(block + TILED_KEYS, (t.high + 31) / 32 * 32);
         for (long g = 0; g < groups; g++) {
-            for (long k = 0; k < keys; k += 32)
-                tile_product<2, 2, false>((const uint32_t*)(packed.keys + (first + k) * D), D / 2, Q + g * D / 2 * TOKENS, TOKENS, D / 2, S + k * TOKENS, TOKENS);
             float *maxima = state + g * 2 * TOKENS, *sums = maxima + TOKENS, *out = O + g * Dv * TOKENS;
-            for (int v = 0; v < V; v++) {
-                if (is_masked) {
-                    const Ints query = places() + int(position + v * W);  // the last key that it attends to
-                    for (long k = 0; k < keys; k++) {
-                        const int at = int(first + k);
-                        const Ints seen = o.causal ? query >= at : Ints{} + -(at < len), in_window = o.window ? query - int(o.window) < at : Ints{} - 1;
-                        store(S + k * TOKENS + v * W, (seen & in_window) ? row_of(S, k, v) : all(FAR));
+            for (long key = first; key < end; key += 32, std::swap(S, next_S)) {
+                if (key + 32 < end) multiply_keys(key + 32, g, next_S);
+                else if (g + 1 < groups) multiply_keys(first, g + 1, next_S);
+                else if (end < t.high) multiply_keys(end, 0, next_S);
+                uint32_t* weights = P + (key - first) / 2 * TOKENS;
+                const char* values = (const char*)(packed.values + block * Dv + (key - block));
+                for (int v = 0; v < V; v++) {
+                    const long masked = o.window ? 0 : o.causal ? std::max(0l, position + v * W + 1 - key) : len - key;  // the first that may be
+                    if (masked < 32) {
+                        const Ints query = places() + int(position + v * W);  // the last key that it attends to
+                        for (long k = masked; k < 32; k++) {
+                            const int at = int(key + k);
+                            const Ints seen = o.causal ? query >= at : Ints{} + -(at < len), in_window = o.window ? query - int(o.window) < at : Ints{} - 1;
+                            store(S + k * TOKENS + v * W, (seen & in_window) ? row_of(S, k, v) : all(FAR));
+                        }
                     }
-                }
-                const Vec before = load(maxima + v * W);
-                Vec most[4] = {before, before, before, before};
-                for (long k = 0; k < keys; k += 4)
-                    for (int i = 0; i < 4; i++) most[i] = wider(most[i], row_of(S, k + i, v));
-                const Vec now = wider(wider(most[0], most[1]), wider(most[2], most[3])), shift = now * factor;
-                Vec totals[2] = {};
+                    Vec most[4] = {all(FAR), all(FAR), all(FAR), all(FAR)};
+#pragma GCC unroll 8
+                    for (long k = 0; k < 32; k += 4)
+                        for (int i = 0; i < 4; i++) most[i] = wider(most[i], row_of(S, k + i, v));
+                    const Vec largest = wider(wider(most[0], most[1]), wider(most[2], most[3]));
+                    Vec shift = load(maxima + v * W), total = load(sums + v * W);
+                    if (_mm512_cmp_ps_mask((__m512)largest, (__m512)(shift + most_logit), _CMP_GT_OQ)) {
+                        const Vec now = wider(shift, largest), scale = exponential((shift - now) * o.scaling);
+                        for (long d = 0; d < Dv; d++) store(out + d * TOKENS + v * W, row_of(out, d, v) * scale);
+                        for (long k = 0; k < (key - first) / 2; k++) {
+                            const Units u = load(P + k * TOKENS + v * W);
+                            store(P + k * TOKENS + v * W, paired(low(u) * scale, high(u) * scale));
+                        }
+                        total *= scale, shift = now;
+                        store(maxima + v * W, now);
+                    }
+                    shift *= factor;
+                    Vec other = {};
 #pragma GCC unroll 2
-                for (long k = 0; k < keys; k += 2) {
-                    const Vec a = rough_power_of_2(row_of(S, k, v) * factor - shift), b = rough_power_of_2(row_of(S, k + 1, v) * factor - shift);
-                    totals[0] += a, totals[1] += b;
-                    store(P + k / 2 * TOKENS + v * W, paired(a, b));
+                    for (long k = 0; k < 32; k += 2) {
+                        const Vec a = rough_power_of_2(row_of(S, k, v) * factor - shift), b = rough_power_of_2(row_of(S, k + 1, v) * factor - shift);
+                        total += a, other += b;
+                        store(weights + k / 2 * TOKENS + v * W, paired(a, b));
+                        for (int i = 0; i < 2; i++) __builtin_prefetch(values + (v * Dv / 2 + k + i) * TILED_KEYS * 2);
+                    }
+                    store(sums + v * W, total + other);
                 }
-                const Vec scale = exponential((before - now) * o.scaling);  // exact, as errors would add up over blocks
-                const bool is_same = !_mm512_cmp_ps_mask((__m512)before, (__m512)now, _CMP_NEQ_OQ);
-                store(maxima + v * W, now);
-                store(sums + v * W, load(sums + v * W) * (is_same ? all(1) : scale) + totals[0] + totals[1]);
-                if (!is_same) for (long d = 0; d < Dv; d++) store(out + d * TOKENS + v * W, row_of(out, d, v) * scale);
             }
-            const uint32_t* values = (const uint32_t*)(packed.values + key * Dv + (first - key));
+            const uint32_t* values = (const uint32_t*)(packed.values + block * Dv + (first - block));
             for (long d = 0; d < Dv; d += 32)
-                tile_product<2, 2, true>(values + d * TILED_KEYS / 2, TILED_KEYS / 2, P, TOKENS, keys / 2, out + d * TOKENS, TOKENS);
+                tile_product<2, 2, true>(values + d * TILED_KEYS / 2, TILED_KEYS / 2, P, TOKENS, (end - first) / 2, out + d * TOKENS, TOKENS);
         }
     }
     for (long g = 0; g < groups; g++) {

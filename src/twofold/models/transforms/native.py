@@ -12,7 +12,7 @@ A module is found by the names of its parts, and changed if it gives the same re
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from types import MethodType
-from typing import Any, TypeGuard
+from typing import Any, TypeGuard, cast
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,7 @@ from twofold.parallel.sums import OneRank, summing
 
 DTYPES = (torch.float32, torch.bfloat16)
 NUM_TOKENS = 3  # of the input that modules are compared with
+MANY_ROWS = 128  # of float32: products of more take less time by PyTorch's library
 
 
 def is_served(x: torch.Tensor, weight: torch.Tensor) -> bool:
@@ -44,17 +45,29 @@ def is_served(x: torch.Tensor, weight: torch.Tensor) -> bool:
 
 def linear(x: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None = None) -> torch.Tensor:
     """x [..., K], weight [N, K], bias [N] → [..., N]. Our kernel where it serves, else PyTorch's product."""
-    if not is_served(x, weight):
+    if not is_served(x, weight) or _has_many_rows(x):
         return F.linear(x, weight, bias)
     product: torch.Tensor = torch.ops.twofold_cpu.linear(x.contiguous(), [weight], [] if bias is None else [bias])
     return product
 
 
+def _has_many_rows(x: torch.Tensor) -> bool:
+    return x.dtype == torch.float32 and x.numel() > MANY_ROWS * x.shape[-1]
+
+
 def _linears(x: torch.Tensor, modules: list[Any]) -> torch.Tensor:
     """The products of one input x [..., K] side by side."""
+    if _has_many_rows(x):
+        widths = [module.out_features for module in modules]
+        product = x.new_empty(*x.shape[:-1], sum(widths))
+        for module, part in zip(modules, product.flatten(0, -2).split(widths, 1), strict=True):
+            torch.mm(x.flatten(0, -2), module.weight.t(), out=part)
+            if module.bias is not None:
+                part += module.bias
+        return product
     biases = [] if modules[0].bias is None else [module.bias for module in modules]
-    product: torch.Tensor = torch.ops.twofold_cpu.linear(x.contiguous(), [module.weight for module in modules], biases)
-    return product
+    weights = [module.weight for module in modules]
+    return cast(torch.Tensor, torch.ops.twofold_cpu.linear(x.contiguous(), weights, biases))
 
 
 class _Change(Transform):
@@ -232,17 +245,16 @@ class Layers(_Change):
         biases = [] if projections[0].bias is None else [projection.bias for projection in projections]
         weights = [projection.weight for projection in projections]
         heads, kv_heads = len(weights[0]) // dim, len(weights[1]) // dim
-        cos, sin = kwargs["position_embeddings"]
+        cos, sin = (x.contiguous() for x in kwargs["position_embeddings"])
+        if _has_many_rows(x):
+            qkv = _linears(before(x), projections)
+            query, entries = torch.ops.twofold_cpu.rotate(qkv, cos, sin, heads, kv_heads)
+            attended = _attend(attention, query, entries, kv_heads)
+            x = torch.addmm(x, attended, attention.o_proj.weight.t())
+            gated = torch.ops.twofold_cpu.silu_mul(_linears(after(x), [mlp.gate_proj, mlp.up_proj]))
+            return x.addmm_(gated, mlp.down_proj.weight.t())[None]
         query, entries = torch.ops.twofold_cpu.before_attention(
-            x,
-            before.weight,
-            before.variance_epsilon,
-            weights,
-            biases,
-            cos.contiguous(),
-            sin.contiguous(),
-            heads,
-            kv_heads,
+            x, before.weight, before.variance_epsilon, weights, biases, cos, sin, heads, kv_heads
         )
         attended = _attend(attention, query, entries, kv_heads)
         weights = [attention.o_proj.weight, mlp.gate_proj.weight, mlp.up_proj.weight, mlp.down_proj.weight]
