@@ -108,7 +108,7 @@ def _device(config: EngineConfig) -> str:
 def _attention_backend(config: EngineConfig, device: str) -> str:
     backend = config.attention_backend
     if backend == "auto":
-        return "flash_attn" if device == "cuda" else "sdpa"
+        return "flash_attn" if device == "cuda" else "native"
     if backend == "flash_attn" and device != "cuda":
         raise ConfigError(
             f"attention_backend 'flash_attn' runs on CUDA only, and the device is {device}; use 'auto' or 'sdpa'",

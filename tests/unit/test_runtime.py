@@ -33,7 +33,7 @@ def test_flash_attention_needs_cuda(folder: Path) -> None:
     ) as caught:
         settled(folder, device="cpu", attention_backend="flash_attn")
     assert caught.value.field == "attention_backend"
-    assert settled(folder, device="cpu").attention_backend == "sdpa"
+    assert settled(folder, device="cpu").attention_backend == "native"
 
 
 @pytest.mark.parametrize(
