@@ -1,6 +1,8 @@
 """What is settled before a rank starts: the device, the attention backend, the cores."""
 
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -93,3 +95,12 @@ def test_processors_that_multiply_bfloat16(tmp_path: Path) -> None:
     ):
         cpuinfo.write_text(f"processor\t: 0\n{line}\n")
         assert computes_bfloat16(cpuinfo) == is_fast
+
+
+def test_ranks_are_started_before_pytorch_is_imported() -> None:
+    """An import of LLM that brought PyTorch made everyone wait for it twice: here, and then in the ranks."""
+    code = (
+        "import sys; from twofold import LLM, AsyncLLM, LLMEngine; print({'torch', 'transformers'} & set(sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout == "set()\n"
