@@ -18,7 +18,7 @@ class Twofold:
         self.params = SamplingParams
         self.llm = LLM(
             "demo", dtype=dtype, skip_tokenizer_init=True, enable_prefix_caching=False, max_num_batched_tokens=8192,
-            max_num_seqs=16, attention_backend="native",
+            max_num_seqs=16,
         )  # fmt: skip
 
     def run(self, prompts: Prompts, num_tokens: int) -> None:
