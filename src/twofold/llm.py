@@ -20,7 +20,6 @@ from twofold.launch import start_engine
 from twofold.llm_engine import LLMEngine
 from twofold.metrics import Metric
 from twofold.models.mistral_chat import MistralChat
-from twofold.models.source import tokenizer_place
 from twofold.outputs import BeamSearchOutput, RequestOutput
 from twofold.sampling_params import BeamSearchParams, SamplingParams
 
@@ -221,6 +220,8 @@ class LLM:
 
     @cached_property
     def _mistral_chat(self) -> MistralChat:
+        from twofold.models.source import tokenizer_place  # it brings PyTorch
+
         config = self.engine.runtime.engine
         return MistralChat(tokenizer_place(config.tokenizer, self.engine.runtime.source, config.tokenizer_revision))
 
