@@ -7,7 +7,6 @@ from fastapi import FastAPI
 
 from twofold.engine.async_engine import AsyncEngine
 from twofold.engine.engine import LLMEngine
-from twofold.models.source import tokenizer_place
 from twofold.server.app import make_app
 from twofold.server.bodies import BodyReader
 from twofold.server.chat import ChatTemplate, Template
@@ -45,6 +44,7 @@ def make_service(config: ServerConfig, engine: LLMEngine) -> Service:
     own = read_chat_template(config, runtime.engine)
     parsers = (config.tool_call_parser, config.reasoning_parser)
     if engine.tokenizer is not None and runtime.engine.tokenizer_mode == "mistral":
+        from twofold.models.source import tokenizer_place  # it brings PyTorch
         from twofold.server.mistral import MistralPrompts
 
         place = tokenizer_place(runtime.engine.tokenizer, runtime.source, runtime.engine.tokenizer_revision)
