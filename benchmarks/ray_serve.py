@@ -61,20 +61,36 @@ async def read(application: Application, number: int, begun: asyncio.Event) -> s
 
 
 def lose_a_replica(application: Application) -> tuple[list[str], float]:
-    """→ how each of six streams ended, and seconds until two replicas answered again."""
+    """→ how each stream ended, and seconds until two replicas answered again. Streams begin until both have some."""
     victim = application.replicas()[0]
 
     async def run() -> list[str]:
-        begun = [asyncio.Event() for _ in range(6)]
-        tasks = [asyncio.create_task(read(application, i, event)) for i, event in enumerate(begun)]
+        tasks: list[asyncio.Task[str]] = []
         async with asyncio.timeout(60):
-            await asyncio.gather(*(event.wait() for event in begun))
+            while not tasks or not await both_compute(application):
+                begun = [asyncio.Event() for _ in range(3)]
+                tasks += [asyncio.create_task(read(application, len(tasks) + i, one)) for i, one in enumerate(begun)]
+                await asyncio.gather(*(event.wait() for event in begun))
         victim.kill()
         return await asyncio.gather(*tasks)
 
     ends, start = asyncio.run(run()), time.monotonic()
     wait_until(lambda: both_answer(application), 120)
     return ends, time.monotonic() - start
+
+
+async def both_compute(application: Application) -> bool:
+    before = processor_times(application)
+    await asyncio.sleep(0.3)
+    return are_two_busier(before)
+
+
+def processor_times(application: Application) -> dict[psutil.Process, float]:
+    return {rank: sum(rank.cpu_times()[:2]) for rank in application.ranks()}
+
+
+def are_two_busier(before: dict[psutil.Process, float]) -> bool:
+    return sum(sum(rank.cpu_times()[:2]) > seconds + 0.03 for rank, seconds in before.items()) == 2
 
 
 def both_answer(application: Application) -> bool:
@@ -85,9 +101,9 @@ def both_answer(application: Application) -> bool:
             asked: Any = {"model": "tiny", "prompt": "one", "max_tokens": 100, "extra_body": {"ignore_eos": True}}
             await asyncio.gather(*(client.completions.create(**asked) for _ in range(8)))
 
-    before = {rank: sum(rank.cpu_times()[:2]) for rank in application.ranks()}
+    before = processor_times(application)
     asyncio.run(ask())
-    return sum(sum(rank.cpu_times()[:2]) > seconds + 0.03 for rank, seconds in before.items()) == 2
+    return are_two_busier(before)
 
 
 def answer(application: Application) -> str:
