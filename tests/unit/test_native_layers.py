@@ -1,5 +1,6 @@
 """Layers like Llama's by our kernels for CPUs, against the same written out, and against Transformers' own forward."""
 
+from collections.abc import Callable
 from dataclasses import replace
 
 import pytest
@@ -7,8 +8,10 @@ import torch
 import torch.nn.functional as F
 from test_attention_sdpa import error
 from tiny_models import tiny_config, tiny_model
+from transformers import PreTrainedModel
 
 from twofold.attention.backends.native import NativeBackend
+from twofold.attention.metadata import AttentionMetadata
 from twofold.attention.op import ForwardContext
 from twofold.kv.cache import KVCache
 from twofold.models.decoder import DecoderModel
@@ -74,6 +77,27 @@ def test_a_layer(num_tokens: int, heads: int, kv_heads: int, dim: int, dtype: to
     assert error(out, hidden + gated @ down.double().T) < TOLERANCE[dtype]
 
 
+def forwards_and_decoder(
+    model: PreTrainedModel, forward: Callable[[], torch.Tensor], dtype: torch.dtype
+) -> tuple[torch.Tensor, torch.Tensor, DecoderModel]:
+    """→ what `forward` gives in float32 and in `dtype`, and the model in `dtype` with our kernels."""
+    exact = forward()
+    model.to(dtype)
+    expected = forward()
+    model.set_attn_implementation("twofold")
+    decoder = DecoderModel(model)
+    decoder.optimize_for_cpu()
+    return exact, expected, decoder
+
+
+def context_of(
+    decoder: DecoderModel, cache: KVCache, metadata: AttentionMetadata, slots: torch.Tensor
+) -> ForwardContext:
+    exchange = Exchange(SingleRank(), OneRank())
+    exchange.begin(ExchangePlan(slots, defer_exchange=False, by_heads=False))
+    return ForwardContext(decoder.specs, cache, exchange, NativeBackend(), metadata)
+
+
 @pytest.mark.parametrize("dtype", TOLERANCE, ids=str)
 @pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
 def test_all_layers_at_once(family: str, dtype: torch.dtype) -> None:
@@ -85,12 +109,7 @@ def test_all_layers_at_once(family: str, dtype: torch.dtype) -> None:
     def forward() -> torch.Tensor:
         return torch.cat([model.base_model(input_ids=part[None])[0][0] for part in (ids[:8], ids[8:])])
 
-    exact = forward()
-    model.to(dtype)
-    expected = forward()
-    model.set_attn_implementation("twofold")
-    decoder = DecoderModel(model)
-    decoder.optimize_for_cpu()
+    exact, expected, decoder = forwards_and_decoder(model, forward, dtype)
     assert decoder.stack is not None
     cache = KVCache(
         [spec.entry_width for spec in decoder.specs], 4, native_stack.BLOCK_SIZE, dtype, torch.device("cpu")
@@ -98,9 +117,7 @@ def test_all_layers_at_once(family: str, dtype: torch.dtype) -> None:
     outputs = []
     for rows, tokens in (([(0, 7)], ids[:7]), ([(7, 1), (0, 4)], ids[7:])):
         metadata, positions, slots = native_stack.rows_in_blocks(rows)
-        exchange = Exchange(SingleRank(), OneRank())
-        exchange.begin(ExchangePlan(slots, defer_exchange=False, by_heads=False))
-        context = ForwardContext(decoder.specs, cache, exchange, NativeBackend(), metadata)
+        context = context_of(decoder, cache, metadata, slots)
         assert decoder.stack.serves(len(tokens), context)
         assert not decoder.stack.serves(native_stack.MAX_TOKENS + 1, context)
         with torch.inference_mode():
@@ -120,18 +137,11 @@ def test_a_prompt_of_many_tokens(family: str, dtype: torch.dtype) -> None:
         hidden: torch.Tensor = model.base_model(input_ids=ids[None])[0][0]
         return hidden
 
-    exact = forward()
-    model.to(dtype)
-    expected = forward()
-    model.set_attn_implementation("twofold")
-    decoder = DecoderModel(model)
-    decoder.optimize_for_cpu()
+    exact, expected, decoder = forwards_and_decoder(model, forward, dtype)
     cache = KVCache([spec.entry_width for spec in decoder.specs], 12, 16, dtype, torch.device("cpu"))
     metadata, positions, slots = native_stack.rows_in_blocks([(0, len(ids))])
     metadata = replace(metadata, block_tables=torch.arange(1, 11, dtype=torch.int32)[None])
-    exchange = Exchange(SingleRank(), OneRank())
-    exchange.begin(ExchangePlan(slots, defer_exchange=False, by_heads=False))
-    context = ForwardContext(decoder.specs, cache, exchange, NativeBackend(), metadata)
+    context = context_of(decoder, cache, metadata, slots)
     with torch.inference_mode():
         out = decoder.hidden_states(ids, positions, context, needs_all=True)
     assert error(out, exact) < 1.3 * error(expected, exact) + 1e-5
